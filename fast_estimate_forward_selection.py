@@ -1,0 +1,46 @@
+"""Stage 4, either track: forward selection of tasks on the estimates.
+
+Reads   gradients/<run>/
+Writes  sampled_tasks/<name>_forward_selection.txt, results/<name>/selection.csv and selection.png
+
+    python fast_estimate_forward_selection.py --dataset_key strategy_qa --preset_key ft_cot_t70_64aug \\
+        --model_key flan_t5_base --train_lora --lora_rank 16 --lora_alpha 128 --project_dim 100 --run 0
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from src import cli
+from src.estimation import ESTIMATORS
+
+STAGE_2 = (
+    "fast_estimate_compute_gradients.py (chain of thought) or fast_estimate_eval_approximation_alpaca.py "
+    "--compute_pretrained_outputs (instruction) with the same data and model flags"
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The script's flags."""
+    parser = cli.parser(__doc__)
+    cli.add_cot_data(parser, or_instruction=True)
+    cli.add_instruction_data(parser)
+    cli.add_model(parser, model_key="flan_t5_base")
+    cli.add_meta_init(parser)
+    cli.add_projection(parser)
+    cli.add_targets(parser)
+    cli.add_estimator(parser, ESTIMATORS)
+    cli.add_selection(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Select."""
+    from src import stages
+
+    stages.select(args, STAGE_2)
+
+
+if __name__ == "__main__":
+    cli.run_stage(main, parse_args())

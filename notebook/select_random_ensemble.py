@@ -1,0 +1,34 @@
+"""Stage 4, either track: random-ensemble scores of the tasks, and the subset above the threshold.
+
+Reads   results/<name>/estimates.csv
+Writes  sampled_tasks/<name>_random_ensemble.txt, results/<name>/scores.csv and scores.png
+
+    python notebook/select_random_ensemble.py results/<name> --top_k 20
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from src import cli
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The script's flags."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("results", help="folder of stage 3's estimates, for example results/<name>")
+    cli.add_targets(parser)
+    cli.add_threshold(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Score and select."""
+    from src import stages
+
+    stages.random_ensemble(args)
+
+
+if __name__ == "__main__":
+    cli.run_stage(main, parse_args())

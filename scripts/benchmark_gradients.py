@@ -1,0 +1,293 @@
+"""How long projected per-sample gradients take and how much memory, as multiples of a training step.
+
+The floor is one plain training step (forward and backward of the LoRA model through transformers' own loss, no
+optimizer) on the same samples in the same batches: by length, within a token budget, padded to the longest.
+Every way is timed in turn, several times, in one process; figures are medians. Memory is the peak above the
+loaded model, each way in a process of its own.
+
+    python scripts/benchmark_gradients.py --model llama --dim 100
+    python scripts/benchmark_gradients.py --model t5 --dim 1024 --json
+    python scripts/benchmark_gradients.py --model llama --dim 400 --device cuda    # TinyLlama shape, bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from src import cli
+from src.data import load_instruction
+from src.datamodule import TaskDataModule
+from src.gradients import GradientCollector, StoreWriter, collect_gradients
+from src.models import LanguageModel, LoraShape, add_adapter
+from src.projection import make_projection
+
+VOCABULARY = 4096
+KINDS = ("sketch", "two_sided", "dense")
+ENGINE = "sketch"
+
+
+def build_model(architecture: str, device: str) -> LanguageModel:
+    """A LoRA model from a configuration: p = 147k (llama) or 442k (t5) on the CPU, TinyLlama's shape on a GPU."""
+    words = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(0)
+    if architecture == "t5":
+        config = T5Config(
+            vocab_size=VOCABULARY, d_model=256, d_kv=32, d_ff=1024, num_layers=6, num_heads=8, dropout_rate=0.0,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        network, lora = T5ForConditionalGeneration(config), LoraShape(16, 32)
+    elif device == "cuda":
+        config = LlamaConfig(
+            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+            num_key_value_heads=4, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        )  # fmt: skip
+        network, lora = LlamaForCausalLM(config), LoraShape(128, 512)
+    else:
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=8, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        )  # fmt: skip
+        network, lora = LlamaForCausalLM(config), LoraShape(16, 32)
+    model = add_adapter(LanguageModel(network, fast, architecture), lora, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # B starts at zero, and zeros can be cheaper than numbers
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+    return model.to(device)
+
+
+def write_samples(path: Path, count: int, longest: int = 256, shortest: int = 20) -> Path:
+    """Rows of 20 to 256 tokens, half of them the prompt, of random words in FLAN layout."""
+    generator = random.Random(0)
+    with open(path, "w", encoding="utf-8") as file:
+        for row in range(count):
+            words = [f"w{generator.randrange(VOCABULARY - 3)}" for _ in range(generator.randint(shortest, longest) - 1)]
+            half = len(words) // 2
+            line = {"inputs": " ".join(words[:half]), "targets": " ".join(words[half:]), "_task_name": f"t{row % 10}"}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+class Bench:
+    """A model and its samples, and the ways to take a pass over them.
+
+    Args:
+        architecture: "llama" or "t5".
+        dim: d.
+        device: "cpu" or "cuda".
+        samples: How many rows.
+        max_tokens: Token budget of a batch.
+    """
+
+    def __init__(self, architecture: str, dim: int, device: str, samples: int, max_tokens: int, folder: Path) -> None:
+        self.dim, self.device, self.folder, self.max_tokens = dim, device, folder, max_tokens
+        self.file = write_samples(folder / f"samples_{samples}.jsonl", samples)
+        self.model = build_model(architecture, device)
+        self.autocast = "bfloat16" if device == "cuda" else None
+        self.datamodule = self.make_datamodule()
+        self.batches = self.datamodule.budgeted(self.datamodule.data.indices("train"))
+
+    def make_datamodule(self) -> TaskDataModule:
+        """Read and tokenise the samples."""
+        data = load_instruction([self.file], heldout_share=0.0)
+        return TaskDataModule(data, self.model.tokenizer, self.model.kind, max_tokens_per_batch=self.max_tokens)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast("cuda", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+
+    def _collate(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        batch = {name: value.to(self.device) for name, value in self.datamodule.collate(rows).items()}
+        del batch["sample_index"]
+        return batch
+
+    def floor(self) -> None:
+        """Forward and backward of the LoRA model, as a trainer does it."""
+        self.model.train()
+        for rows in self.batches:
+            with self._autocast():
+                loss = self.model.network(**self._collate(rows)).loss
+            loss.backward()
+            self.model.zero_grad(set_to_none=True)
+
+    def engine(self, kind: str) -> None:
+        """This project's collector."""
+        projection = self.projections.setdefault(kind, make_projection(kind, self.dim, 0))
+        with GradientCollector(self.model, projection, "loss", self.autocast) as collect:
+            for rows in self.batches:
+                collect(self.datamodule.collate(rows))
+
+    projections: dict = {}
+
+    def for_loop(self) -> None:
+        """One sample, one backward; the gradient is projected by the same sketch."""
+        signs = torch.randint(0, 2, (self.model.layout.num_parameters,), device=self.device).float() * 2 - 1
+        bins = torch.randint(0, self.dim, (self.model.layout.num_parameters,), device=self.device)
+        self.model.eval()
+        for index in np.concatenate(self.batches).tolist():
+            with self._autocast():
+                loss = self.model.network(**self._collate(np.array([index]))).loss
+            loss.backward()
+            flat = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).float()
+            torch.zeros(self.dim, device=self.device).index_add_(0, bins, flat * signs)
+            self.model.zero_grad(set_to_none=True)
+
+    def published(self, batch_size: int = 8, width: int = 256) -> None:
+        """The published loop: batches of 8 padded to 256, one autograd.grad per sample through the batch's graph,
+        a dense float64 projection matrix."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not hasattr(self, "_matrix"):
+            shape = (self.model.layout.num_parameters, self.dim)
+            self._matrix = np.random.default_rng(0).integers(0, 2, shape).astype(np.float64)
+            self._matrix = (self._matrix * 2 - 1) / np.sqrt(self.dim)
+        self.model.eval()
+        rows = np.concatenate(self.batches)
+        for start in range(0, len(rows), batch_size):
+            batch = self._collate(rows[start : start + batch_size])
+            for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+                if name in batch:
+                    missing = width - batch[name].shape[1]
+                    batch[name] = torch.nn.functional.pad(batch[name], (0, max(0, missing)), value=fill)
+            labels = batch.pop("labels")
+            network = self.model.network
+            if self.model.kind == "decoder":
+                logits = network(**batch).logits[:, :-1]
+                targets = labels[:, 1:]
+            else:
+                shifted = network.prepare_decoder_input_ids_from_labels(labels)
+                logits, targets = network(**batch, decoder_input_ids=shifted).logits, labels
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            outputs = losses.sum(1) / (targets != -100).sum(1)
+            for row in range(len(outputs)):
+                gradients = torch.autograd.grad(outputs[row], parameters, retain_graph=True)
+                flat = torch.cat([gradient.flatten() for gradient in gradients]).cpu().numpy().astype(np.float64)
+                flat @ self._matrix
+
+    def stage(self, kind: str) -> None:
+        """The whole stage: read, tokenise, take gradients, write the store."""
+        self.datamodule = self.make_datamodule()
+        data = self.datamodule.data
+        rows = data.indices("train")
+        samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            projection = make_projection(kind, self.dim, 0)
+            store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "")
+            collect_gradients(
+                self.model, self.datamodule, projection, store, output_function="loss", autocast=self.autocast
+            )
+            store.finish({})
+
+
+def seconds_of(way: Callable[[], None], device: str) -> float:
+    """Seconds of one pass; on a GPU by CUDA events."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        way()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    way()
+    return time.perf_counter() - started
+
+
+def interleaved(ways: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each way, timed in turn after a warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            value = seconds_of(way, device)
+            if repeat:
+                seconds[name].append(value)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(way: str, arguments: tuple, device: str) -> int:
+    """Peak bytes above the loaded model of one way, in a process of its own (on a GPU: of the allocator)."""
+    if device == "cuda":
+        bench = Bench(*arguments)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        getattr(bench, way.split(":")[0])(*way.split(":")[1:])
+        return torch.cuda.max_memory_allocated() - before
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_in_this_process, (way, arguments))
+
+
+def _peak_in_this_process(way: str, arguments: tuple) -> int:
+    cli.quiet_libraries()
+    bench = Bench(*arguments)
+    bench.batches = bench.batches[-1:]  # the shortest rows: loads code and buffers that every way needs
+    bench.floor()
+    bench.batches = bench.datamodule.budgeted(bench.datamodule.data.indices("train"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    getattr(bench, way.split(":")[0])(*way.split(":")[1:])
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The script's flags."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model", choices=("llama", "t5"), default="llama", help="architecture (default: llama)")
+    parser.add_argument("--dim", type=cli.positive_int, default=100, help="projection dimension d (default: 100)")
+    parser.add_argument("--samples", type=cli.positive_int, default=256, help="rows of a pass (default: 256)")
+    parser.add_argument("--stage_samples", type=cli.positive_int, default=2000, help="rows of the whole stage")
+    parser.add_argument("--max_tokens", type=cli.positive_int, default=4096, help="token budget of a batch")
+    parser.add_argument("--repeats", type=cli.positive_int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--quick", action="store_true", help="floor and engine only")
+    parser.add_argument("--json", action="store_true", help="only the last line, the figures as JSON")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print the table; the last line is JSON."""
+    cli.quiet_libraries()
+    with tempfile.TemporaryDirectory() as name:
+        arguments = (args.model, args.dim, args.device, args.samples, args.max_tokens, Path(name))
+        bench = Bench(*arguments)
+        ways = {"floor": bench.floor, **{f"engine:{kind}": lambda kind=kind: bench.engine(kind) for kind in KINDS}}
+        seconds = interleaved(ways, args.repeats, args.device)
+        slow = {} if args.quick else {"for_loop": bench.for_loop, "published": bench.published}
+        seconds |= interleaved(slow, 1, args.device)
+        big = Bench(*arguments[:3], args.stage_samples, args.max_tokens, Path(name))
+        staged = interleaved({"floor": big.floor, "stage": lambda: big.stage(ENGINE)}, 1 if args.quick else 2, args.device)
+        memory = {way: peak_memory(way, arguments, args.device) for way in ("floor", f"engine:{ENGINE}")}
+    if not args.json:
+        print(f"{'way':<20}{'seconds':>10}{'/ floor':>10}")
+        for way, value in seconds.items():
+            print(f"{way:<20}{value:>10.2f}{value / seconds['floor']:>10.2f}")
+        print(f"{'stage':<20}{staged['stage']:>10.2f}{staged['stage'] / staged['floor']:>10.2f}")
+        print("peak memory above the model: " + ", ".join(f"{way} {value / 1e6:.0f} MB" for way, value in memory.items()))
+    engine = seconds[f"engine:{ENGINE}"]
+    figures = {
+        "model": args.model,
+        "dim": args.dim,
+        "engine_over_floor": round(engine / seconds["floor"], 3),
+        "stage_over_floor": round(staged["stage"] / staged["floor"], 3),
+        "published_over_engine": round(seconds["published"] / engine, 2) if "published" in seconds else None,
+        "memory_over_floor": round(memory[f"engine:{ENGINE}"] / max(memory["floor"], 1), 3),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,427 @@
+"""Everything a stage script shares with the person at the terminal: flags, names, progress, closing lines.
+
+Each flag is declared here once, in a group; a script adds the groups it needs. A flag that defaults to None
+takes the value that the previous stage stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run
+
+LOG_INTERVAL_SECONDS = 15.0
+"""How often a progress bar writes a line when nobody watches it move."""
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
+    return value
+
+
+def share_or_count(text: str) -> float | int:
+    """A share between 0 and 1, or a whole number of tasks."""
+    value = float(text)
+    if 0 < value < 1:
+        return value
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a share between 0 and 1, or a whole number of tasks")
+    return int(value)
+
+
+# --- flags, once each ----------------------------------------------------------------------------------------
+
+
+def add_instruction_data(parser: argparse.ArgumentParser) -> None:
+    """Where the instruction track's examples come from."""
+    group = parser.add_argument_group("data (instruction)")
+    group.add_argument("--data_files", nargs="+", metavar="FILE", help="training sources: FLAN-layout .jsonl or "
+                       f"Alpaca-layout .pkl files (default: {ALPACA_FILE})")  # fmt: skip
+    group.add_argument("--target_files", nargs="+", default=[], metavar="FILE", help="target tasks that are never "
+                       "trained on; half of each is for validation, half for the final test")  # fmt: skip
+    group.add_argument("--train_instruction", action="store_true", help="Alpaca, FLAN v2 and chain-of-thought "
+                       f"together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name}")  # fmt: skip
+    group.add_argument("--data_key", help="short name of this data in folder names (default: from the files)")
+    add_heldout(group, max_heldout=50)
+    group.add_argument("--loss_on_prompt", action="store_true", help="count the prompt in the loss, as published "
+                       "(default: the completion only)")  # fmt: skip
+
+
+def add_heldout(group: argparse._ArgumentGroup, max_heldout: int) -> None:
+    """How many rows are kept back from training."""
+    group.add_argument("--heldout_share", type=share, default=0.1, help="share of each task's rows held out for "
+                       "validation, and again for test (default: 0.1)")  # fmt: skip
+    group.add_argument("--max_heldout", type=positive_int, default=max_heldout, help="at most so many rows of each "
+                       f"task are held out for each (default: {max_heldout})")  # fmt: skip
+
+
+def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = False) -> None:
+    """Where the chain-of-thought track's examples come from.
+
+    Args:
+        parser: The script's parser.
+        or_instruction: The script serves either track: the instruction group is there too, and `--dataset_key`
+            decides.
+    """
+    group = parser.add_argument_group("data (chain of thought)")
+    group.add_argument(
+        "--dataset_key", required=not or_instruction, help="data set, for example strategy_qa or commonsense_qa"
+    )
+    group.add_argument("--preset_key", default="ft_cot", help="training rows: ft, ft_cot or ft_cot_t70_<k>aug with "
+                       "k of 1 2 4 8 16 32 64 (default: ft_cot)")  # fmt: skip
+    group.add_argument("--train_key", default="ft_cot", help="free label of the training run, kept in prediction "
+                       "files (default: ft_cot)")  # fmt: skip
+    group.add_argument("--split_key", default="default", help="which split file (default: default)")
+    group.add_argument("--data_dir", default=str(DATA), help="folder of dataset/ and split/ (default: data)")
+    group.add_argument("--saved_dir", default=str(SAVED), help="folder of completion_data/ (default: saved)")
+    group.add_argument("--keep_incorrect", action="store_true", help="also train on completions with a wrong answer, "
+                       "as published")  # fmt: skip
+    group.add_argument("--letters", choices=("word", "published"), default="word", help="multiple choice: letters "
+                       "that stand alone count as answers, or any capital letter as published (default: word)")  # fmt: skip
+    group.add_argument("--task_column", help="field of the completions that names a row's source, for example "
+                       "teacher (default: clusters make the tasks)")  # fmt: skip
+    if not or_instruction:
+        add_heldout(group, max_heldout=500)
+
+
+def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
+    """The base model, its adapter and the context."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_key", default=model_key, help="hub id, local folder, or short key such as "
+                       f"flan_t5_base (default: {model_key})")  # fmt: skip
+    group.add_argument("--train_lora", action="store_true", help="train a LoRA adapter instead of the weights")
+    group.add_argument("--lora_rank", type=positive_int, default=16, help="rank of the adapter (default: 16)")
+    group.add_argument("--lora_alpha", type=positive_int, default=32, help="scale of the adapter: its update counts "
+                       "alpha / rank (default: 32)")  # fmt: skip
+    group.add_argument("--lora_target_modules", nargs="+", metavar="NAME", help="layers that carry the adapter "
+                       "(default: the attention's inputs, by architecture)")  # fmt: skip
+    group.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), help="attention "
+                       "kernel (default: the library's choice)")  # fmt: skip
+    group.add_argument("--max_length", type=positive_int, default=512, help="longest row (decoder) or prompt "
+                       "(encoder-decoder), in tokens (default: 512)")  # fmt: skip
+    group.add_argument("--max_target_length", type=positive_int, default=512, help="longest completion of an "
+                       "encoder-decoder, in tokens (default: 512)")  # fmt: skip
+    group.add_argument("--save_name", help="suffix that tells this run's folders from others")
+
+
+def add_hardware(parser: argparse.ArgumentParser) -> None:
+    """Where and how it runs."""
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--devices", "--device", type=int, nargs="+", metavar="GPU", help="GPU numbers: `--devices 1` "
+                       "is the second GPU, `--devices 0 1 2 3` four GPUs (default: GPU 0; ignored without a GPU)")  # fmt: skip
+    group.add_argument("--accelerator", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes a GPU where "
+                       "there is one; `cpu` with several --devices runs as many processes (default: auto)")  # fmt: skip
+    group.add_argument("--strategy", default="auto", help="auto, ddp or fsdp (default: auto)")
+    group.add_argument("--precision", choices=("32", "16", "bf16"), default="32", help="32, or 16 / bf16 mixed "
+                       "precision (default: 32)")  # fmt: skip
+    group.add_argument("--num_nodes", type=positive_int, default=1, help="machines (default: 1)")
+
+
+def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, epochs: int) -> None:
+    """How it is trained."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="rows of a training batch, per "
+                       f"device (default: {batch_size})")  # fmt: skip
+    group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimizer step (default: 1)")
+    group.add_argument("--lr", type=positive_float, default=lr, help=f"learning rate of AdamW (default: {lr:g})")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="weight decay of AdamW (default: 0)")
+    group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
+    group.add_argument("--runs", type=positive_int, default=1, help="repetitions with seeds 0, 1, … (default: 1)")
+    group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0.25, 0.5, 1.0], metavar="SHARE", help="also "
+                       "keep checkpoints at these shares of the optimizer steps (default: 0.25 0.5 1.0)")  # fmt: skip
+
+
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint to go on from."""
+    group = parser.add_argument_group("start")
+    group.add_argument("--load_model_dir", metavar="CHECKPOINT", help="start from this checkpoint below "
+                       "external_lightning_logs/ instead of the base model")  # fmt: skip
+
+
+def add_truth(parser: argparse.ArgumentParser) -> None:
+    """Fine-tuning on chosen tasks only."""
+    group = parser.add_argument_group("fine-tuning on subsets (default: meta-training on all tasks)")
+    chosen = group.add_mutually_exclusive_group()
+    chosen.add_argument("--subset_file", metavar="FILE", help="fine-tune the base model once for each line of a "
+                        "sampled_tasks file and append a row of losses for each")  # fmt: skip
+    chosen.add_argument("--task_idxes", type=int, nargs="*", metavar="ID", help="fine-tune once on these tasks; "
+                        "without numbers, only evaluate the base model")  # fmt: skip
+
+
+def add_meta_init(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoints of meta-training."""
+    group = parser.add_argument_group("meta-initialization")
+    group.add_argument("--load_model_dir", nargs="+", metavar="CHECKPOINT", help="checkpoints below "
+                       "external_lightning_logs/, for example RUN/epoch_epoch=17 (default: those that "
+                       "--checkpoint_at kept in this run; their estimates are added)")  # fmt: skip
+    add_run(parser)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Which repetition."""
+    parser.add_argument(
+        "--run", type=int, default=0, help="number of the run, seed of its projection and subsets (default: 0)"
+    )
+
+
+def add_clusters(parser: argparse.ArgumentParser) -> None:
+    """Tasks made of samples with similar gradients."""
+    group = parser.add_argument_group("clusters as tasks")
+    group.add_argument("--load_clusters", action="store_true", help="tasks are clusters of the training samples by "
+                       "their projected gradients, made on first use and kept beside them")  # fmt: skip
+    group.add_argument("--num_clusters", type=positive_int, default=100, help="number of clusters (default: 100)")
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """How answers are generated."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--inference_batch_size", type=positive_int, default=32, help="rows of a generation batch "
+                       "(default: 32)")  # fmt: skip
+    group.add_argument("--max_new_tokens", type=positive_int, default=256, help="longest generated completion, in "
+                       "tokens (default: 256)")  # fmt: skip
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """How a solution is turned into an estimate."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--evaluate", choices=("first_order", "displaced"), default="first_order", help="linear algebra "
+                       "alone, or also run the validation rows through the model at the displaced weights "
+                       "(default: first_order)")  # fmt: skip
+    group.add_argument("--scale", type=positive_float, help="displaced: length of the displacement, relative to the "
+                       "norm of the trained weights (default: as the solution has it)")  # fmt: skip
+
+
+def add_projection(parser: argparse.ArgumentParser) -> None:
+    """The dimension that names a store."""
+    group = parser.add_argument_group("projection")
+    group.add_argument("--project_dim", "--project_dimension", type=positive_int, default=400, help="dimension d of "
+                       "the projected gradients (default: 400)")  # fmt: skip
+
+
+def add_gradients(parser: argparse.ArgumentParser) -> None:
+    """How gradients are taken."""
+    add_projection(parser)
+    group = parser.add_argument_group("gradients")
+    group.add_argument("--projection", choices=("sketch", "two_sided", "dense", "none"), default="two_sided", help="kind of "
+                       "random projection; none keeps all p coordinates (default: two_sided)")  # fmt: skip
+    group.add_argument("--output_function", choices=("loss", "margin"), default="loss", help="what is differentiated: "
+                       "the mean loss of a sample's target tokens, or their mean log-odds as in the paper "
+                       "(default: loss)")  # fmt: skip
+    group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
+                       "are always projected unless --projection none")  # fmt: skip
+    group.add_argument("--max_tokens_per_batch", type=positive_int, default=4096, help="rows times longest row of a "
+                       "batch (default: 4096)")  # fmt: skip
+
+
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """What the estimates are for."""
+    group = parser.add_argument_group("target")
+    group.add_argument("--target_task", nargs="+", metavar="NAME", help="target tasks; selection minimises the mean "
+                       "over them (default: the tasks of --target_files, else every task)")  # fmt: skip
+
+
+def add_estimator(parser: argparse.ArgumentParser, estimators: Iterable[str]) -> None:
+    """How estimates are made."""
+    group = parser.add_argument_group("estimation")
+    group.add_argument("--estimator", choices=tuple(estimators), default="ridge", help="(default: ridge)")
+    group.add_argument("--rho", type=positive_float, default=0.01, help="ridge strength, relative to the mean squared "
+                       "norm of a gradient (default: 0.01)")  # fmt: skip
+    group.add_argument("--weight_by", choices=("sample", "task"), default="sample", help="whether rows or tasks weigh "
+                       "equally (default: sample)")  # fmt: skip
+
+
+def add_subsets(parser: argparse.ArgumentParser) -> None:
+    """Which subsets are estimated."""
+    group = parser.add_argument_group("subsets")
+    group.add_argument("--sampled_tasks", metavar="FILE", help="file of subsets, one a line; read if it is there, "
+                       "else drawn and written (default: sampled_tasks/<run>.txt)")  # fmt: skip
+    group.add_argument("--number_of_subsets", type=positive_int, default=1000, help="subsets to draw (default: 1000)")
+    group.add_argument("--subset_size", type=share_or_count, default=0.5, help="share of the tasks in each, or their "
+                       "number (default: 0.5)")  # fmt: skip
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """How forward selection goes and stops."""
+    group = parser.add_argument_group("selection")
+    group.add_argument("--start_from", type=int, nargs="+", default=[], metavar="ID", help="tasks that are in from the "
+                       "start (default: none)")  # fmt: skip
+    group.add_argument("--max_tasks", type=positive_int, help="stop at so many tasks (default: when nothing improves)")
+    group.add_argument("--tolerance", type=float, default=0.0, help="smallest relative improvement that counts "
+                       "(default: 0)")  # fmt: skip
+    group.add_argument("--patience", type=int, default=0, help="steps without improvement before it stops (default: 0)")
+
+
+def add_threshold(parser: argparse.ArgumentParser) -> None:
+    """How random-ensemble scores become a subset."""
+    group = parser.add_argument_group("threshold (default: the better group of scores)")
+    chosen = group.add_mutually_exclusive_group()
+    chosen.add_argument("--top_k", type=positive_int, help="the best so many tasks")
+    chosen.add_argument("--ratio", type=share, help="the best share of the tasks")
+    chosen.add_argument("--threshold", type=float, help="tasks with a score of at most this")
+
+
+# --- from arguments to names ---------------------------------------------------------------------------------
+
+
+def instruction_files(args: argparse.Namespace) -> list[Path]:
+    """The training files of the instruction track.
+
+    Raises:
+        ValueError: `--train_instruction` and `--data_files` together.
+    """
+    if args.data_files and args.train_instruction:
+        raise ValueError("--train_instruction names its own files; leave it out, or leave out --data_files")
+    if args.data_files:
+        return [Path(file) for file in args.data_files]
+    return [ALPACA_FILE, FLAN_FILE, ZS_COT_FILE] if args.train_instruction else [ALPACA_FILE]
+
+
+def run_from(args: argparse.Namespace, run: int | None = None) -> Run:
+    """The `Run` that a stage's arguments name."""
+    if getattr(args, "dataset_key", None):
+        data_key, preset_key = args.dataset_key, args.preset_key
+    else:
+        files = instruction_files(args)
+        default = "instruction" if args.train_instruction else "+".join(file.stem for file in files)
+        data_key, preset_key = args.data_key or default, None
+    return Run(
+        args.model_key,
+        data_key,
+        preset_key,
+        args.lora_rank if args.train_lora else None,
+        args.save_name,
+        args.run if run is None else run,
+    )
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Resolved hardware flags: what Lightning's Trainer takes."""
+
+    accelerator: str
+    devices: list[int] | int
+    strategy: str
+    precision: str
+    num_nodes: int
+
+    @property
+    def device(self) -> str:
+        """The first device, for work outside a Trainer."""
+        return f"cuda:{self.devices[0]}" if isinstance(self.devices, list) else "cpu"
+
+    @property
+    def autocast(self) -> str | None:
+        """dtype name of mixed precision outside a Trainer, or None."""
+        return {"16-mixed": "float16", "bf16-mixed": "bfloat16"}.get(self.precision)
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Print a notice the first time only."""
+    if message not in _said:
+        _said.add(message)
+        print(message, flush=True)
+
+
+def hardware_from(args: argparse.Namespace) -> Hardware:
+    """Resolve the hardware flags against what the machine has.
+
+    Raises:
+        ValueError: a GPU was asked for that is not there.
+    """
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.accelerator == "cuda" and not available:
+        raise ValueError("--accelerator cuda: this machine has no CUDA GPU; leave the flag out to run on the CPU")
+    if args.accelerator == "cpu" or not available:
+        processes = len(args.devices) if args.accelerator == "cpu" and args.devices else 1
+        if args.accelerator != "cpu":
+            say_once(
+                "No CUDA GPU here: everything runs on the CPU" + (", in 32-bit" if args.precision == "16" else "") + "."
+            )
+        precision = {"32": "32-true", "16": "32-true", "bf16": "bf16-mixed"}[args.precision]
+        return Hardware("cpu", processes, args.strategy, precision, args.num_nodes)
+    devices = args.devices or [0]
+    if wrong := [device for device in devices if not 0 <= device < available]:
+        raise ValueError(f"--devices {wrong[0]}: this machine has GPUs 0 to {available - 1}")
+    precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[args.precision]
+    return Hardware("cuda", devices, args.strategy, precision, args.num_nodes)
+
+
+# --- what the user sees --------------------------------------------------------------------------------------
+
+
+def progress(
+    iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", **options: Any
+) -> tqdm:
+    """A progress bar with rate and remaining time; in a log file, a line every few seconds."""
+    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
+    return tqdm(iterable, desc=desc, total=total, unit=unit, mininterval=interval, dynamic_ncols=True, **options)
+
+
+def say_notices(notices: Iterable[str]) -> None:
+    """Print the one-line notices of a loading step."""
+    for notice in notices:
+        say_once(f"note: {notice}")
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print on every start and a user cannot act on."""
+    import logging
+
+    for name in (
+        "pytorch_lightning",
+        "lightning.pytorch",
+        "lightning",
+        "pytorch_lightning.utilities.rank_zero",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def run_stage(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a stage's `main`; an error that the user can mend is one line and exit status 1, not a traceback."""
+    try:
+        main(args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if os.environ.get("GRADEX_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

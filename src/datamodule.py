@@ -1,0 +1,269 @@
+"""Examples become token ids, and token ids become batches.
+
+Tokenising happens once; batches are padded to their longest row, never to a fixed length. Three orders exist:
+shuffled in batches of equal row count (training), by length within a token budget (evaluation and gradients),
+and by length in batches of equal row count (generation).
+
+Letters: N samples, B batch, T tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from src.data import TaskData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of a position that is no part of the loss (the convention of torch and transformers)."""
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths in one flat array: `values` (sum of lengths,), `offsets` (N + 1,)."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]]) -> Ragged:
+        """Flatten a list of rows of ids."""
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        values = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=offsets[-1])
+        return cls(values, offsets)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each row, (N,)."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """Token ids of every example: prompts and completions apart, special tokens included."""
+
+    prompts: Ragged
+    completions: Ragged
+    notices: tuple[str, ...]
+
+
+def tokenize(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, *, max_length: int, max_target_length: int
+) -> TokenizedData:
+    """Tokenise every example's prompt and completion apart.
+
+    A decoder's row is prompt + completion + end token; where it is longer than `max_length` the prompt loses
+    tokens at its beginning first, then the completion at its end. An encoder-decoder's prompt is cut at
+    `max_length`, its completion at `max_target_length`. Every cut is counted in a notice.
+
+    Raises:
+        ValueError: the tokenizer has no end token, or a completion has no token at all.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; add one and save it again"
+        )
+    prompts = tokenizer([example.prompt for example in data.examples], verbose=False)["input_ids"]
+    decoder = kind == "decoder"
+    completions = tokenizer(
+        [example.completion for example in data.examples], add_special_tokens=not decoder, verbose=False
+    )["input_ids"]
+    end = tokenizer.eos_token_id
+    cut_prompts = cut_completions = 0
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not [token for token in completion if token != end]:
+            example = data.examples[row]
+            raise ValueError(
+                f"sample {row} (task {example.task}): the completion {example.completion!r} has no token; "
+                "give it a text that the tokenizer knows, or remove the row"
+            )
+        limit = max_length if decoder else max_target_length
+        if decoder or completion[-1] != end:
+            completion = [*completion, end]
+        if len(completion) > limit:
+            completion, cut_completions = completion[:limit], cut_completions + 1
+        room = max_length - len(completion) if decoder else max_length
+        if len(prompt) > room:
+            prompt = prompt[len(prompt) - room :] if decoder else prompt[:room]
+            cut_prompts += 1
+        prompts[row], completions[row] = prompt, completion
+    notices = []
+    if cut_prompts or cut_completions:
+        notices.append(
+            f"{cut_prompts:,} prompts and {cut_completions:,} completions of {len(prompts):,} rows were cut to fit "
+            f"--max_length {max_length}" + ("" if decoder else f" and --max_target_length {max_target_length}")
+        )
+    return TokenizedData(Ragged.from_rows(prompts), Ragged.from_rows(completions), tuple(notices))
+
+
+def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Tensor:
+    """Stack rows of ids to (B, T), filled with `value`."""
+    width = max(len(row) for row in rows)
+    padded = np.full((len(rows), width), value, dtype=np.int64)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        padded[index, span] = row
+    return torch.from_numpy(padded)
+
+
+class TaskDataModule(pl.LightningDataModule):
+    """Batches of a `TaskData` for training, evaluation, generation and gradients.
+
+    Args:
+        data: The examples.
+        tokenizer: Tokenizer of the model.
+        kind: "decoder" or "encoder_decoder".
+        batch_size: Rows of a training batch, per process.
+        inference_batch_size: Rows of a generation batch.
+        max_length: Longest row (decoder) or prompt (encoder-decoder) in tokens.
+        max_target_length: Longest completion of an encoder-decoder in tokens.
+        max_tokens_per_batch: Budget of an evaluation or gradient batch: rows x longest row.
+        loss_on_prompt: Count the prompt in a decoder's loss (the published behaviour).
+        train_indices: Sample indices to train on; None = every training row.
+        seed: Seed of the training order.
+    """
+
+    def __init__(
+        self,
+        data: TaskData,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: str,
+        *,
+        batch_size: int = 8,
+        inference_batch_size: int = 32,
+        max_length: int = 512,
+        max_target_length: int = 512,
+        max_tokens_per_batch: int = 4096,
+        loss_on_prompt: bool = False,
+        train_indices: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data, self.kind = data, kind
+        self.batch_size, self.inference_batch_size = batch_size, inference_batch_size
+        self.max_tokens_per_batch, self.loss_on_prompt = max_tokens_per_batch, loss_on_prompt
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.tokens = tokenize(data, tokenizer, kind, max_length=max_length, max_target_length=max_target_length)
+        self.select_training_rows(train_indices, seed)
+
+    def select_training_rows(self, train_indices: np.ndarray | None, seed: int) -> None:
+        """Train on these rows from now on, in the order that `seed` draws; tokens are kept."""
+        self.train_indices = self.data.indices("train") if train_indices is None else np.asarray(train_indices)
+        self.seed = seed
+
+    # --- collating ---------------------------------------------------------------------------------------
+
+    def collate(self, indices: Sequence[int], pad_left: bool = False) -> Batch:
+        """Rows of the given sample indices as one batch.
+
+        Returns:
+            `sample_index` (B,), `input_ids` (B, T), `labels` (B, T or target length; `IGNORED` where there
+            is no loss), and `attention_mask` (B, T), which is left out where every attention it could hide is
+            hidden anyway: a decoder's padding on the right, or no padding.
+        """
+        prompts = [self.tokens.prompts[i] for i in indices]
+        completions = [self.tokens.completions[i] for i in indices]
+        batch: Batch = {"sample_index": torch.as_tensor(np.asarray(indices, dtype=np.int64))}
+        if self.kind == "decoder":
+            rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
+            batch["input_ids"] = _pad(rows, self.pad_id, pad_left)
+            hidden = [np.full_like(prompt, IGNORED) for prompt in prompts] if not self.loss_on_prompt else prompts
+            labels = [np.concatenate(pair) for pair in zip(hidden, completions, strict=True)]
+            batch["labels"] = _pad(labels, IGNORED, pad_left)
+            masked = pad_left
+        else:
+            rows = prompts
+            batch["input_ids"] = _pad(rows, self.pad_id, pad_left)
+            batch["labels"] = _pad(completions, IGNORED)
+            masked = len({len(row) for row in rows}) > 1
+        if masked:
+            batch["attention_mask"] = _pad([np.ones_like(row) for row in rows], 0, pad_left)
+        return batch
+
+    def collate_prompts(self, indices: Sequence[int]) -> Batch:
+        """Prompts only, padded on the side that generation needs: `sample_index`, `input_ids`, `attention_mask`."""
+        prompts = [self.tokens.prompts[i] for i in indices]
+        left = self.kind == "decoder"
+        return {
+            "sample_index": torch.as_tensor(np.asarray(indices, dtype=np.int64)),
+            "input_ids": _pad(prompts, self.pad_id, left),
+            "attention_mask": _pad([np.ones_like(prompt) for prompt in prompts], 0, left),
+        }
+
+    # --- orders ------------------------------------------------------------------------------------------
+
+    def by_length(self, indices: np.ndarray) -> np.ndarray:
+        """The sample indices, longest row first (an oversized batch fails at once); ties by index."""
+        lengths = self.tokens.prompts.lengths[indices] + self.tokens.completions.lengths[indices]
+        return indices[np.lexsort((indices, -lengths))]
+
+    def budgeted(self, indices: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
+        """Cut the rows, by length, into batches of at most `max_tokens` padded tokens (at least one row each)."""
+        max_tokens = max_tokens or self.max_tokens_per_batch
+        ordered = self.by_length(np.asarray(indices))
+        lengths = self.tokens.prompts.lengths[ordered] + self.tokens.completions.lengths[ordered]
+        batches, start = [], 0
+        while start < len(ordered):
+            rows = max(1, max_tokens // int(lengths[start]))
+            batches.append(ordered[start : start + rows])
+            start += rows
+        return batches
+
+    def evaluation_batches(self, indices: np.ndarray, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Batches by length within the token budget: for losses and gradients, where order does not matter."""
+        return (self.collate(rows) for rows in self.budgeted(indices, max_tokens))
+
+    # --- Lightning ---------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled training rows; under several processes each sees its own share."""
+        rows = self.train_indices
+        if self.trainer is not None and self.trainer.world_size > 1:
+            sampler = DistributedSampler(
+                rows, self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=self.seed
+            )
+        else:
+            sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(self.seed))
+        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
+
+    def _evaluation_dataloaders(self, split: str) -> list[DataLoader]:
+        """Rows of a split by length for the losses, and prompts for generation where completions are judged."""
+        indices = self.data.indices(split)
+        loaders = [self._shared_out(self.budgeted(indices), self.collate)]
+        if self.data.judge is not None:
+            ordered, size = self.by_length(indices), self.inference_batch_size
+            prompts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+            loaders.append(self._shared_out(prompts, self.collate_prompts))
+        return loaders
+
+    def _shared_out(self, batches: list[np.ndarray], collate: Callable[[np.ndarray], Batch]) -> DataLoader:
+        """A loader of whole batches. Under several processes each takes every world-size-th; one that runs out
+        repeats its last, so that all make the same number of steps."""
+        if self.trainer is not None and (world := self.trainer.world_size) > 1:
+            own = batches[self.trainer.global_rank :: world]
+            steps = -(-len(batches) // world)
+            batches = own + [(own or batches)[-1]] * (steps - len(own))
+        return DataLoader(batches, batch_size=None, collate_fn=collate)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Validation rows."""
+        return self._evaluation_dataloaders("validation")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Test rows."""
+        return self._evaluation_dataloaders("test")

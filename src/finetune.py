@@ -1,0 +1,319 @@
+"""Fine-tuning and evaluating: one Lightning module for both tracks.
+
+Meta-training, the one fine-tuning at the end and every fine-tuning for ground truth are the same call with
+other rows. What differs is kept in callbacks (checkpoints on the way) and in the caller (which rows).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from src.cli import Hardware, progress
+from src.data import TaskData
+from src.datamodule import Batch, TaskDataModule
+from src.models import LanguageModel, per_sample_loss, save_model
+from src.paths import epoch_checkpoint_name, step_checkpoint_name, write_manifest
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how fast. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation."""
+
+    epochs: int
+    lr: float
+    weight_decay: float = 0.0
+    accumulate: int = 1
+    max_new_tokens: int = 256
+
+
+class FineTuning(pl.LightningModule):
+    """AdamW with a constant learning rate on the mean loss of a batch's target tokens.
+
+    Validation and test record the mean loss of every sample they see (`losses`, (N,), NaN where not seen) and,
+    where completions can be judged, what is generated for its prompt (`completions`, by sample index). Under
+    several processes each sample is computed by one of them and the records are joined.
+    """
+
+    def __init__(self, model: LanguageModel, data: TaskData, plan: TrainingPlan) -> None:
+        super().__init__()
+        self.model, self.data, self.plan = model, data, plan
+        self.losses = np.full(len(data), np.nan)
+        self.completions: dict[int, str] = {}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits, labels, _ = self.model.target_logits(batch)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        self.log("train_loss", loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trainable, lr=self.plan.lr, weight_decay=self.plan.weight_decay)
+
+    def on_validation_epoch_start(self) -> None:
+        # -inf marks "not seen here", so that a maximum joins the records of several processes
+        self._seen = torch.full((len(self.data),), float("-inf"), dtype=torch.float64)
+        self.completions = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if "labels" not in batch:
+            texts = self.model.generate(batch, self.plan.max_new_tokens)
+            self.completions.update(zip(batch["sample_index"].tolist(), texts, strict=True))
+            return
+        logits, labels, rows = self.model.target_logits(batch)
+        losses = per_sample_loss(logits, labels, rows, len(batch["labels"]))
+        self._seen[batch["sample_index"].cpu()] = losses.double().cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        seen = self.trainer.strategy.reduce(self._seen.to(self.device), reduce_op="max").cpu()
+        seen[seen == float("-inf")] = float("nan")
+        self.losses = seen.numpy()
+        self.log("val_loss", float(np.nanmean(self.losses)), rank_zero_only=True)
+        if self.data.judge is not None:
+            self.completions = join_completions(self.trainer, self.completions)
+            correct = [correct_of(self.data, index, text) for index, text in self.completions.items()]
+            self.log("val_accuracy", float(np.mean(correct)), rank_zero_only=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+
+def correct_of(data: TaskData, sample_index: int, completion: str) -> bool:
+    """Whether a generated completion has the right answer."""
+    return data.judge(completion, data.examples[sample_index].answer)["correct"]
+
+
+def join_completions(trainer: pl.Trainer, completions: dict[int, str]) -> dict[int, str]:
+    """The completions of all processes."""
+    if trainer.world_size == 1:
+        return completions
+    gathered: list[dict[int, str]] = [{} for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(gathered, completions)
+    return {index: text for part in gathered for index, text in part.items()}
+
+
+class FitProgress(pl.Callback):
+    """One bar over all optimizer steps of a fit, with the last training and validation loss."""
+
+    def __init__(self, desc: str) -> None:
+        self.desc = desc
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.bar = progress(desc=self.desc, total=int(trainer.estimated_stepping_batches), unit="step")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if self.bar is not None:
+            shown = {name: f"{float(value):.3f}" for name, value in trainer.callback_metrics.items()}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(trainer.global_step - self.bar.n)
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Checkpoints(pl.Callback):
+    """Saves the model at shares of the course and at the epoch of the best validation loss.
+
+    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last.
+
+    Args:
+        folder: Where checkpoints go.
+        shares: Shares of all optimizer steps, in (0, 1].
+        describe: What every manifest says.
+    """
+
+    def __init__(self, folder: Path, shares: Sequence[float], describe: dict[str, Any]) -> None:
+        self.folder, self.shares, self.describe = folder, sorted(set(shares)), describe
+        self.trajectory: list[str] = []
+        self.best: str | None = None
+        self.best_loss = float("inf")
+
+    def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        steps = int(trainer.estimated_stepping_batches)
+        self.steps = {max(1, round(fraction * steps)) for fraction in self.shares}
+        if 0.0 in self.shares:
+            self._save(trainer, module, step_checkpoint_name(0), step=0)
+            self.trajectory.append(step_checkpoint_name(0))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: FineTuning, *_: Any) -> None:
+        step = trainer.global_step
+        if step in self.steps:
+            self.steps.remove(step)
+            name = step_checkpoint_name(step)
+            self._save(trainer, module, name, step=step)
+            self.trajectory.append(name)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        loss = float(np.nanmean(module.losses))
+        if trainer.sanity_checking or not trainer.training or loss >= self.best_loss:
+            return
+        replaced, self.best = self.best, epoch_checkpoint_name(trainer.current_epoch)
+        self.best_loss = loss
+        self._save(trainer, module, self.best, epoch=trainer.current_epoch, validation_loss=loss)
+        if replaced and trainer.is_global_zero:
+            shutil.rmtree(self.folder / replaced, ignore_errors=True)
+
+    def _save(self, trainer: pl.Trainer, module: FineTuning, name: str, **facts: Any) -> None:
+        if trainer.is_global_zero:
+            save_checkpoint(module.model, self.folder / name, {**self.describe, **facts})
+
+
+class SavePredictions(pl.Callback):
+    """Hands every validation's completions to `write(epoch, completions)`."""
+
+    def __init__(self, write: Callable[[int, dict[int, str]], None]) -> None:
+        self.write = write
+
+    def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        if trainer.is_global_zero:
+            self.write(trainer.current_epoch, module.completions)
+
+
+def save_checkpoint(model: LanguageModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write a checkpoint folder anew, its manifest last."""
+    shutil.rmtree(folder, ignore_errors=True)
+    save_model(model, folder)
+    write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts})
+
+
+def build_trainer(
+    hardware: Hardware,
+    plan: TrainingPlan | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    validate: bool = False,
+) -> pl.Trainer:
+    """A Trainer that writes nothing of its own: checkpoints, bars and logs are callbacks of ours.
+
+    Args:
+        hardware: Resolved hardware flags.
+        plan: The training; None for evaluation only.
+        callbacks: What else happens on the way.
+        validate: Whether every epoch ends with a validation.
+    """
+    return pl.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        strategy=hardware.strategy,
+        precision=hardware.precision,
+        num_nodes=hardware.num_nodes,
+        max_epochs=plan.epochs if plan else 1,
+        accumulate_grad_batches=plan.accumulate if plan else 1,
+        callbacks=list(callbacks),
+        limit_val_batches=1.0 if validate or plan is None else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        # a step count in checkpoint names and bars is worth more than a log line every 50 steps
+        log_every_n_steps=1,
+    )
+
+
+def fit(
+    model: LanguageModel,
+    datamodule: TaskDataModule,
+    plan: TrainingPlan,
+    hardware: Hardware,
+    *,
+    seed: int,
+    callbacks: Sequence[pl.Callback] = (),
+    validate: bool = False,
+) -> None:
+    """Train the model's trainable parameters in place on the data module's training rows."""
+    pl.seed_everything(seed, verbose=False)
+    model.train()
+    trainer = build_trainer(hardware, plan, callbacks, validate)
+    trainer.fit(FineTuning(model, datamodule.data, plan), datamodule=datamodule)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on the held-out rows: `losses` (N,), NaN for training rows; `completions` by sample index."""
+
+    losses: np.ndarray
+    completions: dict[int, str]
+
+
+def evaluate(
+    model: LanguageModel, datamodule: TaskDataModule, hardware: Hardware, plan: TrainingPlan, splits: Sequence[str]
+) -> Evaluation:
+    """Losses, and where they can be judged completions, of the rows of the given splits."""
+    losses = np.full(len(datamodule.data), np.nan)
+    completions: dict[int, str] = {}
+    module = FineTuning(model, datamodule.data, plan)
+    trainer = build_trainer(hardware)
+    runs = {"validation": trainer.validate, "test": trainer.test}
+    for split in splits:
+        runs[split](module, datamodule=datamodule, verbose=False)
+        losses = np.fmax(losses, module.losses)
+        completions |= module.completions
+    return Evaluation(losses, completions)
+
+
+def target_metrics(data: TaskData, evaluation: Evaluation, splits: Sequence[str]) -> dict[str, float]:
+    """Mean loss of each target, `<split>_loss/<target>`, and where completions are judged its accuracy,
+    `<split>_accuracy/<target>`."""
+    metrics = {}
+    for split in splits:
+        held_out = data.indices(split)
+        for position, target in enumerate(data.targets):
+            rows = held_out[data.target_of_sample[held_out] == position]
+            if not len(rows):
+                continue
+            metrics[f"{split}_loss/{target}"] = float(np.mean(evaluation.losses[rows]))
+            if data.judge is not None:
+                correct = [correct_of(data, index, evaluation.completions[index]) for index in rows.tolist()]
+                metrics[f"{split}_accuracy/{target}"] = float(np.mean(correct))
+    return metrics
+
+
+def fine_tune_on_subset(
+    model: LanguageModel,
+    start: dict[str, Tensor],
+    datamodule: TaskDataModule,
+    subset: Sequence[int],
+    plan: TrainingPlan,
+    hardware: Hardware,
+    *,
+    seed: int,
+    callbacks: Callable[[], Sequence[pl.Callback]] = tuple,
+) -> dict[str, float]:
+    """The fine-tuned value of a subset: train from `start` on its tasks, then evaluate.
+
+    Args:
+        model: Any model of this shape; its trainable parameters are overwritten.
+        start: Trainable state to begin with (`LanguageModel.trainable_state`).
+        datamodule: All rows; its training rows are set to the subset's.
+        subset: Task ids; empty means the base model as it is.
+        plan: The training.
+        hardware: Where it runs.
+        seed: Seed of order and dropout.
+        callbacks: Makes the callbacks of this one fit.
+
+    Returns:
+        `num_rows` and the columns of `target_metrics` on validation and test rows.
+    """
+    model.load_trainable_state(start)
+    rows = datamodule.data.indices("train", subset)
+    if len(subset):
+        datamodule.select_training_rows(rows, seed)
+        fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks())
+    splits = ("validation", "test")
+    evaluation = evaluate(model, datamodule, hardware, plan, splits)
+    return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}

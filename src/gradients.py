@@ -1,0 +1,362 @@
+"""Projected per-sample gradients: taking them, and keeping them.
+
+Taking: one forward and one backward of the *sum* of the per-sample outputs. Samples of a batch do not meet
+before that sum, so the gradient at a layer's output, row by row, is the gradient of that row's own output;
+with the layer's input it gives the per-sample gradient G_i = sum_t delta_t a_t^T of the layer's weight, which
+is projected at once. Weight gradients, a p-vector or a p x d matrix are never formed (DESIGN 2).
+
+Keeping: one folder per checkpoint, rows keyed by sample index, complete or absent.
+
+Letters: N samples, R stored rows (training and validation), B batch, T tokens, d projection dimension, n tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from src.cli import progress
+from src.datamodule import Batch, TaskDataModule
+from src.estimation import Part, Rows, TaskMoments, task_moments
+from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
+from src.paths import MANIFEST, atomic_write, check_manifest, read_manifest, write_json, write_manifest
+from src.projection import Projection
+
+PROJECTED = "projected.npy"
+OUTPUTS = "outputs.npy"
+SAMPLES = "samples.npz"
+DONE = "done.npy"
+REQUEST = "request.json"
+
+
+class GradientCollector:
+    """Projected gradients of a batch in one backward.
+
+    Used as a context: inside it the model is in evaluation mode and its parameters are frozen (the backward
+    needs activations and output gradients, never `param.grad`); on exit both are as before.
+
+    Args:
+        model: The model at the meta-initialization.
+        projection: Where each matrix's per-sample gradients are added.
+        output_function: "loss" or "margin".
+        autocast: dtype name of mixed precision, or None. Projections are added up in float32 either way.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        projection: Projection,
+        output_function: str = "loss",
+        autocast: str | None = None,
+    ) -> None:
+        self.model, self.projection = model, projection
+        self.layout = model.layout
+        self.output_function = OUTPUT_FUNCTIONS[output_function]
+        self.autocast = autocast
+
+    def __enter__(self) -> GradientCollector:
+        self._was_training = self.model.training
+        self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.eval()
+        for parameter in self._trainable:
+            parameter.requires_grad_(False)
+        self._modules = dict(self.model.network.named_modules())
+        self._hooks = [
+            self._modules[matrix.module_name].register_forward_hook(self._watch(matrix)) for matrix in self.layout.matrices
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self.model.train(self._was_training)
+
+    def _watch(self, matrix: AdaptedMatrix) -> Callable[..., Tensor | None]:
+        """A forward hook that projects the layer's per-sample gradient as soon as backward reaches its output."""
+
+        # the output layer sees the target positions of all rows in one line (`LanguageModel.target_logits`)
+        at_targets = self._modules[matrix.module_name] is self.model.network.get_output_embeddings()
+
+        def forward_hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            inputs, rows = arguments[0].detach(), self._rows
+
+            def project(output_gradients: Tensor) -> None:
+                factors = (output_gradients, inputs)
+                if at_targets:
+                    factors = tuple(self._by_row(factor) for factor in factors)
+                self.projection.add(matrix.name, matrix.shape, *factors, rows)
+
+            if output.requires_grad:
+                output.register_hook(project)
+                return None
+            # the lowest adapted layers: the graph starts here, nothing below them is ever differentiated
+            output = output.detach().requires_grad_()
+            output.register_hook(project)
+            return output
+
+        return forward_hook
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """(1, K, size) of target positions -> (B, T, size), each row's positions padded with zeros."""
+        pieces = values[0].split(torch.bincount(self._target_rows, minlength=len(self._rows)).tolist())
+        return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Take one batch.
+
+        Returns:
+            rows (B, d) float32, outputs (B,) float32.
+        """
+        device = self.model.device
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        num_rows = len(batch["labels"])
+        self._rows = torch.zeros(num_rows, self.projection.dim, device=device)
+        mixed = (
+            torch.autocast(device.type, getattr(torch, self.autocast)) if self.autocast else contextlib.nullcontext()
+        )
+        with torch.enable_grad():
+            with mixed:
+                logits, labels, rows = self.model.target_logits(batch)
+            self._target_rows = rows
+            outputs = self.output_function(logits, labels, rows, num_rows)
+            outputs.sum().backward()
+        return self._rows, outputs.detach()
+
+
+# --- the store -----------------------------------------------------------------------------------------------
+
+
+class StoreWriter:
+    """The rows of one checkpoint on their way to disk.
+
+    Rows go to memory-mapped arrays in a hidden `.part` folder; `finish` writes the manifest and gives the
+    folder its name, so that a folder that exists is whole. A killed run leaves the `.part`, and the next run
+    with the same request goes on where it was.
+
+    Args:
+        folder: The part's final folder.
+        request: Everything the rows depend on; another request is refused.
+        samples: Arrays of length R that say which row is which: `sample_index`, `task`, `target`.
+        dim: d.
+        repair: What to do about a mismatch, for the message.
+
+    Raises:
+        ValueError: the folder, finished or not, was made from something else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        request: Mapping[str, Any],
+        samples: Mapping[str, np.ndarray],
+        dim: int,
+        repair: str,
+    ) -> None:
+        self.folder, self.request = folder, json.loads(json.dumps(request))
+        self.samples = {name: np.asarray(values) for name, values in samples.items()}
+        self.complete = folder.is_dir()
+        if self.complete:
+            check_manifest(folder, read_manifest(folder, repair), self.request, repair)
+            return
+        self.partial = folder.with_name(f".{folder.name}.part")
+        shape = (len(self.samples["sample_index"]), dim)
+        if (self.partial / REQUEST).is_file():
+            begun = json.loads((self.partial / REQUEST).read_text(encoding="utf-8"))
+            check_manifest(self.partial, begun, self.request, repair)
+            mode = "r+"
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+            mode = "w+"
+        self.rows = self._array(PROJECTED, mode, np.float32, shape)
+        self.outputs = self._array(OUTPUTS, mode, np.float32, shape[:1])
+        self.done = self._array(DONE, mode, np.bool_, shape[:1])
+        if mode == "w+":
+            with atomic_write(self.partial / SAMPLES) as temporary:
+                np.savez(temporary, **self.samples)
+            # written last: arrays without a request are not resumed
+            write_json(self.partial / REQUEST, self.request)
+
+    def _array(self, name: str, mode: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+        if mode == "r+":
+            return np.lib.format.open_memmap(self.partial / name, mode="r+")
+        return np.lib.format.open_memmap(self.partial / name, mode="w+", dtype=dtype, shape=shape)
+
+    def missing(self) -> np.ndarray:
+        """Sample indices without a row yet, ascending."""
+        return self.samples["sample_index"][:0] if self.complete else self.samples["sample_index"][~self.done]
+
+    def write(self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray) -> None:
+        """Store the rows (B, d) and outputs (B,) of these samples.
+
+        Raises:
+            ValueError: a value is not finite; the message names the sample.
+        """
+        finite = np.isfinite(rows).all(axis=1) & np.isfinite(outputs)
+        if not finite.all():
+            raise ValueError(
+                f"sample {sample_index[~finite][0]}: its output or gradient is not finite; look at the row's text, "
+                "lower the learning rate of meta-training, or take gradients with --precision 32"
+            )
+        positions = np.searchsorted(self.samples["sample_index"], sample_index)
+        self.rows[positions] = rows
+        self.outputs[positions] = outputs
+        # after the rows: a row counts as done only when it is there
+        self.done[positions] = True
+
+    def flush(self) -> None:
+        """Force what was written to disk, the done-mask after the rows it speaks for."""
+        for array in (self.rows, self.outputs, self.done):
+            array.flush()
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Make the part whole: manifest last, then its final name."""
+        if len(missing := self.missing()):
+            raise ValueError(f"{len(missing)} of {len(self.done)} rows are missing in {self.partial}")
+        self.flush()
+        (self.partial / DONE).unlink()
+        (self.partial / REQUEST).unlink()
+        write_manifest(self.partial, {**self.request, **facts})
+        os.replace(self.partial, self.folder)
+        self.complete = True
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """The finished rows of one checkpoint."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Projected gradients (R, d), memory-mapped."""
+        return np.load(self.folder / PROJECTED, mmap_mode="r")
+
+    @cached_property
+    def outputs(self) -> np.ndarray:
+        """Per-sample outputs at the checkpoint (R,), lower is better (a margin store holds minus the margin)."""
+        return np.load(self.folder / OUTPUTS)
+
+    @cached_property
+    def samples(self) -> dict[str, np.ndarray]:
+        """`sample_index`, `task`, `target`, each (R,); task is -1 for validation rows, target for training rows."""
+        with np.load(self.folder / SAMPLES) as arrays:
+            return dict(arrays)
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the targets, in the order of their ids."""
+        return self.manifest["targets"]
+
+    def estimation_part(
+        self,
+        task_of_row: np.ndarray | None = None,
+        num_tasks: int | None = None,
+        name: str = "tasks",
+        rows: bool = False,
+    ) -> Part:
+        """Moments of tasks and targets for the estimators, computed once and cached beside the rows.
+
+        Args:
+            task_of_row: Task of each row (R,), -1 for none; None = the tasks of the data.
+            num_tasks: n.
+            name: Names the cache; another division into tasks needs another name.
+            rows: Also give the rows themselves (estimators `logistic` and `kernel`).
+        """
+        task_of_row = self.samples["task"] if task_of_row is None else task_of_row
+        num_tasks = len(self.manifest["tasks"]) if num_tasks is None else num_tasks
+        target_of_row = self.samples["target"]
+        train = self._cached_moments(name, task_of_row, num_tasks)
+        target = self._cached_moments("targets", target_of_row, len(self.targets))
+        return Part(train, target, Rows(self.rows, self.outputs, task_of_row, target_of_row) if rows else None)
+
+    def _cached_moments(self, name: str, group_of_row: np.ndarray, num_groups: int) -> TaskMoments:
+        path = self.folder / f"moments_{name}.npz"
+        if path.is_file():
+            with np.load(path) as arrays:
+                stored = dict(arrays)
+            if np.array_equal(stored.pop("group_of_row"), group_of_row):
+                return TaskMoments(**stored)
+        moments = task_moments(self.rows, self.outputs, group_of_row, num_groups)
+        with atomic_write(path) as temporary:
+            np.savez(temporary, group_of_row=group_of_row, **vars(moments))
+        return moments
+
+
+def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) -> list[StoredPart]:
+    """The finished parts of a store.
+
+    Args:
+        folder: `Run.store_dir`.
+        checkpoints: Names of the checkpoints wanted; None = all that are there, in the order of training.
+        made_by: The script that makes the store, for messages.
+
+    Raises:
+        FileNotFoundError: there is no store, or not for a checkpoint.
+        ValueError: parts do not belong together.
+    """
+    if checkpoints is None:
+        found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
+        if not found:
+            raise FileNotFoundError(f"no projected gradients in {folder}; make them with: python {made_by}")
+    else:
+        found = [folder / Path(name.removesuffix("/")).name.removesuffix(".ckpt") for name in checkpoints]
+    parts = [StoredPart(path, read_manifest(path, made_by)) for path in found]
+    parts.sort(key=lambda part: (part.manifest["step"], part.folder.name))
+    shared = ("data_fingerprint", "tasks", "targets", "output_function", "dim")
+    for part in parts[1:]:
+        check_manifest(
+            part.folder,
+            part.manifest,
+            {key: parts[0].manifest[key] for key in shared},
+            f"The parts of a store must belong together: remove it and run python {made_by}",
+        )
+    return parts
+
+
+def collect_gradients(
+    model: LanguageModel,
+    datamodule: TaskDataModule,
+    projection: Projection,
+    store: StoreWriter,
+    *,
+    output_function: str,
+    autocast: str | None = None,
+    desc: str = "gradients",
+) -> None:
+    """Take the gradients that the store still misses, by length within the token budget."""
+    missing = store.missing()
+    sign = -1.0 if output_function == "margin" else 1.0  # the store holds losses: lower is better
+    with (
+        GradientCollector(model, projection, output_function, autocast) as collect,
+        progress(desc=desc, total=len(store.samples["sample_index"]), unit="sample") as bar,
+    ):
+        bar.update(bar.total - len(missing))
+        for batch in _flushed(datamodule.evaluation_batches(missing), store):
+            rows, outputs = collect(batch)
+            store.write(batch["sample_index"].numpy(), (sign * rows).cpu().numpy(), (sign * outputs).cpu().numpy())
+            bar.update(len(rows))
+
+
+def _flushed(batches: Iterator[Batch], store: StoreWriter, every: int = 200) -> Iterator[Batch]:
+    """The batches; the store is flushed to disk every so many and at the end."""
+    for count, batch in enumerate(batches, start=1):
+        yield batch
+        if count % every == 0:
+            store.flush()

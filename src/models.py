@@ -1,0 +1,390 @@
+"""Language models as the method needs them: one object for both architectures.
+
+A `LanguageModel` is a transformers model (usually with a peft LoRA adapter), its tokenizer and its kind. This
+module knows how keys become weights, which layers an adapter sits on, which parameters are the p of the
+gradients and in which order, and how logits meet labels.
+
+Letters: B batch, T tokens, K target tokens of a batch, V vocabulary, H hidden, p parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from src.datamodule import IGNORED, Batch
+
+LORA_TARGETS = {
+    "llama": ("q_proj", "k_proj", "v_proj"),
+    "mistral": ("q_proj", "k_proj", "v_proj"),
+    "qwen2": ("q_proj", "k_proj", "v_proj"),
+    "qwen3": ("q_proj", "k_proj", "v_proj"),
+    "gemma": ("q_proj", "k_proj", "v_proj"),
+    "gemma2": ("q_proj", "k_proj", "v_proj"),
+    "gemma3_text": ("q_proj", "k_proj", "v_proj"),
+    "t5": ("q", "k", "v"),
+    "mt5": ("q", "k", "v"),
+    "gpt2": ("c_attn",),
+    "gpt_neo": ("q_proj", "k_proj", "v_proj"),
+    "gpt_neox": ("query_key_value",),
+    "opt": ("q_proj", "k_proj", "v_proj"),
+}
+"""Layers that carry the adapter, by `config.model_type`: the attention's inputs, as in the paper."""
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Shape of the adapter. `alpha` scales the update by alpha / rank."""
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+
+
+# --- which parameters, in which order ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdaptedMatrix:
+    """One matrix of the gradient: `shape` is (out, in), whatever way round the layer stores its weight."""
+
+    name: str
+    module_name: str
+    shape: tuple[int, int]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """The matrices whose gradient is taken, ordered by name: the p coordinates of every gradient and solution."""
+
+    matrices: tuple[AdaptedMatrix, ...]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in), in layout order."""
+        return {matrix.name: matrix.shape for matrix in self.matrices}
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """p."""
+        return sum(out * inner for out, inner in self.shapes.values())
+
+    def describe(self) -> dict[str, list[int]]:
+        """The layout for a manifest."""
+        return {name: list(shape) for name, shape in self.shapes.items()}
+
+
+def parameter_layout(network: nn.Module) -> ParameterLayout:
+    """The layout of a network: the trainable weights of its linear layers.
+
+    An output layer that shares its weight with the embedding is left out: its gradient is not a linear layer's
+    alone.
+
+    Raises:
+        ValueError: there is none, so that gradients would be empty.
+    """
+    found = []
+    modules = dict(network.named_modules())
+    for name, parameter in network.named_parameters():  # a shared weight appears once, under the embedding's name
+        module_name, _, kind = name.rpartition(".")
+        module = modules[module_name]
+        if kind == "weight" and parameter.requires_grad and isinstance(module, (nn.Linear, Conv1D)):
+            transposed = isinstance(module, Conv1D)
+            rows, columns = parameter.shape
+            shape = (columns, rows) if transposed else (rows, columns)
+            found.append(AdaptedMatrix(name, module_name, shape, transposed))
+    if not found:
+        raise ValueError("the model has no trainable linear layer, so there is no gradient to take; pass --train_lora")
+    return ParameterLayout(tuple(sorted(found, key=lambda matrix: matrix.name)))
+
+
+# --- the model -----------------------------------------------------------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """A network, its tokenizer and its kind ("decoder" or "encoder_decoder")."""
+
+    def __init__(self, network: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+        super().__init__()
+        self.network, self.tokenizer, self.key = network, tokenizer, key
+        self.kind = "encoder_decoder" if network.config.is_encoder_decoder else "decoder"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the network is a base model with a LoRA adapter on it."""
+        return isinstance(self.network, PeftModel)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
+        """The p parameters of this model's gradients, in order."""
+        return parameter_layout(self.network)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """A copy of every trainable parameter on the CPU."""
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in self.network.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put a `trainable_state` back."""
+        parameters = dict(self.network.named_parameters())
+        with torch.no_grad():
+            for name, value in state.items():
+                parameters[name].copy_(value)
+
+    def target_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the target tokens only.
+
+        The output layer is shown the hidden states of the K target positions alone, so that no (B, T, V)
+        tensor is made. This is the one place where the two architectures differ in how logits meet labels:
+        aligned for an encoder-decoder, shifted by one for a decoder.
+
+        Args:
+            batch: As `TaskDataModule.collate` makes it.
+
+        Returns:
+            logits (K, V), labels (K,), row of the batch that each belongs to (K,), ascending.
+        """
+        labels = batch["labels"]
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+        if (mask := batch.get("attention_mask")) is not None:
+            inputs["attention_mask"] = mask
+        if self.kind == "decoder":
+            if mask is not None:
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_(min=0)
+            # the last position predicts nothing, the first label is predicted by nothing
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+        else:
+            inputs["decoder_input_ids"] = self.network.prepare_decoder_input_ids_from_labels(labels)
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        positions = rows * labels.shape[1] + columns
+
+        def keep_targets(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = arguments[0]
+            return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)[None], *arguments[1:])
+
+        handle = self.network.get_output_embeddings().register_forward_pre_hook(keep_targets)
+        try:
+            logits = self.network(**inputs).logits[0]
+        finally:
+            handle.remove()
+        return logits, labels[rows, columns], rows
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
+        """Greedy completions of a batch of prompts (`TaskDataModule.collate_prompts`), special tokens left out."""
+        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        output = self.network.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        if self.kind == "decoder":
+            output = output[:, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def per_sample_loss(logits: Tensor, labels: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Mean over a sample's target tokens of -log p(token), (B,) float32 (DESIGN 2, output function `loss`)."""
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return _mean_per_row(losses, rows, num_rows)
+
+
+def per_sample_margin(logits: Tensor, labels: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Mean over a sample's target tokens of logit(token) - logsumexp(other logits), (B,) float32.
+
+    The paper's output (log-odds of the correct token), exact: no probability is formed, so that a token of
+    probability 1e-6 keeps the sign and the size of its gradient.
+    """
+    logits = logits.float()
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], float("-inf")).logsumexp(1)
+    return _mean_per_row(own[:, 0] - others, rows, num_rows)
+
+
+def _mean_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Mean of the values (K,) of each row, (num_rows,)."""
+    counts = torch.bincount(rows, minlength=num_rows)
+    return values.new_zeros(num_rows).index_add(0, rows, values) / counts
+
+
+OUTPUT_FUNCTIONS = {"loss": per_sample_loss, "margin": per_sample_margin}
+
+
+# --- loading and saving --------------------------------------------------------------------------------------
+
+
+def resolve_model_key(model_key: str) -> str:
+    """The local folder or hub id of a model key: `flan_t5_base` -> `google/flan-t5-base` (reasoning-teacher keys)."""
+    if "/" in model_key or Path(model_key).is_dir():
+        return model_key
+    hyphens = model_key.replace("_", "-")
+    return f"google/{hyphens}" if "flan" in model_key else hyphens
+
+
+def model_kind(model_key: str) -> str:
+    """ "decoder" or "encoder_decoder", from the model's configuration alone."""
+    return "encoder_decoder" if _load_config(model_key).is_encoder_decoder else "decoder"
+
+
+def _load_config(model_key: str) -> PretrainedConfig:
+    with _clear_load_error(model_key):
+        return AutoConfig.from_pretrained(resolve_model_key(model_key))
+
+
+@contextlib.contextmanager
+def _clear_load_error(model_key: str) -> Iterator[None]:
+    """One clear error for everything that a wrong or unreachable key raises in the library."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"--model_key {model_key}: cannot load {resolve_model_key(model_key)} ({first_line}); give a local Hugging "
+            "Face folder, a hub id that this machine can reach, or make one with data/make_base_model.py"
+        ) from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a pad token pads with its end token."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base_model(
+    model_key: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> LanguageModel:
+    """Load a base model and its tokenizer from a hub id, a short key or a local folder.
+
+    Raises:
+        FileNotFoundError: neither a local folder nor reachable on the hub.
+    """
+    config, path = _load_config(model_key), resolve_model_key(model_key)
+    architecture = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with _clear_load_error(model_key):
+        network = architecture.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        tokenizer = load_tokenizer(path)
+    return LanguageModel(network, tokenizer, model_key)
+
+
+def lora_targets(network: PreTrainedModel, shape: LoraShape) -> list[str]:
+    """Layers that carry the adapter.
+
+    Raises:
+        ValueError: the architecture is not in `LORA_TARGETS` and no layers are named.
+    """
+    targets = shape.target_modules or LORA_TARGETS.get(network.config.model_type)
+    if not targets:
+        raise ValueError(
+            f"no LoRA layers are known for the architecture {network.config.model_type}; name them with "
+            "--lora_target_modules (known: " + ", ".join(LORA_TARGETS) + ")"
+        )
+    return list(targets)
+
+
+def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageModel:
+    """Put a fresh LoRA adapter on a base model; its random half depends on `seed` alone."""
+    config = LoraConfig(
+        task_type="SEQ_2_SEQ_LM" if model.kind == "encoder_decoder" else "CAUSAL_LM",
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=lora_targets(model.network, shape),
+        fan_in_fan_out=model.network.config.model_type == "gpt2",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LanguageModel(get_peft_model(model.network, config), model.tokenizer, model.key)
+
+
+def load_model(
+    model_key: str,
+    lora: LoraShape | None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> LanguageModel:
+    """The model that training starts from: a base model, with a fresh adapter where `lora` is given."""
+    model = load_base_model(model_key, dtype=dtype, attn_implementation=attn_implementation)
+    return add_adapter(model, lora, seed) if lora else model
+
+
+def save_model(model: LanguageModel, folder: Path) -> None:
+    """Save a checkpoint: the adapter as `PeftModel.from_pretrained` opens it, or the whole model, as safetensors."""
+    model.network.save_pretrained(folder)
+    if not model.has_adapter:
+        model.tokenizer.save_pretrained(folder)
+
+
+def load_checkpoint(
+    folder: Path,
+    model_key: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> LanguageModel:
+    """Load what `save_model` wrote: the adapter on its base model, or the whole model."""
+    if not (folder / "adapter_config.json").is_file():
+        model = load_base_model(str(folder), dtype=dtype, attn_implementation=attn_implementation)
+        return LanguageModel(model.network, model.tokenizer, model_key)
+    base = load_base_model(model_key, dtype=dtype, attn_implementation=attn_implementation)
+    return LanguageModel(PeftModel.from_pretrained(base.network, folder, is_trainable=True), base.tokenizer, model_key)
+
+
+@contextlib.contextmanager
+def displaced(model: LanguageModel, displacement: Mapping[str, Tensor]) -> Iterator[None]:
+    """Evaluate at w + displacement: adds it to the layout's weights, takes the old weights back on exit.
+
+    Args:
+        model: The model.
+        displacement: Name -> (out, in), as `Projection.lift` returns it.
+    """
+    parameters = dict(model.network.named_parameters())
+    matrices = {matrix.name: matrix for matrix in model.layout.matrices}
+    kept = {name: parameters[name].detach().clone() for name in displacement}
+    try:
+        with torch.no_grad():
+            for name, change in displacement.items():
+                change = change.T if matrices[name].transposed else change
+                parameters[name].add_(change.to(parameters[name]))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                parameters[name].copy_(value)

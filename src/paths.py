@@ -1,0 +1,265 @@
+"""Where every artifact lives, and what makes one whole.
+
+Each folder and file name of the project is spelled here and nowhere else. An artifact is a folder with a
+`manifest.json` that is written last: a folder without one is unfinished, and a reader compares the manifest
+with what it expects before it computes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+META_INITIALIZATIONS = Path("external_lightning_logs")
+GRADIENTS = Path("gradients")
+SAMPLED_TASKS = Path("sampled_tasks")
+RESULTS = Path("results")
+DATA = Path("data")
+SAVED = Path("saved")
+
+ALPACA_FILE = DATA / "alpaca_data" / "alpaca_final.pkl"
+FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
+ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
+
+MANIFEST = "manifest.json"
+RESULTS_FILE = "results.csv"
+ESTIMATES_FILE = "estimates.csv"
+SUMMARY_FILE = "summary.json"
+ESTIMATES_FIGURE = "estimates.png"
+SELECTION_FILE = "selection.csv"
+SELECTION_FIGURE = "selection.png"
+SCORES_FILE = "scores.csv"
+SCORES_FIGURE = "scores.png"
+
+ARTIFACT_VERSION = 1
+
+
+def slug(key: str) -> str:
+    """A key as one safe file name: `TinyLlama/TinyLlama-1.1B` -> `TinyLlama-TinyLlama-1.1B`.
+
+    Absolute paths keep their last two components, so that a name stays readable. A key that carries nothing
+    printable becomes a hash of itself; no result ever climbs out of its folder.
+    """
+    parts = [part for part in Path(key).parts if part not in ("/", ".", "..")]
+    if Path(key).is_absolute():
+        parts = parts[-2:]
+    name = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join(parts)).strip(".-")
+    return name or hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the names of a run's artifacts depend on.
+
+    `lora_rank` is None for full fine-tuning; `run` numbers repetitions and is their seed.
+    """
+
+    model_key: str
+    data_key: str
+    preset_key: str | None = None
+    lora_rank: int | None = None
+    save_name: str | None = None
+    run: int = 0
+
+    def name(self, suffix: str | None = None) -> str:
+        """`<model>_<data>[_<preset>][_lora_r_<r>][_<suffix>]_run_<k>`."""
+        parts = [slug(self.model_key), slug(self.data_key)]
+        parts += [slug(self.preset_key)] if self.preset_key else []
+        parts += [f"lora_r_{self.lora_rank}"] if self.lora_rank else []
+        parts += [slug(suffix)] if suffix else []
+        return "_".join([*parts, f"run_{self.run}"])
+
+    @property
+    def meta_initialization_dir(self) -> Path:
+        """Folder of this run's meta-training: one sub-folder per checkpoint."""
+        return META_INITIALIZATIONS / self.name(self.save_name)
+
+    def store_dir(self, project_dim: int | None) -> Path:
+        """Folder of this run's projected gradients: one sub-folder per checkpoint."""
+        return GRADIENTS / self.name(f"dim_{project_dim if project_dim else 'full'}")
+
+    @property
+    def results_name(self) -> str:
+        """What `results/` and `sampled_tasks/` call this run: `--save_name`, else its name."""
+        return self.save_name or self.name()
+
+
+def results_dir(name: str) -> Path:
+    """`results/<name>`; the name may have sub-folders but cannot leave `results/`."""
+    return RESULTS.joinpath(*(slug(part) for part in Path(name).parts if part not in ("/", ".", "..")))
+
+
+def subset_file(name: str) -> Path:
+    """`sampled_tasks/<name>.txt`."""
+    return SAMPLED_TASKS / f"{slug(name)}.txt"
+
+
+def prediction_file(
+    saved_dir: str,
+    model_key: str,
+    completion_key: str,
+    dataset_key: str,
+    train_key: str,
+    epoch: int,
+    lora_rank: int | None,
+) -> Path:
+    """A student's completions, named as reasoning-teacher names them."""
+    name = f"D_{dataset_key}__T_{slug(train_key)}__E_{epoch:03d}" + (f"__Lora_r_{lora_rank}" if lora_rank else "")
+    return Path(saved_dir) / "completion_data" / f"B_{slug(model_key)}__C_{completion_key}" / f"{name}.json"
+
+
+def clusters_file(store: Path, num_clusters: int) -> Path:
+    """Cluster of every stored row, beside the projected gradients."""
+    return store / f"clusters_{num_clusters}.npy"
+
+
+def epoch_checkpoint_name(epoch: int) -> str:
+    """Lightning's spelling of `epoch_{epoch}`, which `--load_model_dir` takes: `epoch_epoch=17`."""
+    return f"epoch_epoch={epoch}"
+
+
+def step_checkpoint_name(step: int) -> str:
+    """A checkpoint on the way of meta-training, by optimizer step: `step_step=40`."""
+    return f"step_step={step}"
+
+
+def resolve_checkpoint(load_model_dir: str) -> Path:
+    """The checkpoint folder that `--load_model_dir` names: below `external_lightning_logs/`, or a path.
+
+    A trailing `.ckpt` is accepted and dropped.
+
+    Raises:
+        FileNotFoundError: no such folder; the message lists what is there.
+    """
+    name = load_model_dir.removesuffix("/").removesuffix(".ckpt")
+    candidates = [META_INITIALIZATIONS / name, Path(name)]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    parent = candidates[0].parent if candidates[0].parent.is_dir() else META_INITIALIZATIONS
+    there = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    listing = f"{parent} holds: {', '.join(there)}" if there else f"{parent} holds no checkpoint yet"
+    raise FileNotFoundError(
+        f"--load_model_dir {load_model_dir}: no folder {candidates[0]} ({listing}); train it first with "
+        "custom_train.py or custom_train_alpaca.py"
+    )
+
+
+# --- writing so that a reader never sees half a file ---------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
+
+    What is written under the temporary name is flushed to disk before it takes the final one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes private files; artifacts are shared like any other
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that becomes `path` on success: the folder is whole or absent."""
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+# --- manifests -----------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `manifest.json`, the last file of an artifact."""
+    write_json(folder / MANIFEST, {"version": ARTIFACT_VERSION, **content})
+
+
+def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
+    """Read an artifact's manifest.
+
+    Args:
+        folder: The artifact.
+        made_by: The script that makes it, for the message.
+
+    Raises:
+        FileNotFoundError: the artifact is absent or unfinished.
+        ValueError: the manifest is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        state = "is not finished (it has no manifest)" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {state}; make it with: python {made_by}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {folder} and run: python {made_by}") from error
+    if manifest.get("version") != ARTIFACT_VERSION:
+        raise ValueError(
+            f"{path} has version {manifest.get('version')}, this code reads version {ARTIFACT_VERSION}; "
+            f"remove {folder} and run: python {made_by}"
+        )
+    return manifest
+
+
+def check_manifest(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], repair: str) -> None:
+    """Refuse an artifact that was made from something else.
+
+    Raises:
+        ValueError: names every entry that differs with both values, and the repair.
+    """
+    expected = json.loads(json.dumps(expected, default=str))
+    differing = [key for key in expected if found.get(key) != expected[key]]
+    if differing:
+        details = "; ".join(
+            f"{key}: found {shorten(found.get(key))}, expected {shorten(expected[key])}" for key in differing
+        )
+        raise ValueError(f"{folder} does not fit: {details}. {repair}")
+
+
+def shorten(value: Any, length: int = 80) -> str:
+    """A value for an error message, cut to about `length` characters."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def file_fingerprint(paths: Iterable[Path]) -> str:
+    """sha256 over the bytes of the files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,231 @@
+"""What people look at: result tables and figures.
+
+A table is a CSV with named columns, a row per subset and run, beside a JSON file that says what the rows were
+made from. Rows are appended as they finish; a table made from something else is refused.
+
+Letters: m subsets, n tasks, k targets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from src.paths import atomic_write, check_manifest, write_json
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE, GREEN, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#7F7F7F",
+)  # Okabe-Ito: safe for colour-blind readers
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 150,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "font.size": 10,
+    }
+)
+
+ESTIMATE, VALIDATION_LOSS, TEST_LOSS = "estimate", "validation_loss", "test_loss"
+"""Prefixes of the columns `<prefix>/<target>`."""
+
+
+def subset_text(subset: Sequence[int]) -> str:
+    """A subset as a CSV cell: task ids separated by spaces; empty for the base model."""
+    return " ".join(str(task) for task in sorted(subset))
+
+
+def parse_subset(text: str) -> tuple[int, ...]:
+    """The subset of a CSV cell."""
+    return tuple(int(task) for task in text.split())
+
+
+class ResultsTable:
+    """A CSV that grows by whole rows.
+
+    Args:
+        path: The CSV; the facts stand beside it as `<stem>.json`.
+        facts: What every row depends on.
+        repair: What to do about a table made from something else.
+
+    Raises:
+        ValueError: the table there was made from something else.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], repair: str) -> None:
+        self.path = path
+        manifest = path.with_suffix(".json")
+        if path.is_file():
+            found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+            check_manifest(path, found, facts, repair)
+            self.frame = read_table(path)
+        else:
+            self.frame = pd.DataFrame()
+            write_json(manifest, facts)
+
+    def has(self, subset: Sequence[int], run: int) -> bool:
+        """Whether the row of this subset and run is there."""
+        frame = self.frame
+        return bool(len(frame) and ((frame["subset"] == subset_text(subset)) & (frame["run"] == run)).any())
+
+    def append(self, subset: Sequence[int], run: int, values: Mapping[str, Any]) -> None:
+        """Add one row; the file is replaced as a whole, so that no reader meets half a row."""
+        row = pd.DataFrame([{"subset": subset_text(subset), "run": run, **values}])
+        self.frame = pd.concat([self.frame, row], ignore_index=True)
+        write_table(self.path, self.frame)
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write a CSV atomically."""
+    with atomic_write(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table; the `subset` column stays text.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no table {path}; the stage that writes it has not run yet")
+    return pd.read_csv(path, dtype={"subset": str}, keep_default_na=False, na_values=["nan"])
+
+
+def columns_of(frame: pd.DataFrame, prefix: str) -> list[str]:
+    """Targets that the table has columns `<prefix>/<target>` for."""
+    return [name.removeprefix(f"{prefix}/") for name in frame.columns if name.startswith(f"{prefix}/")]
+
+
+def mean_over_targets(frame: pd.DataFrame, prefix: str, targets: Sequence[str]) -> np.ndarray:
+    """Mean of the columns `<prefix>/<target>`, (rows,).
+
+    Raises:
+        ValueError: the table has no such target.
+    """
+    available = columns_of(frame, prefix)
+    if unknown := [target for target in targets if target not in available]:
+        raise ValueError(f"no {prefix} of a target {unknown[0]!r} in the table; it has: {', '.join(available)}")
+    return frame[[f"{prefix}/{target}" for target in targets]].to_numpy(float).mean(axis=1)
+
+
+def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
+    """Spearman correlation of estimates (m,) and fine-tuned values (m,) over subsets (Park et al., 2023)."""
+    return float(spearmanr(estimates, fine_tuned).statistic)
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a JSON summary atomically."""
+    write_json(path, summary)
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a PNG atomically and free the figure."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+def estimates_figure(
+    estimates: np.ndarray,
+    fine_tuned: np.ndarray,
+    path: Path,
+    *,
+    selected: Mapping[str, tuple[float, float]] | None = None,
+    target: str = "target",
+) -> None:
+    """Estimate against fine-tuned loss, a point per random subset, chosen subsets marked.
+
+    Args:
+        estimates: (m,).
+        fine_tuned: (m,), same unit.
+        path: The PNG.
+        selected: Name -> (estimate, fine-tuned value) of subsets to mark.
+        target: What the loss is of.
+    """
+    figure, axes = plt.subplots(figsize=(5.6, 4.4))
+    score = linear_datamodeling_score(estimates, fine_tuned)
+    axes.scatter(estimates, fine_tuned, color=BLUE, s=28, label=f"random subsets (Spearman {score:.2f})")
+    for (name, (estimate, value)), marker, color in zip(
+        (selected or {}).items(), "*DsP", (ORANGE, GREEN, GREY, BLUE), strict=False
+    ):
+        axes.scatter(
+            [estimate],
+            [value],
+            color=color,
+            marker=marker,
+            s=110,
+            edgecolor="black",
+            linewidth=0.6,
+            label=name,
+        )
+    axes.set_xlabel("estimated loss, no fine-tuning (nats per token)")
+    axes.set_ylabel("loss after fine-tuning (nats per token)")
+    axes.set_title(f"Validation loss of {target}")
+    axes.legend(loc="best", frameon=True, fontsize=8)
+    save_figure(figure, path)
+
+
+def selection_figure(steps: pd.DataFrame, names: Sequence[str], path: Path) -> None:
+    """The estimate along forward selection, each step labelled with the task it took.
+
+    Args:
+        steps: Columns `step`, `task`, `estimate`, `selected`.
+        names: Task names by id.
+        path: The PNG.
+    """
+    figure, axes = plt.subplots(figsize=(max(5.6, 0.42 * len(steps)), 4.4))
+    axes.plot(steps["step"], steps["estimate"], color=GREY, zorder=1)
+    taken = steps[steps["selected"]]
+    passed = steps[~steps["selected"]]
+    axes.scatter(taken["step"], taken["estimate"], color=ORANGE, zorder=2, label="selected")
+    if len(passed):
+        axes.scatter(passed["step"], passed["estimate"], color=GREY, zorder=2, label="tried, no improvement")
+    axes.set_xticks(steps["step"], [names[task] if task >= 0 else "start" for task in steps["task"]], rotation=60, ha="right", fontsize=8)  # fmt: skip
+    axes.set_ylabel("estimated loss (nats per token)")
+    axes.set_xlabel("task taken at each step")
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def scores_figure(
+    scores: np.ndarray, errors: np.ndarray, selected: Sequence[int], names: Sequence[str], path: Path
+) -> None:
+    """Sorted random-ensemble scores with their standard errors, selected tasks in colour.
+
+    Args:
+        scores: T_j (n,), lower is better.
+        errors: Standard errors (n,).
+        selected: Task ids.
+        names: Task names by id.
+        path: The PNG.
+    """
+    order = np.argsort(scores)
+    colors = [ORANGE if task in set(selected) else GREY for task in order]
+    figure, axes = plt.subplots(figsize=(6.4, max(3.0, 0.2 * len(order))))
+    axes.errorbar(scores[order], np.arange(len(order)), xerr=errors[order], fmt="none", ecolor=GREY, zorder=1)
+    axes.scatter(scores[order], np.arange(len(order)), c=colors, s=22, zorder=2)
+    axes.set_yticks(np.arange(len(order)), [names[task] for task in order], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("mean estimated loss of the subsets with the task (nats per token)")
+    axes.set_title("Random ensemble scores (orange: selected)")
+    save_figure(figure, path)

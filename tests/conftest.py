@@ -1,0 +1,158 @@
+"""Tiny real components: a character tokenizer, two-layer models built from a config, ten-row data."""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from src.cli import quiet_libraries
+
+quiet_libraries()
+torch.set_num_threads(2)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the project; tests that need it skip where it is not there."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared/data")
+    return SHARED
+
+
+def character_tokenizer(end_appended: bool) -> PreTrainedTokenizerFast:
+    """One token per printable character; the end token is appended for an encoder-decoder only."""
+    characters = [*string.printable, "→"]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if end_appended:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def build_model_folder(kind: str, folder: Path) -> Path:
+    """A tiny model of an architecture as an ordinary Hugging Face folder."""
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer(end_appended=kind == "t5")
+    size = len(tokenizer)
+    if kind == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=None,
+            )
+        )
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, pad_token_id=0, eos_token_id=1,
+                bos_token_id=1,
+            )
+        )  # fmt: skip
+    else:
+        model = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=size,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                pad_token_id=0,
+                eos_token_id=1,
+                decoder_start_token_id=0,
+                tie_word_embeddings=kind == "t5",
+            )
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the symmetric initialisation, where little would be tested
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Architecture -> folder of a tiny model."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: str(build_model_folder(kind, root / kind)) for kind in ("llama", "t5", "gpt2")}
+
+
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+]
+
+
+def write_sources(path: Path, tasks: dict[str, int], **extra: str) -> Path:
+    """A FLAN-layout jsonl with so many rows for each task; rows differ in length."""
+    with open(path, "w", encoding="utf-8") as file:
+        for position, (task, count) in enumerate(tasks.items()):
+            for row in range(count):
+                word = " ".join(WORDS[(row * 7 + position + k) % len(WORDS)] for k in range(1 + row % 3))
+                line = {
+                    "inputs": f"{task} {row}: {word}",
+                    "targets": word[::-1] if position % 2 else word.upper(),
+                    "_task_name": task,
+                    "_task_source": "test",
+                    "_template_idx": None,
+                    "_template_type": "zs_noopt",
+                    **extra,
+                }
+                file.write(json.dumps(line) + "\n")
+    return path
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, so that stages write below it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

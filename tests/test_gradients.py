@@ -1,0 +1,210 @@
+"""Projected gradients against the for-loop of backwards, and the store that keeps them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store
+from src.models import OUTPUT_FUNCTIONS, LanguageModel, load_base_model
+from src.projection import make_projection
+from tests.test_models import KINDS, adapted, make_datamodule
+
+
+def oracle(model: LanguageModel, datamodule, index: int, output: str) -> tuple[np.ndarray, float]:
+    """The gradient (p,) and output of one sample: a batch of one, one backward, flattened in layout order."""
+    model.eval()
+    model.zero_grad()
+    value = OUTPUT_FUNCTIONS[output](*model.target_logits(datamodule.collate([index])), 1)
+    value.sum().backward()
+    parameters = dict(model.network.named_parameters())
+    pieces = [
+        (parameters[matrix.name].grad.T if matrix.transposed else parameters[matrix.name].grad).flatten()
+        for matrix in model.layout.matrices
+    ]
+    return torch.cat(pieces).numpy().copy(), float(value.detach())
+
+
+def collected(model: LanguageModel, datamodule, projection, output: str, indices: np.ndarray, max_tokens: int):
+    """Rows (len(indices), d) and outputs from the collector, in the order of `indices`."""
+    rows, outputs = {}, {}
+    with GradientCollector(model, projection, output) as collect:
+        for batch in datamodule.evaluation_batches(indices, max_tokens):
+            values, out = collect(batch)
+            for position, index in enumerate(batch["sample_index"].tolist()):
+                rows[index], outputs[index] = values[position].numpy(), float(out[position])
+    return np.stack([rows[i] for i in indices]), np.array([outputs[i] for i in indices])
+
+
+@pytest.mark.parametrize("output", ["loss", "margin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_the_for_loop_gradients(kind: str, output: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Exact gradients and each projection of them, for batches of one and of many rows of different length."""
+    model = adapted(model_folders[kind])
+    datamodule = make_datamodule(model, tmp_path)
+    indices = np.arange(14)
+    expected = [oracle(model, datamodule, index, output) for index in indices]
+    gradients = np.stack([gradient for gradient, _ in expected])
+    exact = make_projection("none", None, 0, shapes=model.layout.shapes)
+    for max_tokens in (1, 150, 10_000):
+        rows, outputs = collected(model, datamodule, exact, output, indices, max_tokens)
+        np.testing.assert_allclose(outputs, [value for _, value in expected], rtol=1e-5)
+        assert np.linalg.norm(rows - gradients) <= 1e-5 * np.linalg.norm(gradients)
+    for projection_kind in ("sketch", "two_sided", "dense"):
+        projection = make_projection(projection_kind, 48, 3)
+        rows, _ = collected(model, datamodule, projection, output, indices, 150)
+        # the adjoint of lift is the projection: column j of P^T g is <g, P e_j>
+        basis = torch.eye(projection.dim)
+        columns = [
+            torch.cat([matrix.flatten() for matrix in projection.lift(basis[j], model.layout.shapes).values()])
+            for j in range(projection.dim)
+        ]
+        projected = gradients @ torch.stack(columns, dim=1).numpy()
+        assert np.linalg.norm(rows - projected) <= 1e-5 * np.linalg.norm(projected)
+
+
+def test_gradient_is_the_slope_of_the_margin(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """A finite difference along a random direction."""
+    from src.models import displaced
+
+    model = adapted(model_folders["llama"]).double()
+    datamodule = make_datamodule(model, tmp_path)
+    batch = datamodule.collate([0, 1, 2])
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(shape, generator=generator).double() for name, shape in model.layout.shapes.items()}
+
+    def margins(step: float) -> torch.Tensor:
+        with torch.no_grad(), displaced(model, {name: step * change for name, change in direction.items()}):
+            logits, labels, rows = model.target_logits(batch)
+            return OUTPUT_FUNCTIONS["margin"](logits, labels, rows, 3)
+
+    with GradientCollector(model, make_projection("none", None, 0, shapes=model.layout.shapes), "margin") as collect:
+        rows, _ = collect(batch)
+    flat = torch.cat([direction[name].flatten() for name in model.layout.shapes])
+    slopes = (margins(1e-3) - margins(-1e-3)) / 2e-3
+    torch.testing.assert_close(rows.double() @ flat, slopes.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_left_padding_gives_the_same_rows(model_folders: dict[str, str], tmp_path: Path) -> None:
+    model = adapted(model_folders["gpt2"])
+    datamodule = make_datamodule(model, tmp_path)
+    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
+    with GradientCollector(model, projection) as collect:
+        right, _ = collect(datamodule.collate(np.arange(8)))
+        left, _ = collect(datamodule.collate(np.arange(8), pad_left=True))
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+
+
+def test_collector_leaves_the_model_as_it_was(model_folders: dict[str, str], tmp_path: Path) -> None:
+    model = adapted(model_folders["llama"]).train()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    datamodule = make_datamodule(model, tmp_path)
+    with GradientCollector(model, make_projection("sketch", 16, 0)) as collect:
+        collect(datamodule.collate([0, 1]))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_full_fine_tuning_covers_every_linear_layer(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Without an adapter the plain weights' gradients come by the same hooks."""
+    for kind in KINDS:
+        model = load_base_model(model_folders[kind])
+        datamodule = make_datamodule(model, tmp_path)
+        gradient, _ = oracle(model, datamodule, 3, "loss")
+        projection = make_projection("none", None, 0, shapes=model.layout.shapes)
+        rows, _ = collected(model, datamodule, projection, "loss", np.arange(5), 200)
+        assert np.linalg.norm(rows[3] - gradient) <= 1e-5 * np.linalg.norm(gradient)
+        # an output layer of its own is in the layout, one tied to the embedding is not
+        assert ("lm_head.weight" in model.layout.shapes) == (kind == "llama")
+
+
+# --- the store -----------------------------------------------------------------------------------------------
+
+
+REQUEST = {"model_key": "m", "dim": 4}
+
+
+def writer(folder: Path, request: dict = REQUEST) -> StoreWriter:
+    samples = {"sample_index": np.array([0, 2, 5]), "task": np.array([0, 1, -1]), "target": np.array([-1, -1, 0])}
+    return StoreWriter(folder, request, samples, 4, "Take them again.")
+
+
+def test_store_is_absent_until_complete_and_resumes(tmp_path: Path) -> None:
+    folder = tmp_path / "store" / "step_step=1"
+    store = writer(folder)
+    store.write(np.array([5]), np.ones((1, 4)), np.array([0.5]))
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError, match="no projected gradients"):
+        open_store(tmp_path / "store", None, "stage2.py")
+    with pytest.raises(ValueError, match="2 of 3 rows are missing"):
+        store.finish({})
+    del store
+    again = writer(folder)
+    assert again.missing().tolist() == [0, 2]
+    again.write(np.array([2, 0]), np.array([[2.0] * 4, [0.0] * 4]), np.array([0.2, 0.1]))
+    again.finish({"tasks": ["a", "b"], "targets": ["a"], "step": 1, "data_fingerprint": "f", "output_function": "loss"})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "outputs.npy",
+        "projected.npy",
+        "samples.npz",
+    ]
+    (part,) = open_store(tmp_path / "store", None, "stage2.py")
+    np.testing.assert_array_equal(part.rows[:, 0], [0, 2, 1])
+    np.testing.assert_allclose(part.outputs, [0.1, 0.2, 0.5])
+    assert writer(folder).complete
+
+
+def test_store_of_something_else_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "store" / "step_step=1"
+    writer(folder)
+    with pytest.raises(ValueError, match=r"model_key: found m, expected other\. Take them again"):
+        writer(folder, {**REQUEST, "model_key": "other"})
+
+
+def test_value_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
+    store = writer(tmp_path / "store" / "x")
+    with pytest.raises(ValueError, match="sample 2: its output or gradient is not finite"):
+        store.write(np.array([0, 2]), np.array([[0.0] * 4, [np.nan] * 4]), np.zeros(2))
+
+
+def test_interrupted_collection_goes_on_where_it_was(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Rows of a run that was cut off and resumed equal those of one that was not."""
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=120)
+    data = datamodule.data
+    rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
+    samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+    projection = make_projection("sketch", 16, 0)
+
+    def collect_into(name: str, stop_after: int | None) -> StoreWriter:
+        store = StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "")
+        written = 0
+        original = store.write
+
+        def write(*arguments: np.ndarray) -> None:
+            nonlocal written
+            if stop_after is not None and written >= stop_after:
+                raise KeyboardInterrupt
+            original(*arguments)
+            written += 1
+
+        store.write = write
+        collect_gradients(model, datamodule, projection, store, output_function="loss")
+        store.finish({})
+        return store
+
+    collect_into("whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        collect_into("cut", 2)
+    collect_into("cut", None)
+    whole, cut = np.load(tmp_path / "whole" / "projected.npy"), np.load(tmp_path / "cut" / "projected.npy")
+    np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-6)
+    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["dim"] == 16

@@ -1,0 +1,136 @@
+"""Logits meet labels, padding changes nothing, checkpoints come back as they went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from src.data import load_instruction
+from src.datamodule import IGNORED, TaskDataModule
+from src.models import (
+    OUTPUT_FUNCTIONS,
+    LanguageModel,
+    LoraShape,
+    displaced,
+    load_checkpoint,
+    load_model,
+    resolve_model_key,
+    save_model,
+)
+from tests.conftest import write_sources
+
+KINDS = ("llama", "t5", "gpt2")
+
+
+def adapted(folder: str, seed: int = 0) -> LanguageModel:
+    """A model whose adapter is away from its start, where half of the gradient is zero."""
+    model = load_model(folder, LoraShape(rank=4, alpha=8), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def make_datamodule(model: LanguageModel, path: Path, **options: object) -> TaskDataModule:
+    data = load_instruction([write_sources(path / "sources.jsonl", {"a": 12, "b": 11})])
+    return TaskDataModule(data, model.tokenizer, model.kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Selecting hidden states before the output layer gives the loss that transformers computes from everything."""
+    model = adapted(model_folders[kind])
+    datamodule = make_datamodule(model, tmp_path)
+    batch = datamodule.collate(np.arange(7))
+    with torch.no_grad():
+        logits, labels, _ = model.target_logits(batch)
+        ours = torch.nn.functional.cross_entropy(logits, labels)
+        theirs = model.network(**{k: v for k, v in batch.items() if k != "sample_index"}).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert len(labels) == int((batch["labels"] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("output", OUTPUT_FUNCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_do_not_depend_on_padding(
+    kind: str, output: str, model_folders: dict[str, str], tmp_path: Path
+) -> None:
+    """A row alone, in a batch padded on the right, and in one padded on the left: one value."""
+    model = adapted(model_folders[kind])
+    datamodule = make_datamodule(model, tmp_path)
+
+    def values(indices: np.ndarray, left: bool) -> torch.Tensor:
+        batch = datamodule.collate(indices, pad_left=left)
+        with torch.no_grad():
+            return OUTPUT_FUNCTIONS[output](*model.target_logits(batch), len(indices))
+
+    alone = torch.cat([values(np.array([index]), False) for index in range(9)])
+    assert alone.std() > 0.01
+    torch.testing.assert_close(values(np.arange(9), False), alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values(np.arange(9), True), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_margin_is_exact_for_an_improbable_token() -> None:
+    """For p = 1e-9 the margin is log(p / (1 - p)) and its gradient still pulls the token up."""
+    logits = torch.tensor([[0.0, 20.0, -1.0]], requires_grad=True)
+    margin = OUTPUT_FUNCTIONS["margin"](logits, torch.tensor([0]), torch.tensor([0]), 1)
+    expected = torch.log_softmax(logits.double(), 1)[0, 0]
+    expected = expected - torch.log1p(-expected.exp())
+    torch.testing.assert_close(margin[0].double(), expected, rtol=1e-6, atol=1e-6)
+    margin.sum().backward()
+    assert logits.grad[0, 0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_comes_back(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    model = adapted(model_folders[kind])
+    save_model(model, tmp_path / "checkpoint")
+    again = load_checkpoint(tmp_path / "checkpoint", model_folders[kind])
+    state = again.trainable_state()
+    assert state.keys() == model.trainable_state().keys()
+    for name, value in model.trainable_state().items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+    if kind == "llama":
+        base = AutoModelForCausalLM.from_pretrained(model_folders[kind])
+        PeftModel.from_pretrained(base, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_displaced_adds_and_takes_back(kind: str, model_folders: dict[str, str]) -> None:
+    model = adapted(model_folders[kind])
+    before = model.trainable_state()
+    change = {name: torch.randn(shape) for name, shape in model.layout.shapes.items()}
+    parameters = dict(model.network.named_parameters())
+    with displaced(model, change):
+        for matrix in model.layout.matrices:
+            moved = parameters[matrix.name] - before[matrix.name]
+            torch.testing.assert_close(moved.T if matrix.transposed else moved, change[matrix.name], atol=1e-5, rtol=0)
+    for name, value in before.items():
+        torch.testing.assert_close(parameters[name], value, rtol=0, atol=0)
+
+
+def test_adapter_start_depends_on_the_seed_alone(model_folders: dict[str, str]) -> None:
+    states = [load_model(model_folders["llama"], LoraShape(4, 8), seed=seed).trainable_state() for seed in (0, 0, 1)]
+    name = next(name for name in states[0] if "lora_A" in name)
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_model_keys(tmp_path: Path) -> None:
+    assert resolve_model_key("flan_t5_base") == "google/flan-t5-base"
+    assert resolve_model_key("t5_small") == "t5-small"
+    assert resolve_model_key("gpt2_medium") == "gpt2-medium"
+    assert resolve_model_key("TinyLlama/TinyLlama-1.1B") == "TinyLlama/TinyLlama-1.1B"
+    assert resolve_model_key(str(tmp_path)) == str(tmp_path)
+
+
+def test_unreachable_model_is_one_clear_error() -> None:
+    with pytest.raises(FileNotFoundError, match="--model_key nobody/nothing: cannot load nobody/nothing"):
+        load_model("nobody/nothing", None)

@@ -1,0 +1,52 @@
+"""Every command that the project prints, documents or ships parses with its script's own parser."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.scripts import ROOT, load_script
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `python <script>.py …` commands of a text, continuation lines joined."""
+    joined = re.sub(r"\\\\?\n", " ", text)
+    found = re.findall(r"^\s*(?:\$ )?(?:\.venv/bin/)?python ([\w/]+\.py)\b([^\n]*)", joined, re.MULTILINE)
+    return [[script, *shlex.split(rest.split(" #")[0])] for script, rest in found]
+
+
+SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("scripts/**/*.sh")), *sorted(ROOT.glob("*.py")),
+           *sorted(ROOT.glob("data/*.py")), *sorted(ROOT.glob("notebook/*.py")), *sorted(ROOT.glob("scripts/*.py"))]  # fmt: skip
+
+
+def placeholders_filled(words: list[str]) -> list[str]:
+    """`<name>` and `…` of a documented command become words."""
+    return [re.sub(r"<[^>]*>", "name", word) for word in words if word != "…"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_commands_parse(source: Path) -> None:
+    text = source.read_text(encoding="utf-8")
+    for script, *arguments in commands(text):
+        try:
+            load_script(script).parse_args(placeholders_filled(arguments))
+        except SystemExit as error:
+            pytest.fail(f"{source.name}: python {script} {' '.join(arguments)} does not parse ({error})")
+
+
+def test_the_readme_names_every_stage() -> None:
+    from tests.scripts import STAGES
+
+    documented = {script for script, *_ in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert set(STAGES) <= documented
+
+
+def test_shell_scripts_named_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"bash (\S+\.sh)", text)
+    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(scripts)
+    for script in scripts:
+        assert (ROOT / script).is_file(), script

@@ -1,0 +1,147 @@
+"""Every stage of the instruction track as a user runs it, on a tiny model, and the exact files it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import write_sources
+from tests.scripts import run_script
+
+ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+
+
+def files_below(folder: Path) -> set[str]:
+    """Every file below a folder, as relative paths."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def track(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]) -> tuple[Path, list[str]]:
+    """A workspace in which stages 1 and 2 have run, and the flags they share."""
+    folder = tmp_path_factory.mktemp("track")
+    write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
+    write_sources(folder / "target.jsonl", {"goal": 20})
+    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl", "--data_key", "toy"]
+    flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        training = ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2", "--checkpoint_at", "0.5", "1.0"]
+        run_script("custom_train_alpaca.py", *flags, *training)
+        stage_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags]
+        run_script(*stage_2, "--project_dim", "32")
+    return folder, flags
+
+
+@pytest.fixture
+def here(track: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(track[0])
+    return track[1]
+
+
+def test_training_leaves_checkpoints_that_peft_opens(here: list[str], model_folders: dict[str, str]) -> None:
+    (run,) = Path("external_lightning_logs").iterdir()
+    assert run.name.endswith("_toy_lora_r_4_run_0")
+    best = next(path.name for path in run.iterdir() if path.name.startswith("epoch_epoch="))
+    expected = {"manifest.json"} | {f"{name}/{file}" for name in (best, "step_step=8", "step_step=16") for file in ADAPTER}
+    assert files_below(run) == expected
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folders["llama"]), run / best)
+
+
+def test_training_again_does_nothing_and_other_flags_are_refused(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    training = ["--batch_size", "8", "--lr", "1e-2", "--checkpoint_at", "0.5", "1.0"]
+    run_script("custom_train_alpaca.py", *here, *training, "--epochs", "2")
+    assert "nothing to train" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"epochs: found 2, expected 3.*--save_name"):
+        run_script("custom_train_alpaca.py", *here, *training, "--epochs", "3")
+
+
+def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    (store,) = Path("gradients").iterdir()
+    parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz"}
+    found = {name for name in files_below(store) if "moments_" not in name}
+    assert found == {f"{step}/{file}" for step in ("step_step=8", "step_step=16") for file in parts}
+    rows = np.load(store / "step_step=8" / "projected.npy")
+    assert rows.shape == (4 * 16 + 4 * 2 + 10, 32) and np.isfinite(rows).all()
+    stage_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *here, "--project_dim", "32"]
+    run_script(*stage_2)
+    assert "nothing to compute" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="output_function: found loss, expected margin"):
+        run_script(*stage_2, "--output_function", "margin")
+    with pytest.raises(ValueError, match=r"an adapter of rank 4.*--lora_rank 4"):
+        run_script(*stage_2[:2], *[flag if flag != "4" else "8" for flag in here], "--load_model_dir",
+                   next(Path("external_lightning_logs").glob("*/step_step=8")))  # fmt: skip
+
+
+def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
+    before = files_below(Path())
+    estimation = [*here, "--project_dim", "32", "--save_name", "toy"]
+    sampled = ["--sampled_tasks", "sampled_tasks/toy.txt", "--number_of_subsets", "6", "--subset_size", "2"]
+    run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled)
+    frame = pd.read_csv("results/toy/estimates.csv", dtype={"subset": str})
+    targets = ["down", "down/2", "goal", "up a", "up b"]
+    assert list(frame.columns) == ["subset", "run", *(f"estimate/{target}" for target in targets)]
+    assert len(frame) == 6 and np.isfinite(frame.iloc[:, 2:].to_numpy(float)).all()
+
+    Path("sampled_tasks/toy.txt").write_text("# edited by hand\n0 1\n3\n")
+    run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled, "--target_task", "goal")
+    frame = pd.read_csv("results/toy/estimates.csv", dtype={"subset": str})
+    assert frame["subset"].tolist() == ["0 1", "3"] and list(frame.columns) == ["subset", "run", "estimate/goal"]
+    Path("sampled_tasks/toy.txt").write_text("0 1\n2 3\n1 2\n")
+    run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled)
+
+    run_script("fast_estimate_forward_selection.py", *estimation)
+    run_script("notebook/select_random_ensemble.py", "results/toy", "--top_k", "2")
+    training = ["--epochs", "1", "--batch_size", "8", "--lr", "1e-2", "--save_name", "toy"]
+    for file in ("sampled_tasks/toy_forward_selection.txt", "sampled_tasks/toy_random_ensemble.txt"):
+        run_script("custom_train_alpaca.py", *here, *training, "--subset_file", file)
+    run_script("custom_train_alpaca.py", *here, *training, "--task_idxes")
+    run_script("custom_train_alpaca.py", *here, *training, "--task_idxes", "1", "3")
+    results = pd.read_csv("results/toy/results.csv", dtype={"subset": str}, keep_default_na=False)
+    columns = [f"{split}_loss/{target}" for split in ("validation", "test") for target in targets]
+    assert list(results.columns) == ["subset", "run", "num_rows", *columns, "seconds"]
+    assert {"", "1 3"} <= set(results["subset"]) and len(results) == results["subset"].nunique()
+    assert int(results.loc[results["subset"] == "1 3", "num_rows"].iloc[0]) == 32
+    made = {name for name in files_below(Path()) - before if "moments_" not in name}
+    assert made == {
+        "sampled_tasks/toy.txt",
+        "sampled_tasks/toy_forward_selection.txt",
+        "sampled_tasks/toy_random_ensemble.txt",
+        "results/toy/estimates.csv",
+        "results/toy/manifest.json",
+        "results/toy/selection.csv",
+        "results/toy/selection.png",
+        "results/toy/scores.csv",
+        "results/toy/scores.png",
+        "results/toy/results.csv",
+        "results/toy/results.json",
+    }
+
+
+def test_a_truth_run_goes_on_at_the_next_missing_line(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after one line, started again: the finished line is kept, the others are as if nothing had happened."""
+    from src import stages
+
+    Path("three.txt").write_text("0\n1\n2 3\n")
+    training = ["--epochs", "1", "--batch_size", "8", "--lr", "1e-2", "--subset_file", "three.txt"]
+    run_script("custom_train_alpaca.py", *here, *training, "--save_name", "whole")
+    original, calls = stages.fine_tune_on_subset, []
+
+    def killed_at_the_second(*arguments: object, **options: object) -> dict[str, float]:
+        calls.append(arguments[3])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(stages, "fine_tune_on_subset", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_script("custom_train_alpaca.py", *here, *training, "--save_name", "cut")
+    run_script("custom_train_alpaca.py", *here, *training, "--save_name", "cut")
+    assert calls == [(0,), (1,), (1,), (2, 3)]
+    whole, cut = (pd.read_csv(f"results/{name}/results.csv").drop(columns="seconds") for name in ("whole", "cut"))
+    pd.testing.assert_frame_equal(whole, cut)
