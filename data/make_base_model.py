@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from src import cli
+from src.data import load_instruction
 from src.paths import MANIFEST, file_fingerprint, whole_folder, write_manifest
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -84,33 +85,45 @@ def made_folder(output_dir: Path, arguments: Mapping[str, Any]) -> Iterator[Path
 # --- model and tokenizer -------------------------------------------------------------------------------------
 
 
-def build_model(
-    architecture: str, vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, seed: int
-) -> PreTrainedModel:
-    """A randomly initialised `llama` or `t5`; the same seed gives the same weights.
+def build_model(args: argparse.Namespace, architecture: str, vocab_size: int) -> PreTrainedModel:
+    """A `llama` or `t5` of the size that `add_base_model`'s flags ask for, with weights drawn from `--seed`.
 
     Raises:
-        ValueError: the heads do not divide the hidden size into even parts (rotary positions need pairs).
+        ValueError: the heads do not divide the width into even parts (rotary positions go in pairs).
     """
-    if hidden_size % (2 * num_heads):
+    if args.hidden_size % (2 * args.num_heads):
         raise ValueError(
-            f"--hidden_size {hidden_size} with --num_heads {num_heads}: the hidden size must be a multiple of twice "
-            f"the number of heads; {2 * num_heads * max(1, hidden_size // (2 * num_heads))} would do"
+            f"--hidden_size {args.hidden_size} with --num_heads {args.num_heads}: expected a multiple of twice the "
+            f"heads, for example {2 * args.num_heads * math.ceil(args.hidden_size / (2 * args.num_heads))}"
         )
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # the order of SPECIAL_TOKENS
+    ids = {f"{name}_id": position for position, name in enumerate(SPECIAL_TOKENS)}
+    del ids["unk_token_id"]  # the tokenizer's alone
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(args.seed)
         if architecture == "t5":
-            return T5ForConditionalGeneration(T5Config(
-                vocab_size=vocab_size, d_model=hidden_size, d_kv=hidden_size // num_heads, d_ff=2 * hidden_size,
-                num_layers=num_layers, num_heads=num_heads, feed_forward_proj="gated-gelu",
-                decoder_start_token_id=ids["pad_token_id"], **ids,
-            ))
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-            num_hidden_layers=num_layers, num_attention_heads=num_heads, num_key_value_heads=num_heads,
-            max_position_embeddings=CONTEXT_LENGTH, tie_word_embeddings=True, **ids,
-        ))
+            config = T5Config(
+                vocab_size=vocab_size,
+                d_model=args.hidden_size,
+                d_kv=args.hidden_size // args.num_heads,
+                d_ff=2 * args.hidden_size,
+                num_layers=args.num_layers,
+                num_heads=args.num_heads,
+                feed_forward_proj="gated-gelu",
+                decoder_start_token_id=ids["pad_token_id"],
+                **ids,
+            )
+            return T5ForConditionalGeneration(config)
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=2 * args.hidden_size,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=args.num_heads,
+            max_position_embeddings=CONTEXT_LENGTH,
+            tie_word_embeddings=True,
+            **ids,
+        )
+        return LlamaForCausalLM(config)
 
 
 def wrap_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
@@ -148,53 +161,40 @@ def pretrain(
 # --- text ----------------------------------------------------------------------------------------------------
 
 
-def read_texts(data_files: list[str]) -> list[tuple[str, str]]:
-    """(inputs, targets) of every row of the jsonl files, in file order.
+def training_texts(data_files: Sequence[str]) -> list[tuple[str, str]]:
+    """(prompt, completion) of every training row; rows that later stages hold out stay unseen.
 
     Raises:
-        FileNotFoundError: a file is absent.
-        ValueError: a line is no JSON object with the strings `inputs` and `targets`, or there is no line at all.
+        FileNotFoundError, ValueError: as `load_instruction`, which reads the files.
     """
-    texts = []
-    for path in map(Path, data_files):
-        if not path.is_file():
-            raise FileNotFoundError(f"--data_files: {path} does not exist")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                texts.append((row["inputs"] + "", row["targets"] + ""))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object with the strings 'inputs' and 'targets', "
-                    f"found {line[:60]!r} ({type(error).__name__}: {error})"
-                ) from error
-    if not texts:
-        raise ValueError(f"--data_files: no rows in {', '.join(data_files)}; the tokenizer needs text to train on")
-    return texts
+    data = load_instruction(data_files)
+    return [(data.examples[i].prompt, data.examples[i].completion) for i in data.indices("train")]
 
 
-def train_tokenizer(texts: list[tuple[str, str]], vocab_size: int, append_eos: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be encoded, and decoding gives it back.
+def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, *, append_eos: bool) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: every text can be encoded, and decoding gives it back.
 
     Args:
-        append_eos: end every encoded text with </s>, as T5 tokenizers do; causal models get theirs from the pipeline.
+        texts: What the merges are learned from.
+        vocab_size: Tokens, at most; little text has fewer merges to offer.
+        append_eos: End every encoded text with </s>, as T5 tokenizers do; causal models get theirs from the pipeline.
 
     Raises:
         ValueError: `vocab_size` has no room for the 256 bytes and the special tokens.
     """
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(f"--vocab_size {vocab_size}: the bytes and special tokens alone need {smallest}")
+    alphabet, special_tokens = sorted(pre_tokenizers.ByteLevel.alphabet()), list(SPECIAL_TOKENS.values())
+    if vocab_size < len(alphabet) + len(special_tokens):
+        raise ValueError(
+            f"--vocab_size {vocab_size}: the {len(alphabet)} bytes and {len(special_tokens)} special tokens alone need "
+            f"{len(alphabet) + len(special_tokens)}"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        (part for text in texts for part in text),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
+    backend.train_from_iterator((part for text in texts for part in text), trainer)
     if append_eos:
         eos = SPECIAL_TOKENS["eos_token"]
         backend.post_processor = processors.TemplateProcessing(
@@ -203,98 +203,109 @@ def train_tokenizer(texts: list[tuple[str, str]], vocab_size: int, append_eos: b
     return wrap_tokenizer(backend)
 
 
-def text_blocks(
-    texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, architecture: str,
-    block_size: int, batch_size: int, seed: int,
+def text_windows(
+    texts: Iterable[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    architecture: str,
+    *,
+    window: int,
+    batch_size: int,
+    seed: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of random windows (B, block_size) of the rows' text, written one after another with </s> between.
+    """Endless batches of random windows (B, window) of all texts, written one after another with </s> between them.
 
     A Llama predicts every token of its window; a T5 reads the first half and writes the second.
     """
-    tokens: list[int] = []
-    for inputs, targets in texts:
-        tokens += tokenizer.encode(f"{inputs}\n{targets}", add_special_tokens=False) + [tokenizer.eos_token_id]
-    tokens *= math.ceil(block_size / len(tokens))  # little text: repeat it until a window fits
-    stream = torch.tensor(tokens)
+    rows = (tokenizer.encode("".join(text), add_special_tokens=False) + [tokenizer.eos_token_id] for text in texts)
+    stream = torch.tensor([token for row in rows for token in row])
+    stream = stream.repeat(math.ceil(window / len(stream)))  # little text is repeated until a window fits
     rng = np.random.default_rng(seed)
     while True:
-        starts = rng.integers(0, len(stream) - block_size + 1, size=batch_size)
-        windows = torch.stack([stream[start : start + block_size] for start in starts])  # (B, T)
-        if architecture == "t5":
-            read, written = windows.chunk(2, dim=1)
-            yield {"input_ids": read, "labels": written}
-        else:
-            yield {"input_ids": windows, "labels": windows}
+        starts = rng.integers(0, len(stream) - window, size=batch_size, endpoint=True)
+        windows = torch.stack([stream[start : start + window] for start in starts])  # (B, T)
+        read, written = windows.chunk(2, dim=1) if architecture == "t5" else (windows, windows)
+        yield {"input_ids": read, "labels": written}
 
 
 # --- command line --------------------------------------------------------------------------------------------
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `make_synthetic.py` shares; it sets defaults of its own."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--hidden_size", type=int, default=128, help="width; a multiple of twice --num_heads")
-    model.add_argument("--num_layers", type=int, default=4, help="layers (T5: of the encoder and of the decoder)")
-    model.add_argument("--num_heads", type=int, default=4, help="attention heads")
-    training = parser.add_argument_group("pretraining")
-    training.add_argument("--pretrain_steps", type=int, default=500, help="optimizer steps; 0 keeps the random weights")
-    training.add_argument("--pretrain_batch_size", type=int, default=32, help="rows per step")
-    training.add_argument("--pretrain_lr", type=float, default=2e-3, help="peak learning rate")
-
-
-def add_output_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+def add_output(parser: argparse.ArgumentParser, output_dir: str) -> None:
     """Where to write, from which seed, and whether an older folder may be replaced."""
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default=output_dir, help="folder to write")
-    output.add_argument("--seed", type=int, default=0, help="decides every row and every initial weight")
-    output.add_argument("--overwrite", action="store_true", help="replace an older folder this script has made")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default=output_dir, help="folder to write (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="decides every row and every weight (default: %(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="replace an older folder made by this script")
 
 
-def what_to_make(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments that decide the content of the folder: the ones a manifest is compared by."""
+def add_base_model(
+    parser: argparse.ArgumentParser,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    pretrain_steps: int,
+    batch_size: int,
+    lr: float,
+) -> None:
+    """How large the model is and how long it is pretrained; the defaults are the script's."""
+    group = parser.add_argument_group("base model")
+    for flag, kind, default, meaning in (
+        ("--hidden_size", cli.positive_int, hidden_size, "width, a multiple of twice --num_heads"),
+        ("--num_layers", cli.positive_int, num_layers, "layers; T5: of the encoder, and as many of the decoder"),
+        ("--num_heads", cli.positive_int, num_heads, "attention heads"),
+        ("--pretrain_steps", int, pretrain_steps, "optimizer steps of pretraining; 0 keeps random weights"),
+        ("--pretrain_batch_size", cli.positive_int, batch_size, "rows per step"),
+        ("--pretrain_lr", cli.positive_float, lr, "highest learning rate"),
+    ):
+        group.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+
+
+def content_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide what the folder holds."""
     return {name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite")}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The script's flags."""
+    parser = cli.parser(__doc__)
+    add_output(parser, "data/base_model")
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--data_files", nargs="+", required=True, metavar="FILE", help="instruction data to learn the text of: .jsonl or .pkl"
     )
-    add_output_arguments(parser, "data/base_model")
-    text = parser.add_argument_group("text")
-    text.add_argument("--data_files", nargs="+", required=True, help="jsonl files with `inputs` and `targets`")
-    text.add_argument("--vocab_size", type=int, default=2048, help="tokens of the BPE vocabulary, at most")
-    text.add_argument("--block_size", type=int, default=128, help="tokens per row in pretraining")
-    add_model_arguments(parser)
-    parser.add_argument("--architecture", choices=("llama", "t5"), default="llama", help="decoder or encoder-decoder")
+    group.add_argument("--vocab_size", type=int, default=2048, help="tokens, at most (default: %(default)s)")
+    group.add_argument("--window", type=cli.positive_int, default=128, help="tokens of a row in pretraining (default: 128)")
+    add_base_model(
+        parser, hidden_size=128, num_layers=4, num_heads=4, pretrain_steps=500, batch_size=32, lr=2e-3
+    )
+    parser.add_argument("--architecture", choices=("llama", "t5"), default="llama", help="(default: llama)")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    """Tokenizer, model, pretraining, folder."""
     output_dir = Path(args.output_dir)
-    texts = read_texts(args.data_files)
-    # The text itself is one of the arguments: a changed file under the same name is another model.
-    arguments = what_to_make(args) | {"text_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+    # another file under the same name is another model
+    arguments = content_arguments(args) | {"data_sha256": file_fingerprint(map(Path, args.data_files))}
     if is_made(output_dir, arguments, args.overwrite):
-        print(f"{output_dir} is complete and was made with the same arguments: nothing to do")
+        print(f"{output_dir} is complete and was made with these arguments: nothing to do")
         return
-
+    texts = training_texts(args.data_files)
     tokenizer = train_tokenizer(texts, args.vocab_size, append_eos=args.architecture == "t5")
-    model = build_model(
-        args.architecture, len(tokenizer), args.hidden_size, args.num_layers, args.num_heads, args.seed
+    model = build_model(args, args.architecture, len(tokenizer))
+    batches = text_windows(
+        texts, tokenizer, args.architecture, window=args.window, batch_size=args.pretrain_batch_size, seed=args.seed
     )
-    with whole_folder(output_dir, arguments) as folder:
-        if args.pretrain_steps:
-            batches = text_blocks(
-                texts, tokenizer, args.architecture, args.block_size, args.pretrain_batch_size, args.seed
-            )
-            pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
+    with made_folder(output_dir, arguments) as folder:
+        pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(
-        f"Wrote {output_dir}: {args.architecture}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens; "
-        f"use it with --model_key {output_dir}"
+        f"Wrote {output_dir}: {args.architecture}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens. "
+        f"Next: --model_key {output_dir}"
     )
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run_stage(main, parse_args())

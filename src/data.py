@@ -54,7 +54,8 @@ class TaskData:
 
     examples: tuple[Example, ...]
     notices: tuple[str, ...] = ()  # one-line messages for the script to print
-    answer_key: str | None = None  # the dataset_key that decides how answers are read; None for instruction
+    answer_key: str | None = None
+    judge: Callable[[str, str], dict[str, bool]] | None = None  # (completion, gold) -> properties  # the dataset_key that decides how answers are read; None for instruction
 
     def __post_init__(self) -> None:
         for position, example in enumerate(self.examples):
@@ -172,7 +173,7 @@ _PICKLE_NAMES = {
     "numpy": r"_reconstruct|_frombuffer|scalar|ndarray|dtype",
     "pyarrow": r"_restore_array|py_buffer|type_for_alias",
     "builtins": r"slice|bytearray",
-    "__builtin__": r"slice|bytearray",
+    "__builtin__": r"slice|bytearray|bytes",
     "_codecs": r"encode",
 }
 
@@ -192,7 +193,10 @@ class _Recorded:
 
 
 class _RecordingUnpickler(pickle._Unpickler):
-    """Turns every name that a pickle mentions into a recorder; names that no frame needs are refused."""
+    """Turns every name that a pickle mentions into a recorder; names that no frame needs are refused.
+
+    It builds on the unpickler written in Python: the one in C sizes its tables by what a damaged file claims.
+    """
 
     def find_class(self, module: str, name: str) -> type[_Recorded]:
         package = module.split(".")[0]
@@ -203,13 +207,16 @@ class _RecordingUnpickler(pickle._Unpickler):
 
 
 def _decode(node: Any) -> Any:
-    """The array, range, slice or scalar behind a recorded object; anything else is given back as it is."""
+    """The array, range, slice or scalar behind a recorded object; anything else is given back as it is.
+
+    Only the nesting that pandas writes is decoded, and numpy checks every length against the bytes that are there.
+    """
     match getattr(node, "name", None):
         case None:
             return node
         case "NA":
             return None
-        case "encode" | "bytearray":  # how older pickle protocols spell bytes
+        case "encode" | "bytes" | "bytearray":  # how older pickle protocols spell bytes
             data = node.args[0] if node.args else b""
             return data.encode("latin-1") if isinstance(data, str) else b"".join([_decode(data)])
         case "slice":
@@ -598,8 +605,9 @@ def _read_split(path: Path, num_samples: int) -> dict[str, list[int]]:
             raise ValueError(f"{path} has no list {side!r}, expected the sample indices of train and of test")
         for index in split[side]:
             if type(index) is not int or not 0 <= index < num_samples or index in seen:
-                problem = "stands there twice" if index in seen else "is no index of the data set"
-                raise ValueError(f"{path}: {index!r} in {side} {problem} (0 to {num_samples - 1}, each once)")
+                raise ValueError(
+                    f"{path}: {index!r} in {side} is no index of the data set (0 to {num_samples - 1}) or stands there twice"
+                )
             seen.add(index)
     return split
 
@@ -676,8 +684,8 @@ def load_cot(
             "encoder_decoder or decoder"
         )
     dataset = _read_dataset(Path(data_dir, "dataset", f"{dataset_key}.json"), dataset_key)
-    path = split_path = Path(data_dir, "split", f"{dataset_key}__{split_key}.json")
-    split = _read_split(split_path, len(dataset))
+    path = Path(data_dir, "split", f"{dataset_key}__{split_key}.json")
+    split = _read_split(path, len(dataset))
     if preset.teacher_key:
         path = Path(saved_dir, "completion_data", f"B_{TEACHER}__C_{preset.teacher_key}", f"D_{dataset_key}.json")
         expected = {"base_model": TEACHER, "completion_key": preset.teacher_key, "dataset_key": dataset_key}
@@ -719,10 +727,7 @@ def load_cot(
         counted = (
             (num_asked - num_there, f"of {num_asked:,} completions that {preset_key} asks for are not there"),
             (num_there - num_train, f"of {num_there:,} completions are left out, as their answer is wrong"),
-            (
-                num_bare,
-                "held-out rows have neither a correct completion nor a rationale; their label is the bare answer",
-            ),
+            (num_bare, "held-out rows have neither correct completion nor rationale; the label is the bare answer"),
         )
         notices = [f"{path}: {number:,} {message}" for number, message in counted if number]
     examples = []

@@ -14,6 +14,7 @@ Shapes: R stored rows, N rows of the tasks, d projection dimension, n tasks, m s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +98,16 @@ def task_moments(
         ValueError: the lengths differ, a task id is out of range, or a row is not finite.
     """
     if not len(rows) == len(outputs) == len(task_of_sample):
-        raise ValueError(f"{len(rows)} rows, {len(outputs)} outputs and {len(task_of_sample)} task ids must be equally many")
+        raise ValueError(
+            f"{len(rows)} rows, {len(outputs)} outputs and {len(task_of_sample)} task ids must be equally many"
+        )
     task_of_sample = np.asarray(task_of_sample)
     outside = (task_of_sample < -1) | (task_of_sample >= num_tasks)
     if outside.any():
         sample = int(np.flatnonzero(outside)[0])
-        raise ValueError(f"row {sample} has task {task_of_sample[sample]}; tasks are 0 to {num_tasks - 1}, or -1 for none")
+        raise ValueError(
+            f"row {sample} has task {task_of_sample[sample]}; tasks are 0 to {num_tasks - 1}, or -1 for none"
+        )
     dim = rows.shape[1]
     moments = TaskMoments(
         counts=np.bincount(task_of_sample[task_of_sample >= 0], minlength=num_tasks),
@@ -144,7 +149,7 @@ def estimate(
         estimator: one of `ESTIMATORS`:
             "ridge", L_val + b_val.x_S/N_val with x_S = -(H_S/N_S + lambda I)^-1 b_S/N_S, the regression of -1 on the
             gradients of the subset;
-            "logistic", the paper's (arXiv:2409.19458, section 3): x_S = argmin mean log(1 + exp(o_i + g_i.x)) +
+            "logistic", the paper's (arXiv:2409.19458): x_S = argmin mean log(1 + exp(o_i + g_i.x)) +
             lambda |x|^2 with outputs o = minus the margin, evaluated as the mean of log(1 + exp(o_i + g_i.x_S)) over the
             target's rows;
             "kernel", ridge computed in the kernel of the rows: the same numbers, faster for fewer rows than d;
@@ -172,19 +177,17 @@ def estimate(
     for part in parts:
         _check_finite(part.target, "target")
         if not part.target.counts.all():
-            raise ValueError(f"target {int(np.argmin(part.target.counts))} has no rows, so nothing can be estimated for it")
+            raise ValueError(
+                f"target {int(np.argmin(part.target.counts))} has no rows, so nothing can be estimated for it"
+            )
         weights, strength = _row_weights(part, membership, rho, weight_by)
         jobs.append((part, weights, _ESTIMATORS[estimator](part, strength)))
-    bar = progress(desc=f"estimates ({estimator})", total=len(parts) * len(membership), unit="subset") if progress else None
-    total = sum(_over_chunks(part, weights, on_subsets, bar) for part, weights, on_subsets in jobs)
-    if bar is not None:
-        bar.close()
-    return total / len(parts)
+    num_estimates = len(parts) * len(membership)
+    with progress(desc="estimates", total=num_estimates, unit="subset") if progress else nullcontext() as bar:
+        return sum(_over_chunks(part, weights, on_subsets, bar) for part, weights, on_subsets in jobs) / len(parts)
 
 
-def ridge_solutions(
-    part: Part, membership: np.ndarray, rho: float = 0.01, weight_by: str = "sample"
-) -> np.ndarray:
+def ridge_solutions(part: Part, membership: np.ndarray, rho: float = 0.01, weight_by: str = "sample") -> np.ndarray:
     """x_S of estimator "ridge" for every subset, (m, d) float64; `Projection.lift` takes one to the parameters.
 
     Arguments and errors as in `estimate`.
@@ -264,17 +267,16 @@ def _logistic(part: Part, strength: float) -> OnSubsets:
     d x d Hessian for every subset and step would cost hundreds of times more for.
     """
     gradients, outputs, task_of_row = _task_rows(part)
-    stored, counts = part.rows, _tensor(part.train.counts)
-    of_target = np.flatnonzero(np.asarray(stored.target_of_row) >= 0)
-    target_gradients = torch.from_numpy(np.asarray(stored.rows[of_target], np.float32))
-    target_outputs = torch.from_numpy(np.asarray(stored.outputs[of_target], np.float32))
-    target_shares = one_hot(torch.from_numpy(np.asarray(stored.target_of_row)[of_target]).long(), len(part.target.counts))
-    target_shares = target_shares / target_shares.sum(0)  # (rows of targets, k)
+    target_gradients, target_outputs, target_of_row = _selected_rows(part.rows, part.rows.target_of_row)
+    in_target = one_hot(target_of_row, len(part.target.counts)).float()
+    in_target /= in_target.sum(0)  # (rows of targets, k)
+    counts, scale = _tensor(part.train.counts), gradients.square().sum(1).mean().sqrt() or 1.0
 
     def on_subsets(weights: Tensor) -> Tensor:
         shares = _shares(weights, counts).float()[:, task_of_row]  # (c, N)
-        solutions = _minimise_logistic(gradients, outputs, shares, strength)
-        return (softplus(target_outputs + solutions @ target_gradients.T) @ target_shares).double()
+        # gradients of norm 1: products of small numbers would leave the range of float32
+        solutions = _minimise_logistic(gradients / scale, outputs, shares, strength / scale**2) / scale
+        return (softplus(target_outputs + solutions @ target_gradients.T) @ in_target).double()
 
     return on_subsets
 
@@ -305,30 +307,159 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
 
 
 def _minimise_logistic(gradients: Tensor, outputs: Tensor, shares: Tensor, strength: float) -> Tensor:
-    """argmin_x sum_i share_i log(1 + exp(o_i + g_i.x)) + lambda |x|^2 for each row of shares: (c, d).
+    """argmin over x of sum_i share_i log(1 + exp(o_i + g_i.x)) + lambda |x|^2.
 
     Args:
-        gradients: g (N, d). outputs: o (N,). shares: (c, N), each line sums to 1 (or is 0: an empty subset).
+        gradients: g (N, d).
+        outputs: o (N,).
+        shares: (c, N), each line a subset; lines sum to 1, or are 0 for an empty subset.
+        strength: lambda.
+
+    Returns:
+        (c, d).
     """
     solutions = gradients.new_zeros(len(shares), gradients.shape[1])
-    logits = outputs.expand(len(shares), -1)  # (c, N)
-    first_norm = None
+    logits = outputs.expand(len(shares), -1)
+    start_norm = None
     for _ in range(_NEWTON_STEPS):
         likely = logits.sigmoid()
         slope = (shares * likely) @ gradients + 2 * strength * solutions  # (c, d)
         norm = slope.norm(dim=1)
-        first_norm = norm if first_norm is None else first_norm
-        active = norm > _NEWTON_TOLERANCE * first_norm
-        if not active.any():
+        start_norm = norm if start_norm is None else start_norm
+        if (norm <= _NEWTON_TOLERANCE * start_norm).all():
             return solutions
         curvature = shares * likely * (1 - likely)
-        step = _conjugate_gradients(
-            lambda x, c=curvature: (c * (x @ gradients.T)) @ gradients + 2 * strength * x, -slope
-        )
+        step = _conjugate_gradients(gradients, curvature, 2 * strength, -slope)
         change = step @ gradients.T
-        length = _step_length(solutions, step, logits, change, shares, strength)
+        length = _step_length(logits, change, solutions, step, shares, strength)
         solutions = solutions + length * step
         logits = logits + length * change
-    raise ValueError(
-        f"estimator 'logistic' did not converge for {int(active.sum())} subsets in {_NEWTON_STEPS} Newton steps; raise rho"
+    raise ValueError(f"estimator 'logistic' has not converged after {_NEWTON_STEPS} Newton steps; raise rho")
+
+
+def _conjugate_gradients(gradients: Tensor, curvature: Tensor, ridge: float, goal: Tensor) -> Tensor:
+    """Solve (sum_i curvature_i g_i g_i^T + ridge I) x = goal for each subset, to 1 % of the goal's norm: (c, d)."""
+    solution, residual = torch.zeros_like(goal), goal
+    direction, square = residual, residual.square().sum(1, keepdim=True)
+    enough, tiny = 1e-4 * square, torch.finfo(goal.dtype).tiny
+    for _ in range(goal.shape[1]):
+        if (square <= enough).all():
+            break
+        product = (curvature * (direction @ gradients.T)) @ gradients + ridge * direction
+        length = square / (direction * product).sum(1, keepdim=True).clamp_min(tiny)
+        solution = solution + length * direction
+        residual = residual - length * product
+        previous, square = square, residual.square().sum(1, keepdim=True)
+        direction = residual + square / previous.clamp_min(tiny) * direction
+    return solution
+
+
+def _step_length(
+    logits: Tensor, change: Tensor, solutions: Tensor, step: Tensor, shares: Tensor, strength: float
+) -> Tensor:
+    """The damping of Newton's method: 1, halved for each subset until its objective does not rise, (c, 1)."""
+
+    def objective(length: Tensor) -> Tensor:
+        penalty = strength * (solutions + length * step).square().sum(1, keepdim=True)
+        return (shares * softplus(logits + length * change)).sum(1, keepdim=True) + penalty
+
+    length = torch.ones_like(step[:, :1])
+    highest = objective(torch.zeros_like(length)) * (1 + 1e-6)  # rounding in float32
+    for _ in range(20):
+        rises = objective(length) > highest
+        if not rises.any():
+            break
+        length = torch.where(rises, length / 2, length)
+    return length
+
+
+# --- shared by the estimators --------------------------------------------------------------------------------
+
+
+def _row_weights(part: Part, membership: np.ndarray, rho: float, weight_by: str) -> tuple[Tensor, float]:
+    """The weight of a row of each task in each subset, (m, n) float64, and the ridge strength lambda."""
+    _check_finite(part.train, "task")
+    counts = part.train.counts
+    weights = np.asarray(membership, np.float64)
+    if weights.ndim != 2 or weights.shape[1] != len(counts):
+        raise ValueError(f"membership has shape {weights.shape}, expected (subsets, {len(counts)} tasks)")
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("weights of tasks must be finite and not negative")
+    if not rho > 0:
+        raise ValueError(f"rho must be above 0, found {rho}")
+    if weight_by not in WEIGHT_BY:
+        raise ValueError(f"unknown weight_by {weight_by!r}; choose one of {', '.join(WEIGHT_BY)}")
+    without_rows = weights.any(axis=1) & ~(weights @ counts > 0)
+    if without_rows.any():
+        subset = int(np.argmax(without_rows))
+        tasks = ", ".join(map(str, np.flatnonzero(weights[subset])))
+        raise ValueError(f"subset {subset} (tasks {tasks}) has no rows; leave it out, or give its tasks rows")
+    of_row = np.ones(len(counts)) if weight_by == "sample" else 1 / np.maximum(counts, 1)
+    traces = part.train.outers.diagonal(axis1=1, axis2=2).sum(axis=1, dtype=np.float64)
+    mean_square = (of_row @ traces) / (of_row @ counts)
+    # gradients that are all zero have the solution 0 with any ridge
+    return torch.from_numpy(weights * of_row), float(rho * mean_square) or 1.0
+
+
+def _over_chunks(part: Part, weights: Tensor, on_subsets: OnSubsets, bar: Any | None) -> np.ndarray:
+    """`on_subsets` of all weights (m, n), chunk by chunk: d x d matrices and R-vectors of all subsets do not fit."""
+    num_rows = len(part.rows.outputs) if part.rows else 0
+    bytes_per_subset = 12 * part.train.sums.shape[1] ** 2 + 48 * num_rows
+    results = []
+    for chunk in weights.split(max(_CHUNK_BYTES // bytes_per_subset, 1)):
+        results.append(on_subsets(chunk).numpy())
+        if bar is not None:
+            bar.update(len(chunk))
+    return np.concatenate(results)
+
+
+def _shares(weights: Tensor, counts: Tensor) -> Tensor:
+    """Row weights (c, n) divided by their sum over a subset's rows; 0 for an empty subset."""
+    totals = weights @ counts
+    return weights / torch.where(totals > 0, totals, 1.0).unsqueeze(1)
+
+
+def _target_means(part: Part) -> tuple[Tensor, Tensor]:
+    """Mean output (k,) and mean gradient (k, d) of each target."""
+    counts = _tensor(part.target.counts)
+    return _tensor(part.target.output_sums) / counts, _tensor(part.target.sums) / counts.unsqueeze(1)
+
+
+def _task_rows(part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (N, d) and outputs (N,) in float32 and task ids (N,) of the rows that belong to a task."""
+    if part.rows is None:
+        raise ValueError("estimators 'logistic' and 'kernel' need the rows of a part, and this one has moments only")
+    return _selected_rows(part.rows, part.rows.task_of_row)
+
+
+def _selected_rows(rows: Rows, group_of_row: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients, outputs and group ids of the rows that belong to a group."""
+    chosen = np.flatnonzero(np.asarray(group_of_row) >= 0)
+    return (
+        torch.from_numpy(np.asarray(rows.rows[chosen], np.float32)),
+        torch.from_numpy(np.asarray(rows.outputs[chosen], np.float32)),
+        torch.from_numpy(np.asarray(group_of_row)[chosen]).long(),
     )
+
+
+def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """x of matrix x = vector, positive definite: (..., d, d), (..., d) -> (..., d)."""
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    if failed.any():
+        raise ValueError("the ridge is lost in rounding, so a regression has no solution; raise rho")
+    return torch.cholesky_solve(vectors.unsqueeze(-1), factors).squeeze(-1)
+
+
+def _check_finite(moments: TaskMoments, noun: str) -> None:
+    """A bad row shows in its task's sums, or in its squares on the diagonal."""
+    squares = moments.outers.diagonal(axis1=1, axis2=2)
+    finite = np.isfinite(moments.output_sums) & np.isfinite(moments.sums).all(axis=1) & np.isfinite(squares).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"{noun} {int(np.argmin(finite))} has outputs or gradients that are not finite; take the gradients again, "
+            "at a checkpoint whose loss is finite"
+        )
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.float64))

@@ -159,7 +159,7 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
         loss = float(np.nanmean(module.losses))
-        if trainer.sanity_checking or not trainer.training or loss >= self.best_loss:
+        if trainer.state.fn != "fit" or loss >= self.best_loss:
             return
         replaced, self.best = self.best, epoch_checkpoint_name(trainer.current_epoch)
         self.best_loss = loss

@@ -1,0 +1,332 @@
+"""A small world in which choosing data sources matters: sources, a target and a base model, in the users' formats.
+
+Every source teaches one skill, a way of rewriting a six-letter word, and a share of its answers may be wrong. The
+target asks for a few of those skills. The base model has met every skill in text full of typing errors: it knows how
+each is done and does not trust it. Clean rows of a skill teach it to; wrong rows spoil what it knows. Training on
+everything is therefore little better than no training, and a good subset is much better than both.
+
+Writes  <output_dir>/
+    flan.jsonl                all sources in the FLAN layout: an object per row
+    target.jsonl              the target's validation and test rows in the FLAN layout, with the field `_split`
+    alpaca.pkl                all sources in the Alpaca layout: a frame with skill, text, instruction, input, output
+    alpaca_dev_split_map.pkl  the frame's held-out rows: skill -> index labels
+    model/                    the base model, a Hugging Face folder
+    manifest.json             arguments, versions, sha256 of each file
+
+    python data/make_synthetic.py
+    python data/make_synthetic.py --seed 1 --num_tasks 30 --output_dir data/synthetic_30
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import string
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from src import cli
+
+try:  # run as a script, data/ is on the path; imported from the root, the root is
+    import make_base_model as base
+except ModuleNotFoundError:
+    from data import make_base_model as base
+
+TARGET = "target"
+LETTERS = string.ascii_lowercase
+WORD_LENGTH = 6  # even, for skills that work on pairs and halves
+HALF = WORD_LENGTH // 2
+DEV_SHARE = 0.2  # of the rows of each skill in the Alpaca layout; the FLAN layout leaves the choice to its reader
+
+ALPACA_PROMPT = (  # of Stanford Alpaca, for rows that have an input
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{word}\n\n### Response:\n"
+)
+
+
+# --- the world: skills, sources, rows ------------------------------------------------------------------------
+
+
+class Skill(NamedTuple):
+    """A way of rewriting a word, and how it is asked for."""
+
+    instruction: str
+    rewrite: Callable[[str], str]
+
+
+SKILLS = {
+    "reverse": Skill("Reverse the word", lambda word: word[::-1]),
+    "sort": Skill("Sort the letters", lambda word: "".join(sorted(word))),
+    "rotate_left": Skill("Move the first letter to the end", lambda word: word[1:] + word[0]),
+    "rotate_right": Skill("Move the last letter to the front", lambda word: word[-1] + word[:-1]),
+    "shift": Skill("Replace each letter by the next", lambda word: word.translate(_cipher(LETTERS[1:] + "a"))),
+    "unshift": Skill("Replace each letter by the one before", lambda word: word.translate(_cipher("z" + LETTERS[:-1]))),
+    "upper_case": Skill("Write the word in capitals", str.upper),
+    "star_vowels": Skill("Replace each vowel by a star", lambda word: word.translate(dict.fromkeys(b"aeiou", "*"))),
+    "swap_ends": Skill("Swap the first and the last letter", lambda word: word[-1] + word[1:-1] + word[0]),
+    "swap_pairs": Skill(
+        "Swap the letters of each pair", lambda word: "".join(word[i + 1] + word[i] for i in range(0, WORD_LENGTH, 2))
+    ),
+    "swap_halves": Skill("Swap the two halves", lambda word: word[HALF:] + word[:HALF]),
+    "interleave": Skill("Interleave the two halves", lambda word: "".join(word[i] + word[i + HALF] for i in range(HALF))),
+    "first_half": Skill("Give the first half", lambda word: word[:HALF]),
+    "odd_letters": Skill("Give every other letter", lambda word: word[::2]),
+    "duplicate": Skill("Write the first half twice", lambda word: 2 * word[:HALF]),
+    "mirror": Skill("Write the first half and its mirror image", lambda word: word[:HALF] + word[:HALF][::-1]),
+}
+
+
+def _cipher(alphabet: str) -> dict[int, str]:
+    return str.maketrans(LETTERS, alphabet)
+
+
+class Row(NamedTuple):
+    """One question and its answer, right or wrong."""
+
+    task: str
+    instruction: str
+    word: str
+    answer: str
+
+    @property
+    def flan(self) -> dict[str, Any]:
+        """The row in the FLAN layout. Readers put a line break between inputs that end without one and targets."""
+        return {
+            "inputs": f"{self.instruction}: {self.word}",
+            "targets": self.answer,
+            "_template_idx": 0,
+            "_task_source": "Synthetic",
+            "_task_name": self.task,
+            "_template_type": "zs_noopt",
+        }
+
+    @property
+    def alpaca(self) -> dict[str, str]:
+        """The row in the Alpaca layout; `text` is what a model is trained on."""
+        prompt = ALPACA_PROMPT.format(instruction=self.instruction, word=self.word)
+        return {
+            "skill": self.task,
+            "text": prompt + self.answer,
+            "instruction": self.instruction,
+            "input": self.word,
+            "output": self.answer,
+        }
+
+
+class Source(NamedTuple):
+    """A task to choose or not: a skill, and the share of its answers that are wrong."""
+
+    name: str
+    skill: str
+    wrong_share: float
+
+
+def plan_sources(
+    rng: np.random.Generator, num_tasks: int, noise: Sequence[float], num_target_skills: int
+) -> tuple[list[Source], list[str]]:
+    """The sources, and the skills of the target.
+
+    Skills are drawn at random, just as many as give each a source for every share in `noise`; the first of them make
+    the target. `reverse_clean_a` and `reverse_noisy50_b` teach one skill, half of the second's answers being wrong.
+
+    Raises:
+        ValueError: too few or too many sources for the skills there are.
+    """
+    most = len(SKILLS) * len(LETTERS)
+    if not num_target_skills <= num_tasks <= most or num_target_skills > len(SKILLS):
+        raise ValueError(
+            f"--num_tasks {num_tasks} with --num_target_skills {num_target_skills}: expected at least as many tasks as "
+            f"target skills, at most {most} tasks and at most {len(SKILLS)} target skills"
+        )
+    num_skills = min(len(SKILLS), max(num_target_skills, math.ceil(num_tasks / len(noise))))
+    skills = [str(name) for name in rng.permutation(list(SKILLS))[:num_skills]]
+    sources = []
+    for position in range(num_tasks):
+        skill, copy = skills[position % num_skills], position // num_skills
+        wrong_share = noise[copy % len(noise)]
+        quality = f"noisy{100 * wrong_share:g}" if wrong_share else "clean"
+        sources.append(Source(f"{skill}_{quality}_{LETTERS[copy]}", skill, wrong_share))
+    return sources, skills[:num_target_skills]
+
+
+def random_letters(rng: np.random.Generator, count: int) -> str:
+    """So many letters, each equally likely."""
+    return "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=count))
+
+
+def draw_words(rng: np.random.Generator, seen: set[str]) -> Iterator[str]:
+    """Endless random words, none twice and none of `seen`, which grows."""
+    while True:
+        word = random_letters(rng, WORD_LENGTH)
+        if word not in seen:
+            seen.add(word)
+            yield word
+
+
+def misspell(rng: np.random.Generator, answer: str, share: float) -> str:
+    """The answer with about this share of its letters replaced by random ones."""
+    replaced = rng.random(len(answer)) < share
+    letters = zip(random_letters(rng, len(answer)), answer, replaced, strict=True)
+    return "".join(wrong if is_replaced else right for wrong, right, is_replaced in letters)
+
+
+def source_rows(rng: np.random.Generator, source: Source, num_rows: int, words: Iterator[str]) -> list[Row]:
+    """Rows of one source, wrong answers among them: random letters, as many as the right answer has."""
+    instruction, rewrite = SKILLS[source.skill]
+    rows = []
+    for is_wrong in rng.permutation(num_rows) < round(source.wrong_share * num_rows):
+        word = next(words)
+        answer = rewrite(word)
+        rows.append(Row(source.name, instruction, word, misspell(rng, answer, 1.0) if is_wrong else answer))
+    return rows
+
+
+def target_rows(skills: Sequence[str], num_rows: int, words: Iterator[str]) -> list[Row]:
+    """Right answers to the target's skills in turn."""
+    turns = [SKILLS[skills[position % len(skills)]] for position in range(num_rows)]
+    return [Row(TARGET, instruction, word, rewrite(word)) for (instruction, rewrite), word in zip(turns, words)]
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line, in UTF-8."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_alpaca(folder: Path, rows: Sequence[Row], rng: np.random.Generator) -> None:
+    """The frame and its dev split map, pickled.
+
+    Columns and names are plain Python strings in object arrays, which pandas and numpy of any recent version read.
+    """
+    frame = pd.DataFrame([row.alpaca for row in rows], dtype=object)
+    frame.columns = pd.Index(list(frame.columns), dtype=object)
+    dev_labels = {
+        skill: np.sort(rng.choice(labels, max(1, round(DEV_SHARE * len(labels))), replace=False)).astype(np.int64)
+        for skill, labels in sorted(frame.groupby("skill").indices.items())
+    }
+    for name, content in (("alpaca.pkl", frame), ("alpaca_dev_split_map.pkl", dev_labels)):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=4))
+
+
+# --- base model ----------------------------------------------------------------------------------------------
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each printable character, and one for each fixed piece of the prompts, to keep rows short.
+
+    Ends of text are not added: the pipeline appends </s> to what a model has to write.
+    """
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocabulary = {token: i for i, token in enumerate([*base.SPECIAL_TOKENS.values(), *characters])}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token=base.SPECIAL_TOKENS["unk_token"]))
+    backend.decoder = decoders.Fuse()
+    before, between, after = (ALPACA_PROMPT.format(instruction="|", word="|")).split("|")
+    pieces = [before, between, after, ": ", *(skill.instruction for skill in SKILLS.values())]
+    backend.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    return base.wrap_tokenizer(backend)
+
+
+def pretraining_batches(
+    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, batch_size: int, typo_rows: float, seen: set[str]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches (B, T) of all skills in both layouts, on words that occur nowhere else; answers make the loss.
+
+    Args:
+        typo_rows: Share of the rows whose answers are full of typing errors.
+    """
+    words = draw_words(rng, seen)
+    skills = list(SKILLS.values())
+    end, pad, ignored = tokenizer.eos_token_id, tokenizer.pad_token_id, -100
+    while True:
+        prompts, answers = [], []
+        for skill in rng.integers(len(skills), size=batch_size):
+            row = Row("", skills[skill].instruction, word := next(words), skills[skill].rewrite(word))
+            in_flan, has_typos = rng.random(2) < (0.5, typo_rows)
+            prompts.append(row.flan["inputs"] + "\n" if in_flan else row.alpaca["text"].removesuffix(row.answer))
+            answers.append(misspell(rng, row.answer, TYPO_SHARE) if has_typos else row.answer)
+        rows = [(p, [*a, end]) for p, a in zip(*(tokenizer(t)["input_ids"] for t in (prompts, answers)), strict=True)]
+        length = max(len(prompt) + len(answer) for prompt, answer in rows)
+        input_ids = torch.full((batch_size, length), pad)
+        labels = torch.full((batch_size, length), ignored)
+        for i, (prompt, answer) in enumerate(rows):  # padded on the right, where a causal model does not see it
+            input_ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        yield {"input_ids": input_ids, "attention_mask": (input_ids != pad).long(), "labels": labels}
+
+
+TYPO_SHARE = 0.8
+"""Share of the letters replaced in a sloppy row; below 1, so that one wrong letter does not give the row away."""
+
+
+# --- command line --------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The script's flags."""
+    parser = cli.parser(__doc__)
+    base.add_output(parser, "data/synthetic")
+    group = parser.add_argument_group("sources and target")
+    group.add_argument("--num_tasks", type=cli.positive_int, default=20, help="sources (default: 20)")
+    group.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="rows of each source (default: 80)")
+    group.add_argument("--noise", type=cli.share, nargs="+", default=[0.0, 0.5, 1.0], metavar="SHARE", help="shares of "
+                       "wrong answers; the sources of a skill take one after the other (default: 0 0.5 1)")  # fmt: skip
+    group.add_argument("--num_target_skills", type=cli.positive_int, default=3, help="skills of the target (default: 3)")
+    group.add_argument("--target_rows", type=cli.positive_int, default=150, help="the target's rows for validation, and "
+                       "again for test (default: 150)")  # fmt: skip
+    base.add_base_model(parser, hidden_size=64, num_layers=3, num_heads=4, pretrain_steps=1500, batch_size=64, lr=3e-3)
+    parser.add_argument("--typo_rows", type=cli.share, default=0.6, help="share of the base model's pretraining rows that "
+                        "are full of typing errors; more make it less sure (default: 0.6)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Data, base model, folder."""
+    output_dir = Path(args.output_dir)
+    arguments = base.content_arguments(args)
+    if base.is_made(output_dir, arguments, args.overwrite):
+        print(f"{output_dir} is complete and was made with these arguments: nothing to do")
+        return
+    data_rng, pretraining_rng = np.random.default_rng(args.seed).spawn(2)  # the data do not depend on the model
+    sources, target_skills = plan_sources(data_rng, args.num_tasks, args.noise, args.num_target_skills)
+    seen: set[str] = set()
+    words = draw_words(data_rng, seen)
+    rows = [row for source in sources for row in source_rows(data_rng, source, args.rows_per_task, words)]
+    rows = [rows[i] for i in data_rng.permutation(len(rows))]
+    targets = [
+        row.flan | {"_split": split}
+        for split in ("validation", "test")
+        for row in target_rows(target_skills, args.target_rows, words)
+    ]
+    tokenizer = character_tokenizer()
+    model = base.build_model(args, "llama", len(tokenizer))
+    with base.made_folder(output_dir, arguments) as folder:
+        write_jsonl(folder / "flan.jsonl", (row.flan for row in rows))
+        write_jsonl(folder / "target.jsonl", targets)
+        write_alpaca(folder, rows, data_rng)
+        batches = pretraining_batches(tokenizer, pretraining_rng, args.pretrain_batch_size, args.typo_rows, seen)
+        base.pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    print(
+        f"Wrote {output_dir}: {len(sources)} sources with {len(rows):,} rows, a target made of "
+        f"{', '.join(target_skills)}, and a base model of {model.num_parameters():,} parameters. Next:\n"
+        f"python custom_train_alpaca.py --data_files {output_dir / 'flan.jsonl'} --target_files "
+        f"{output_dir / 'target.jsonl'} --model_key {output_dir / 'model'} --train_lora"
+    )
+
+
+if __name__ == "__main__":
+    cli.run_stage(main, parse_args())

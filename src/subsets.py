@@ -1,0 +1,169 @@
+"""Subsets of tasks: membership matrices, random draws, the text files that hold them; and clusters that serve as tasks.
+
+Why this module exists: a subset is a sorted tuple of task ids everywhere, and a line of a text file that a user can read
+and edit on disk. The file decides: it is read when it is there and drawn from the seed only when it is not.
+
+Shapes: N samples, d projection dimension, n tasks, m subsets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans
+
+from src.paths import atomic_write
+
+Subset = tuple[int, ...]
+
+# Average linkage holds all pairwise distances: 3 GB at this many samples.
+MAX_LINKAGE_SAMPLES = 20_000
+
+
+def membership_matrix(subsets: Sequence[Subset], num_tasks: int) -> np.ndarray:
+    """Which tasks (columns) are in which subset (rows): (m, n) bool.
+
+    Raises:
+        ValueError: an id is out of range.
+    """
+    membership = np.zeros((len(subsets), num_tasks), bool)
+    for row, subset in zip(membership, subsets, strict=True):
+        if wrong := [task for task in subset if not 0 <= task < num_tasks]:
+            raise ValueError(f"subset {subset} holds task {wrong[0]}; tasks are 0 to {num_tasks - 1}")
+        row[list(subset)] = True
+    return membership
+
+
+def draw_subsets(num_subsets: int, num_tasks: int, subset_size: float, seed: int) -> list[Subset]:
+    """Different random subsets of one size.
+
+    Args:
+        num_subsets: m.
+        num_tasks: n.
+        subset_size: below 1 the share of the tasks, from 1 on their number.
+        seed: of numpy's `default_rng`.
+
+    Raises:
+        ValueError: no such size, or fewer than m subsets of it exist.
+    """
+    if 0 < subset_size < 1:
+        size = max(1, math.floor(subset_size * num_tasks + 0.5))
+    elif 1 <= subset_size <= num_tasks and subset_size == int(subset_size):
+        size = int(subset_size)
+    else:
+        raise ValueError(
+            f"subset size {subset_size}: expected a share between 0 and 1, or a whole number from 1 to {num_tasks} tasks"
+        )
+    existing = math.comb(num_tasks, size)
+    if num_subsets > existing:
+        raise ValueError(
+            f"{num_subsets:,} subsets of {size} out of {num_tasks} tasks are asked for, but only {existing:,} exist; "
+            "ask for fewer, or for another size"
+        )
+    rng = np.random.default_rng(seed)
+    if existing <= 2 * num_subsets:  # drawing until all differ would take long
+        everything = list(combinations(range(num_tasks), size))
+        return [everything[i] for i in rng.choice(existing, num_subsets, replace=False)]
+    drawn: dict[Subset, None] = {}  # a set that keeps the order
+    while len(drawn) < num_subsets:
+        drawn[tuple(sorted(rng.choice(num_tasks, size, replace=False).tolist()))] = None
+    return list(drawn)
+
+
+def read_subsets(path: Path, num_tasks: int) -> list[Subset]:
+    """The subsets of a text file: task ids separated by spaces, one subset a line.
+
+    What follows a `#` is a comment; blank lines do not count.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line holds something else, an id out of range or twice, or there is no subset at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; expected a file of task ids, one subset a line")
+    subsets = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        seen: set[int] = set()
+        for word in line.split("#")[0].split():
+            if not (word.isascii() and word.isdigit()) or int(word) >= num_tasks:
+                raise ValueError(
+                    f"{path}, line {number}: {word!r} is no task id; expected numbers from 0 to {num_tasks - 1}"
+                )
+            if int(word) in seen:
+                raise ValueError(f"{path}, line {number}: task {word} is named twice")
+            seen.add(int(word))
+        if seen:
+            subsets.append(tuple(sorted(seen)))
+    if not subsets:
+        raise ValueError(f"{path} holds no subset; expected task ids separated by spaces, one subset a line")
+    return subsets
+
+
+def write_subsets(path: Path, subsets: Iterable[Subset], comment: str = "") -> None:
+    """Write subsets as `read_subsets` reads them, all at once; `comment` becomes the first lines.
+
+    Raises:
+        ValueError: a subset is empty, which a line cannot say.
+    """
+    lines = [f"# {line}" for line in comment.splitlines()]
+    for subset in subsets:
+        if not subset:
+            raise ValueError(f"{path}: an empty subset cannot be written")
+        lines.append(" ".join(map(str, sorted(subset))))
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_or_draw_subsets(path: Path, num_subsets: int, num_tasks: int, subset_size: float, seed: int) -> list[Subset]:
+    """The subsets of a file, whatever their number; drawn and written to it when it is not there.
+
+    Arguments and errors as in `draw_subsets` and `read_subsets`.
+    """
+    if not path.exists():
+        subsets = draw_subsets(num_subsets, num_tasks, subset_size, seed)
+        write_subsets(path, subsets, comment=f"{num_subsets} random subsets of {num_tasks} tasks, seed {seed}")
+    return read_subsets(path, num_tasks)
+
+
+def cluster_samples(rows: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
+    """Cluster samples by the direction of their projected gradients, to serve as tasks.
+
+    Average linkage on cosine distance; above `MAX_LINKAGE_SAMPLES` samples k-means on rows of norm 1, which is about
+    the same and needs no matrix of distances. A row of zeros has no direction and joins the largest cluster.
+
+    Args:
+        rows: projected gradients (N, d).
+        num_clusters: how many clusters to form.
+        seed: of k-means; linkage needs none.
+
+    Returns:
+        (N,) int32, cluster ids in the order in which they first appear.
+
+    Raises:
+        ValueError: fewer rows that are not zero than clusters, or rows that are not finite.
+    """
+    rows = np.asarray(rows)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not np.isfinite(norms).all():
+        raise ValueError(f"row {int(np.argmin(np.isfinite(norms)))} is not finite, so samples cannot be clustered")
+    directed = np.flatnonzero(norms)
+    if not 1 <= num_clusters <= len(directed):
+        raise ValueError(
+            f"{num_clusters} clusters of {len(directed)} samples with a gradient: expected 1 to {len(directed)} clusters"
+        )
+    directions = rows[directed] / norms[directed]
+    if num_clusters == 1:
+        found = np.zeros(len(directed), int)
+    elif len(directed) <= MAX_LINKAGE_SAMPLES:
+        linkage = AgglomerativeClustering(num_clusters, metric="cosine", linkage="average")
+        found = linkage.fit_predict(directions)
+    else:
+        found = MiniBatchKMeans(num_clusters, random_state=seed, n_init=3).fit_predict(directions)
+    clusters = np.full(len(rows), np.bincount(found).argmax())
+    clusters[directed] = found
+    _, first, inverse = np.unique(clusters, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int32)

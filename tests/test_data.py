@@ -1,0 +1,899 @@
+"""Data loading: splits that never move, pickles that never run, files that fail with file, line and cure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.data import (
+    DATASET_KEYS,
+    Example,
+    TaskData,
+    clean_answer,
+    extract_answers,
+    judge,
+    load_cot,
+    load_instruction,
+    parse_preset,
+    predict_answer,
+    read_pickle,
+    save_predictions,
+    stable_split,
+    summarize,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def texts_of(data: TaskData, split: str) -> list[tuple[str, str, str]]:
+    return [(e.task, e.prompt, e.completion) for e in data.examples if e.split == split]
+
+
+# --- records ------------------------------------------------------------------------------------------------
+
+
+def toy_data() -> TaskData:
+    rows = [("b", "train"), ("a", "train"), ("a", "validation"), ("c", "validation"), ("b", "train"), ("c", "test")]
+    return TaskData(tuple(Example(i, task, split, f"p{i}", f"c{i}") for i, (task, split) in enumerate(rows)))
+
+
+def test_task_and_target_ids():
+    data = toy_data()
+    assert (data.tasks, data.targets, len(data)) == (("a", "b"), ("a", "c"), 6)
+    assert data.task_of_sample.tolist() == [1, 0, -1, -1, 1, -1]
+    assert data.target_of_sample.tolist() == [-1, -1, 0, 1, -1, 1]
+    assert data.task_of_sample.dtype == data.target_of_sample.dtype == np.int32
+    assert data.indices("train").tolist() == [0, 1, 4]
+    assert data.indices("train", [1]).tolist() == [0, 4]
+    assert data.indices("train", []).tolist() == []
+    assert data.indices("validation").dtype == np.int64
+
+
+@pytest.mark.parametrize("split, tasks", [("dev", None), ("test", [0]), ("train", [2]), ("train", [-1])])
+def test_indices_refuses(split, tasks):
+    with pytest.raises(ValueError, match="expected"):
+        toy_data().indices(split, tasks)
+
+
+def test_fingerprint_sees_every_field():
+    example = Example(0, "a", "train", "p", "c", 7, "yes")
+    changes = [
+        {"task": "b"},
+        {"split": "test"},
+        {"prompt": "pc"},
+        {"completion": ""},
+        {"record_index": 8},
+        {"answer": None},
+    ]
+    variants = [TaskData((Example(**{**vars(example), **change}),)) for change in [{}, *changes]]
+    assert len({data.fingerprint for data in variants}) == len(variants)
+    expected = hashlib.sha256(b'[0, "a", "train", "p", "c", 7, "yes"]\n').hexdigest()
+    assert variants[0].fingerprint == expected
+
+
+@pytest.mark.parametrize("example", [Example(1, "a", "train", "p", "c"), Example(0, "a", "dev", "p", "c")])
+def test_examples_know_their_place(example):
+    with pytest.raises(ValueError, match="expected its own position"):
+        TaskData((example,))
+
+
+# --- stable splits ------------------------------------------------------------------------------------------
+
+KEYS = [f"question {i}" for i in range(100)] + ["question 3", "naïve ключ", "\ud800"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.text(max_size=3), max_size=40),
+    st.sampled_from([0, 0.05, 0.1, 0.3, 0.49]),
+    st.integers(0, 5),
+    st.randoms(),
+)
+def test_stable_split_rules(keys, share, cap, rng):
+    sides = stable_split(keys, share, cap)
+    side_of_key = dict(zip(keys, sides, strict=True))
+    assert [side_of_key[key] for key in keys] == sides  # equal keys, equal side
+    shuffled = rng.sample(keys, len(keys))
+    assert stable_split(shuffled, share, cap) == [side_of_key[key] for key in shuffled]
+    counts = Counter(side_of_key.values())
+    expected = min(max(1, int(share * len(side_of_key))), cap) if share and len(side_of_key) >= 3 else 0
+    assert counts["validation"] == counts["test"] == expected
+    assert counts["train"] >= bool(keys)
+
+
+def test_stable_split_is_the_ranking_by_sha256():
+    ranked = sorted(KEYS[:100], key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    expected = dict.fromkeys(ranked, "train") | dict.fromkeys(ranked[:10], "validation")
+    expected |= dict.fromkeys(ranked[10:15], "test")
+    assert stable_split(KEYS[:100], 0.1, 50, test_share=0.05) == [expected[key] for key in KEYS[:100]]
+
+
+def test_stable_split_in_another_process():
+    code = f"import json; from src.data import stable_split; print(json.dumps(stable_split({KEYS!r}, 0.1, 50)))"
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+        assert json.loads(run.stdout) == stable_split(KEYS, 0.1, 50)
+
+
+@pytest.mark.parametrize("share, cap, test_share", [(-0.1, 5, None), (0.5, 5, None), (0.1, -1, None), (0.6, 5, 0.4)])
+def test_stable_split_refuses(share, cap, test_share):
+    with pytest.raises(ValueError, match="must add up"):
+        stable_split(["a"], share, cap, test_share)
+
+
+# --- pickles ------------------------------------------------------------------------------------------------
+
+BASE = pd.DataFrame({"skill": ["a", "b", "ä"], "text": ["x", "line\nbreak", "日本"]}, index=[4, 2, 9])
+FRAMES = {
+    "str": BASE,
+    "object": BASE.astype(object),
+    "string[python]": BASE.astype("string[python]"),
+    "str on python": BASE.astype(pd.StringDtype("python", na_value=np.nan)),
+    "string[pyarrow]": BASE.astype("string[pyarrow]"),
+    "arrow": BASE.astype(pd.ArrowDtype(__import__("pyarrow").string())),
+    "missing str": BASE.assign(text=["x", None, "z"]),
+    "missing string": BASE.assign(text=["x", None, "z"]).astype("string[python]"),
+    "missing object": BASE.assign(text=pd.Series(["x", None, np.nan], index=BASE.index, dtype=object)),
+    "slice": BASE.assign(text=["x", None, "z"]).iloc[1:],
+    "nothing": BASE.iloc[:0],
+    "category": BASE.astype({"skill": "category"}).assign(other=pd.Categorical(["x", None, "x"])),
+    "numbers": BASE.assign(i=[1, 2, 3], f=[0.5, np.nan, 2], b=[True, False, True], small=np.int8([1, 2, 3])),
+    "masked": BASE.assign(i=pd.array([1, None, 3], dtype="Int64"), b=pd.array([True, None, False], dtype="boolean")),
+    "lists": BASE.assign(parts=[["x"], ["y"], ["z"]]),
+    "text index": BASE.set_axis(["p", "q", "r"]),
+    "range": BASE.reset_index(drop=True),
+    "big-endian": BASE.assign(i=np.array([1, 2, 3], dtype=">i8")),
+    "2d blocks": pd.DataFrame(np.arange(6.0).reshape(2, 3), columns=list("abc")),
+}
+
+
+def plain(frame: pd.DataFrame) -> dict[str, list]:
+    return {c: [None if v is pd.NA or v != v else v for v in frame[c].tolist()] for c in frame.columns}
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", FRAMES)
+def test_frames_read_as_pandas_reads_them(tmp_path, name, protocol):
+    path = tmp_path / "frame.pkl"
+    FRAMES[name].to_pickle(path, protocol=protocol)
+    frame, expected = read_pickle(path), pd.read_pickle(path)
+    assert plain(frame) == plain(expected)
+    assert frame.index.tolist() == expected.index.tolist()
+
+
+@pytest.mark.parametrize("name", ["alpaca_mini", "dolly_mini"])
+def test_real_pickles_read_as_pandas_reads_them(shared_data, name):
+    path = shared_data / "instruction" / f"{name}.pkl"
+    assert plain(read_pickle(path)) == plain(pd.read_pickle(path))
+    path = shared_data / "instruction" / f"{name}_dev_split_map.pkl"
+    assert read_pickle(path) == {skill: labels.tolist() for skill, labels in pd.read_pickle(path).items()}
+
+
+def test_label_maps(tmp_path):
+    path = tmp_path / "map.pkl"
+    content = {
+        "a": np.array([1, 2]),
+        "b": ["x"],
+        "c": pd.Index([3]),
+        "d": [np.int64(5)],
+        "e": pd.RangeIndex(2),
+        "f": (),
+    }
+    path.write_bytes(pickle.dumps(content))
+    assert read_pickle(path) == {"a": [1, 2], "b": ["x"], "c": [3], "d": [5], "e": [0, 1], "f": []}
+
+
+class Calls:
+    """Pickles as a call of anything."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def named(module: str, name: str, arguments: bytes = b")") -> bytes:
+    """A pickle (protocol 4) that calls module.name, whatever that is."""
+    text = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
+    return b"\x80\x04" + text + b"\x93" + arguments + b"R."
+
+
+def attacks(victim: Path) -> dict[str, bytes]:
+    touch = f"touch {victim}"
+    line = b"\x8c" + bytes([len(touch)]) + touch.encode()
+    return {
+        "os.system": pickle.dumps(Calls(os.system, touch)),
+        "subprocess": pickle.dumps(Calls(subprocess.check_call, ["touch", str(victim)])),
+        "builtins.eval": pickle.dumps(Calls(eval, f"open({str(victim)!r}, 'w')")),
+        "builtins.getattr": pickle.dumps(Calls(getattr, "x", "upper")),
+        "builtins.open": pickle.dumps(Calls(open, str(victim), "w")),
+        "io.common.os.system": named("pandas", "io.common.os.system", line + b"\x85"),
+        "read_pickle": named("pandas", "read_pickle", line + b"\x85"),
+        "DataFrame.__class__": named("pandas", "DataFrame.__class__"),
+        "_reconstructor": pickle.dumps(Calls(__import__("copyreg")._reconstructor, Path, object, None)),
+        "operator.attrgetter": pickle.dumps(Calls(__import__("operator").attrgetter, "system")),
+        "functools.partial": pickle.dumps(__import__("functools").partial(os.system, touch)),
+        "numpy.load": named("numpy", "load", line + b"\x85"),
+        "memory_map": named("pyarrow.lib", "memory_map", line + b"\x85"),
+        "old style instance": b"\x80\x02(X" + len(touch).to_bytes(4, "little") + touch.encode() + b"ios\nsystem\n.",
+        "hidden in a state": pickle.dumps(Calls(pd.DataFrame, state={"_mgr": Calls(os.system, touch)})),
+        "hidden in a cell": pickle.dumps(pd.DataFrame({"skill": [Calls(os.system, touch)], "text": ["x"]})),
+        "state of a class": b"\x80\x04\x8c\x06pandas\x8c\x09DataFrame\x93}\x8c\x01a" + line + b"sb.",
+        "slots of a class": b"\x80\x04\x8c\x06pandas\x8c\x09DataFrame\x93N}\x8c\x05apply" + line + b"s\x86b.",
+    }
+
+
+@pytest.mark.parametrize("name", attacks(Path("x")))
+def test_nothing_a_pickle_asks_for_is_run(tmp_path, name):
+    victim, path = tmp_path / "victim", tmp_path / "bad.pkl"
+    path.write_bytes(attacks(victim)[name])
+    before = dict(vars(pd.DataFrame))
+    with pytest.raises(ValueError, match=r"bad\.pkl cannot be read") as caught:
+        read_pickle(path)
+    assert not victim.exists() and dict(vars(pd.DataFrame)) == before
+    if "." in name or "_" in name:
+        assert f"{name.rpartition('.')[2]}, which no frame needs" in str(caught.value)
+
+
+def test_object_arrays_cannot_be_made_from_bytes(tmp_path):
+    """A dtype whose flags lie turns bytes into pointers; the flags in the file must not be believed."""
+    frame, path = pd.DataFrame({"a": [1, 2]}), tmp_path / "frame.pkl"
+    frame.to_pickle(path, protocol=4)
+    path.write_bytes(path.read_bytes().replace(b"\x8c\x02i8", b"\x8c\x02O8"))
+    with pytest.raises(ValueError, match="numpy type O8"):
+        read_pickle(path)
+
+
+def test_damaged_pickles_fail_with_one_kind_of_error(tmp_path):
+    rng, path = random.Random(0), tmp_path / "frame.pkl"
+    for trial in range(500):
+        frame = FRAMES[rng.choice(list(FRAMES))]
+        content = bytearray(pickle.dumps(frame, protocol=rng.choice([2, 4, 5])))
+        place = rng.randrange(2, len(content))
+        if trial % 3:
+            content[place] = rng.randrange(256)
+        else:
+            del content[place : place + rng.choice([1, 8, len(content)])]
+        path.write_bytes(content)
+        try:
+            read_pickle(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_other_pickles_are_refused(tmp_path):
+    path = tmp_path / "x.pkl"
+    BASE.to_pickle(path, compression="gzip")
+    with pytest.raises(ValueError, match="compressed"):
+        read_pickle(path)
+    pd.Series([1]).to_pickle(path)
+    with pytest.raises(ValueError, match="Series"):
+        read_pickle(path)
+    BASE.assign(when=pd.Timestamp(0)).to_pickle(path)
+    with pytest.raises(ValueError, match="DatetimeArray"):
+        read_pickle(path)
+    path.write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(ValueError, match="holds a list"):
+        read_pickle(path)
+    path.write_bytes(pickle.dumps({"a": [1, 1]}))
+    with pytest.raises(ValueError, match="repeat"):
+        read_pickle(path)
+    datasets = pytest.importorskip("datasets")
+    path.write_bytes(pickle.dumps(datasets.Dataset.from_dict({"skill": ["a"], "text": ["b"]})))
+    with pytest.raises(ValueError, match=r"convert it with \.to_pandas\(\)"):
+        read_pickle(path)
+
+
+# --- instruction track --------------------------------------------------------------------------------------
+
+
+def flan(task: str, inputs: str, targets: str = "out", **more) -> dict:
+    return {"inputs": inputs, "targets": targets, "_task_name": task, **more}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_pickle(path: Path, records: list[dict], index=None) -> Path:
+    pd.DataFrame(records, index=index).to_pickle(path)
+    return path
+
+
+def alpaca(skill: str, number: int, output: str | None = None) -> dict:
+    output = f"answer {number}" if output is None else output
+    prompt = f"Instruction: do {number}\n"
+    return {"skill": skill, "text": prompt + output, "instruction": f"do {number}", "input": "", "output": output}
+
+
+@pytest.mark.parametrize(
+    "inputs, prompt",
+    [("a", "a\n"), ("a\n", "a\n"), ("a:", "a:"), ("a: ", "a: "), ("a:\n \n", "a:\n \n"), ("a ", "a \n"), ("", "\n")],
+)
+def test_flan_prompts_end_as_in_the_recipe(tmp_path, inputs, prompt):
+    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", inputs)])])
+    assert texts_of(data, "train") == [("t", prompt, "out")]
+    frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
+    assert load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples == data.examples
+
+
+def test_instruction_rows_keep_their_order_and_split_by_prompt(tmp_path):
+    first = write_jsonl(tmp_path / "1.jsonl", [flan("t", f"q{i % 20}", f"a{i}") for i in range(40)])
+    second = write_jsonl(tmp_path / "2.jsonl", [flan("u", f"q{i}") for i in range(10)] + [flan("t", "q20")])
+    data = load_instruction([first, second])
+    assert [e.prompt for e in data.examples] == [f"q{i % 20}\n" for i in range(40)] + [
+        *(f"q{i}\n" for i in range(10)),
+        "q20\n",
+    ]
+    sides = stable_split([f"q{i % 20}\n" for i in range(40)] + ["q20\n"], 0.1, 50)
+    assert [e.split for e in data.examples if e.task == "t"] == sides
+    assert Counter(sides) == {"validation": 4, "test": 4, "train": 33} and data.targets == ("t", "u")
+    assert data.notices == () and data.answer_key is None
+
+
+def test_rows_without_inputs_split_by_their_answer(tmp_path):
+    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", "", f"a{i}") for i in range(10)])])
+    assert Counter(e.split for e in data.examples) == {"train": 8, "validation": 1, "test": 1}
+
+
+def test_too_few_prompts_hold_nothing_out_and_say_so(tmp_path):
+    records = [flan("tiny", "same") for _ in range(9)] + [flan("t", f"q{i}") for i in range(3)]
+    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
+    assert data.targets == ("t",) and data.tasks == ("t", "tiny")
+    assert len(data.notices) == 1 and "1 of 2 tasks have no held-out rows" in data.notices[0]
+
+
+def test_split_field_decides(tmp_path):
+    sides = ["train", "validation", "test", "train"]
+    records = [flan("t", "same", _split=side) for side in sides] + [flan("u", f"q{i}") for i in range(5)]
+    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
+    assert [e.split for e in data.examples[:4]] == sides
+    frame = [{"skill": r["_task_name"], "text": "x", "_split": None, **r} for r in records]
+    assert load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples == data.examples
+    write_jsonl(tmp_path / "a.jsonl", [flan("t", "q", _split="train"), flan("t", "r")])
+    with pytest.raises(ValueError, match=r"task 't': .*line 2 has no split of its own, but .*line 1 has"):
+        load_instruction([tmp_path / "a.jsonl"])
+    write_jsonl(tmp_path / "a.jsonl", [flan("t", "q", _split="train"), flan("t", "r", _split="test")])
+    with pytest.raises(ValueError, match="test rows but no validation rows"):
+        load_instruction([tmp_path / "a.jsonl"])
+
+
+def test_alpaca_prompt_is_told_from_output(tmp_path):
+    records = [alpaca("s", i) for i in range(5)] + [alpaca("s", 5, output="")]
+    records.append({**alpaca("s", 6), "text": "something else"})
+    data = load_instruction([write_pickle(tmp_path / "a.pkl", records)], heldout_share=0)
+    assert texts_of(data, "train")[0] == ("s", "Instruction: do 0\n", "answer 0")
+    assert texts_of(data, "train")[-1] == ("s", "", "something else") and len(data) == 6
+    assert "1 of 7 rows have an empty output and are left out" in data.notices[0]
+    assert "cannot be told from the answer in 1 of 7 rows" in data.notices[1]
+
+
+def test_text_only_pickle_has_no_prompts(tmp_path):
+    data = load_instruction([write_pickle(tmp_path / "a.pkl", [{"skill": "s", "text": f"t{i}"} for i in range(8)])])
+    assert all(e.prompt == "" and e.completion == f"t{e.sample_index}" for e in data.examples)
+    assert Counter(e.split for e in data.examples) == {"train": 6, "validation": 1, "test": 1}
+    assert "cannot be told from the answer in 8 of 8 rows" in data.notices[0]
+
+
+@pytest.mark.parametrize("file, map_file", [("x.pkl", "x_dev_split_map.pkl"), ("x_final.pkl", "x_dev_split_map.pkl")])
+def test_dev_split_map_holds_out_its_rows(tmp_path, file, map_file):
+    labels = list(range(100, 130))
+    path = write_pickle(tmp_path / file, [alpaca("st"[i % 2], i) for i in range(30)], labels)
+    (tmp_path / map_file).write_bytes(pickle.dumps({"s": np.array([100, 106, 110, 112]), "t": np.array([103])}))
+    data = load_instruction([path])
+    heldout = {e.sample_index + 100: e.split for e in data.examples if e.split != "train"}
+    assert set(heldout) == {100, 106, 110, 112, 103} and heldout[103] == "validation"
+    ranked = sorted((0, 6, 10, 12), key=lambda i: hashlib.sha256(f"Instruction: do {i}\n".encode()).digest())
+    assert [heldout[100 + i] for i in ranked] == ["validation", "validation", "test", "test"]
+
+
+@pytest.mark.parametrize(
+    "dev_map, message",
+    [
+        ({"s": [99]}, "holds out row 99 of skill 's'"),
+        ({"t": [0]}, "no such row of that skill"),
+        (None, "must hold a dict"),
+    ],
+)
+def test_dev_split_map_of_another_file_is_refused(tmp_path, dev_map, message):
+    path = write_pickle(tmp_path / "x.pkl", [alpaca("s", i) for i in range(5)])
+    (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(BASE if dev_map is None else dev_map))
+    with pytest.raises(ValueError, match=message):
+        load_instruction([path])
+    if dev_map is None:
+        (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps({"s": [0]}))
+        write_pickle(path, [alpaca("s", i) for i in range(5)], [0, 1, 1, 2, 3])
+        with pytest.raises(ValueError, match="labels that do not repeat"):
+            load_instruction([path])
+
+
+def test_target_files_are_never_trained_on(tmp_path):
+    data_file = write_jsonl(tmp_path / "a.jsonl", [flan("t", f"q{i}") for i in range(10)])
+    targets = write_jsonl(tmp_path / "b.jsonl", [flan("u", f"q{i // 2}") for i in range(10)])
+    data = load_instruction([data_file], [targets])
+    assert data.tasks == ("t",) and data.targets == ("t", "u")
+    sides = {e.prompt: e.split for e in data.examples if e.task == "u"}
+    assert Counter(sides.values()) == {"validation": 3, "test": 2}
+    assert all(sides[e.prompt] == e.split for e in data.examples if e.task == "u")
+    write_jsonl(targets, [flan("t", "q")])
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: target 't' is a task of the training data too"):
+        load_instruction([data_file], [targets])
+    write_jsonl(targets, [flan("u", "q", _split="train")])
+    with pytest.raises(ValueError, match="has _split train"):
+        load_instruction([data_file], [targets])
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"{", "line 2 is not JSON"),
+        (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
+        (b"[1]", "line 2 holds"),
+        (b"null", "line 2 holds None"),
+        (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
+        (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
+        (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
+        (b'{"inputs": "a", "targets": " ", "_task_name": "t"}', "line 2: targets is ' '"),
+        (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x", "y"]}', "line 2: _split is"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_instruction([path])
+    assert str(path) in str(caught.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    empty = write_jsonl(tmp_path / "a.jsonl", [])
+    with pytest.raises(ValueError, match=r"a\.jsonl is empty"):
+        load_instruction([empty])
+    with pytest.raises(FileNotFoundError, match=r"b\.jsonl does not exist"):
+        load_instruction([tmp_path / "b.jsonl"])
+    with pytest.raises(ValueError, match=r"\.jsonl and \.pkl"):
+        load_instruction([tmp_path / "b.csv"])
+    with pytest.raises(ValueError, match="empty list of data files"):
+        load_instruction([])
+    with pytest.raises(ValueError, match=r"the columns \['skill'\]"):
+        load_instruction([write_pickle(tmp_path / "a.pkl", [{"skill": "s"}])])
+    with pytest.raises(ValueError, match=r"row 2 \(index label 7\): skill is nan"):
+        load_instruction([write_pickle(tmp_path / "a.pkl", [alpaca("s", 0), alpaca(None, 1)], [5, 7])])
+    with pytest.raises(ValueError, match="no training rows"):
+        load_instruction([write_jsonl(tmp_path / "c.jsonl", [flan("t", "q", _split="validation")])])
+
+
+@pytest.mark.parametrize(
+    "file, rows, tasks, heldout",
+    [("flan_mini.jsonl", 6480, 44, None), ("alpaca_mini.pkl", 3039, 34, 763), ("dolly_mini.pkl", 1070, 8, 269)],
+)
+def test_real_instruction_files(shared_data, file, rows, tasks, heldout):
+    data = load_instruction([shared_data / "instruction" / file])
+    assert (len(data), len(data.tasks), len(data.targets)) == (rows, tasks, tasks)
+    assert heldout is None or rows - len(data.indices("train")) == heldout
+    prompts = {split: {e[:2] for e in texts_of(data, split)} for split in ("train", "validation", "test")}
+    if file.endswith("jsonl"):
+        assert not prompts["train"] & (prompts["validation"] | prompts["test"])
+        assert not prompts["validation"] & prompts["test"]
+    assert data.notices == ()
+
+
+# --- chain of thought: answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dataset_key, text, expected",
+    [
+        ("strategy_qa", " no.", ["no"]),
+        ("strategy_qa", " that it is not common.", []),
+        ("strategy_qa", " Yes, but\tNO", ["yes", "no"]),
+        ("strategy_qa", "no-one nope yes! (yes)", []),
+        ("coin_flip", "'Yes':no", ["yes", "no"]),
+        ("gsm8k", "1,234.50 - 7 and -3. x2", ["1234.50", "7", "-3", "2"]),
+        ("multiarith", "none", []),
+        ("svamp", "$1,000.5", [1000.5]),
+        ("last_letter_concatenation", ' "ab c".\n', ["abc"]),
+        ("last_letter_concatenation", " . ", []),
+    ],
+)
+def test_extract_answers(dataset_key, text, expected):
+    assert extract_answers(dataset_key, text) == expected
+
+
+@pytest.mark.parametrize(
+    "dataset_key, text, word, published",
+    [
+        ("commonsense_qa", " (B) enforce.", "B", "B"),
+        ("commonsense_qa", " Answer: C", "C", "AC"),
+        ("commonsense_qa", "A dog is an Animal. B.", "B", "AAB"),
+        ("commonsense_qa", "It is (A). A bank has E", "AE", "AAE"),
+        ("commonsense_qa", "the answer is A because", "A", "A"),
+        ("commonsense_qa", "A", "A", "A"),
+        ("commonsense_qa", "A) ignore", "A", "A"),
+        ("commonsense_qa", "U.S.A. B&B D-Day C's F", "", "ABBDDC"),
+        ("aqua", "[E], D: or\nB", "EDB", "EDB"),
+        ("date_understanding", "F G", "F", "F"),
+        ("tracking_shuffled_objects", "C D", "C", "C"),
+    ],
+)
+def test_letters(dataset_key, text, word, published):
+    assert extract_answers(dataset_key, text) == list(word)
+    assert extract_answers(dataset_key, text, "published") == list(published)
+
+
+def test_predict_answer_by_marker():
+    assert predict_answer("strategy_qa", "yes --> no yes", "ft_cot_token") == "no"
+    assert predict_answer("strategy_qa", "yes or no", "ft_cot_token") == "no"  # no marker: the last one
+    assert predict_answer("strategy_qa", "yes or no", "ft_token") == "yes"
+    assert predict_answer("strategy_qa", "no --> maybe", "ft_cot_token") is None
+    assert predict_answer("gsm8k", "1 The answer is 2. The answer is 3", "fs_cot") == "2"
+    assert predict_answer("gsm8k", "5, so 6", None) == "5"
+
+
+def test_judge_and_summarize():
+    assert judge("strategy_qa", "a --> maybe no", "No", "ft_cot_token") == {
+        "correct": True,
+        "contains_answer": True,
+        "correct_format": True,
+    }
+    wrong = judge("strategy_qa", "no, then yes", "no", "ft_cot_token")
+    assert wrong == {"correct": False, "contains_answer": True, "correct_format": False}
+    assert judge("svamp", "3.0000001", "3", None)["correct"] and not judge("svamp", "3.1", "3", None)["correct"]
+    assert judge("gsm8k", "1000", "1,000", None)["correct"] and not judge("gsm8k", "18.0", "18", None)["correct"]
+    assert not judge("svamp", "nothing", "3", None)["correct"]
+    assert judge("commonsense_qa", "Answer: C", "C", None)["correct"]
+    assert not judge("commonsense_qa", "Answer: C", "C", None, "published")["correct"]
+    assert summarize([wrong, judge("strategy_qa", "--> no", "no", "ft_cot_token")]) == {
+        "accuracy": 0.5,
+        "contains_answer": 1.0,
+        "correct_format": 0.5,
+    }
+    with pytest.warns(UserWarning, match="no completions"):
+        assert summarize([]) == {}
+
+
+def test_clean_answer_is_idempotent_and_keys_are_known():
+    for key in DATASET_KEYS:
+        once = clean_answer(key, "1,234")
+        assert clean_answer(key, str(once)) == once
+    assert len(DATASET_KEYS) == 12
+    assert (clean_answer("strategy_qa", "Yes"), clean_answer("coin_flip", "Yes")) == ("yes", "Yes")
+    for call in (
+        lambda: extract_answers("squad", "x"),
+        lambda: extract_answers("aqua", "x", "any"),
+        lambda: predict_answer("aqua", "x", "ft"),
+    ):
+        with pytest.raises(ValueError):
+            call()
+
+
+# --- chain of thought: files --------------------------------------------------------------------------------
+
+
+class Project:
+    """A tiny strategy_qa project: train 0 to 9, test 10 and 11; completion 0 of sample i is right iff i is even."""
+
+    def __init__(self, root: Path) -> None:
+        self.data_dir, self.saved_dir = root / "data", root / "saved"
+        answers = ["Yes" if i % 3 else "No" for i in range(12)]
+        self.samples = [
+            {"sample_index": i, "question": f" q{i}? ", "answer": answer} for i, answer in enumerate(answers)
+        ]
+        self.samples[11]["rationale"] = " because. "
+        self.split = {"train": list(range(10)), "test": [10, 11]}
+        self.metadata = {"base_model": "text-davinci-002", "dataset_key": "strategy_qa", "completion_key": "zs_cot"}
+        self.completions = {str(i): [self.completion(i, i % 2 == 0)] for i in range(12)}
+        self.write()
+
+    def completion(self, i: int, right: bool, **more) -> dict:
+        sample = self.samples[i]
+        said = sample["answer"] if right else {"Yes": "no", "No": "yes"}[sample["answer"]]
+        texts = {"reasoning_completion": f"\n r{i} ", "completion": f" {said}."}
+        return {**sample, "completion_index": 0, **texts, **more}
+
+    def write(self) -> None:
+        self.dump(
+            self.data_dir / "dataset" / "strategy_qa.json", {"metadata": {"dataset_key": "strategy_qa"}}, self.samples
+        )
+        self.dump(self.data_dir / "split" / "strategy_qa__default.json", self.split)
+        self.dump(self.completion_file, {"metadata": self.metadata}, self.completions)
+
+    @property
+    def completion_file(self) -> Path:
+        folder = f"B_text-davinci-002__C_{self.metadata['completion_key']}"
+        return self.saved_dir / "completion_data" / folder / "D_strategy_qa.json"
+
+    @staticmethod
+    def dump(path: Path, content: dict, data=None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content if data is None else {**content, "data": data}), encoding="utf-8")
+
+    def load(self, preset_key: str = "ft_cot", **options) -> TaskData:
+        options = {"architecture": "encoder_decoder", "heldout_share": 0, **options}
+        return load_cot("strategy_qa", preset_key, data_dir=self.data_dir, saved_dir=self.saved_dir, **options)
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path)
+
+
+def test_cot_templates(project):
+    rows = project.load("ft").examples
+    assert (rows[1].prompt, rows[1].completion, rows[1].record_index, rows[1].answer) == ("q1?", "Yes", 1, "yes")
+    rows = project.load("ft", architecture="decoder").examples
+    assert (rows[1].prompt, rows[1].completion) == ("q1? ###", " Yes")
+    rows = project.load("ft_cot").examples
+    assert (rows[1].prompt, rows[1].completion, rows[1].record_index) == ("q2?", "r2 --> Yes", 2)
+    rows = project.load("ft_cot", architecture="decoder").examples
+    assert (rows[1].prompt, rows[1].completion) == ("q2? ###", " r2 --> Yes")
+    assert project.load("zs_cot").examples == project.load("ft_cot").examples
+
+
+def test_cot_keeps_correct_completions_and_labels_test_rows(project):
+    data = project.load("ft_cot")
+    assert [e.record_index for e in data.examples] == [0, 2, 4, 6, 8, 10, 11]
+    assert texts_of(data, "test") == [
+        ("strategy_qa", "q10?", "r10 --> Yes"),
+        ("strategy_qa", "q11?", "because. --> Yes"),
+    ]
+    assert len(data.notices) == 1 and "5 of 10 completions are left out" in data.notices[0]
+    assert (data.answer_key, data.tasks, data.targets) == ("strategy_qa", ("strategy_qa",), ("strategy_qa",))
+    everything = project.load("ft_cot", keep_incorrect=True)
+    assert [e.record_index for e in everything.examples] == list(range(12)) and everything.notices == ()
+    assert texts_of(everything, "test") == texts_of(data, "test")  # a wrong completion is never a test label
+
+
+def test_cot_bare_labels_are_counted(project):
+    del project.completions["10"]
+    del project.samples[11]["rationale"]
+    project.write()
+    data = project.load("ft_cot", architecture="decoder")
+    assert [e.completion for e in data.examples if e.split == "test"] == [" Yes", " Yes"]
+    assert "2 held-out rows have neither" in data.notices[-1]
+
+
+def test_cot_validation_part_is_the_same_for_every_preset(project):
+    options = {"heldout_share": 0.2}
+    sides = stable_split([f"q{i}?" for i in range(10)], 0.2, 500, test_share=0)
+    expected = [i for i, side in enumerate(sides) if side == "validation"]
+    for preset in ("ft", "ft_cot"):
+        data = project.load(preset, **options)
+        assert [data.examples[i].record_index for i in data.indices("validation")] == expected
+        assert not {data.examples[i].record_index for i in data.indices("train")} & set(expected)
+        assert [data.examples[i].record_index for i in data.indices("test")] == [10, 11]
+    labels = {e.record_index: e.completion for e in data.examples if e.split == "validation"}
+    answer = {i: project.samples[i]["answer"] for i in expected}
+    assert labels == {i: answer[i] if i % 2 else f"r{i} --> {answer[i]}" for i in expected}
+
+
+def test_cot_augmented_presets_count_missing_completions_once(project):
+    project.metadata["completion_key"] = "zs_cot_t70"
+    for i in range(4):
+        project.completions[str(i)] += [project.completion(i, True, reasoning_completion=f"s{i}{k}") for k in range(i)]
+    project.write()
+    data = project.load("ft_cot_t70_4aug")
+    expected = ["r0", "s10", "r2", "s20", "s21", "s30", "s31", "s32", "r4", "r6", "r8"]
+    assert [c.split(" -->")[0] for _, _, c in texts_of(data, "train")] == expected
+    assert len(data.notices) == 2 and "24 of 40 completions" in data.notices[0] and "5 of 16" in data.notices[1]
+    assert len(project.load("ft_cot_t70_1aug").indices("train")) == 5
+    assert [c.split(" -->")[0] for _, _, c in texts_of(project.load("ft_cot_t70_2aug"), "train")][:4] == expected[:4]
+
+
+def test_cot_task_column(project):
+    for i, records in project.completions.items():
+        records[0]["teacher"] = "ab"[int(i) % 4 > 0]
+    project.write()
+    data = project.load("ft_cot", task_column="teacher", heldout_share=0.2)
+    assert data.tasks == ("a", "b") and data.targets == ("strategy_qa",)
+    with pytest.raises(ValueError, match=r"sample 0, task_column: there is no field 'school'"):
+        project.load("ft_cot", task_column="school")
+
+
+def test_cot_answer_rule_of_the_file(project):
+    project.metadata["prediction_template"] = "ft_cot_token"
+    project.completions["0"][0]["completion"] = "yes --> no"  # the gold answer is No
+    project.write()
+    assert 0 in [e.record_index for e in project.load("ft_cot").examples]
+
+
+# What to break, and what the message must say.
+BREAKAGES = {
+    "no question": (
+        lambda p: p.samples[3].pop("question"),
+        r"strategy_qa\.json, data\[3\]: there is no field 'question'",
+    ),
+    "sample index": (lambda p: p.samples[3].update(sample_index=4), r"data\[3\]: sample_index is 4, expected 3"),
+    "past the end": (lambda p: p.split["test"].append(12), r"default\.json: 12 in test is no index"),
+    "boolean index": (lambda p: p.split["test"].append(True), "True in test is no index"),
+    "in both": (lambda p: p.split["test"].append(3), "3 in test is .* or stands there twice"),
+    "no list": (lambda p: p.split.pop("train"), "no list 'train'"),
+    "metadata": (lambda p: p.metadata.update(base_model="gpt"), r"base_model 'gpt' \(expected 'text-davinci-002'\)"),
+    "epoch": (lambda p: p.metadata.update(epoch=3), r"epoch 3 \(expected None\); put the teacher"),
+    "absent": (lambda p: p.completions.pop("3"), "no completions of 1 training samples, the first is 3"),
+    "stranger": (lambda p: p.completions.update({"12": []}), "'12' in data is no index"),
+    "no number": (lambda p: p.completions.update({"x": []}), "'x' in data is no index"),
+    "no reasoning": (
+        lambda p: p.completions["3"][0].pop("reasoning_completion"),
+        "sample 3, completion 0: there is no",
+    ),
+    "question": (lambda p: p.completions["3"][0].update(question="?"), r"question is '\?', the data set has 'q3\?'"),
+    "answer": (lambda p: p.completions["3"][0].update(answer="maybe"), "answer is 'maybe', the data set has 'No'"),
+    "no record": (lambda p: p.completions["3"].append("x"), "sample 3, completion 1: there is no field"),
+    "nothing left": (
+        lambda p: [r[0].update(completion="?") for r in p.completions.values()],
+        "no training row is left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_cot_errors_name_file_and_cure(project, name):
+    damage, message = BREAKAGES[name]
+    damage(project)
+    project.write()
+    with pytest.raises(ValueError, match=message):
+        project.load("ft_cot")
+
+
+def test_cot_missing_and_damaged_files(project):
+    project.completion_file.write_text("{")
+    with pytest.raises(ValueError, match=r"D_strategy_qa\.json is not JSON"):
+        project.load("ft_cot")
+    project.completion_file.write_text('{"metadata": {}, "data": []}')
+    with pytest.raises(ValueError, match="data that are a dict"):
+        project.load("ft_cot")
+    project.completion_file.unlink()
+    with pytest.raises(FileNotFoundError, match="use preset ft"):
+        project.load("ft_cot")
+    assert len(project.load("ft")) == 12
+    with pytest.raises(FileNotFoundError, match="split_key"):
+        project.load("ft", split_key="other")
+    project.dump(project.data_dir / "dataset" / "strategy_qa.json", {"metadata": {"dataset_key": "aqua"}, "data": []})
+    with pytest.raises(ValueError, match=r"dataset_key 'aqua' \(expected 'strategy_qa'\)"):
+        project.load("ft")
+
+
+def test_cot_numbers_must_be_numbers(tmp_path):
+    content = {"metadata": {"dataset_key": "svamp"}, "data": [{"sample_index": 0, "question": "q", "answer": "many"}]}
+    Project.dump(tmp_path / "dataset" / "svamp.json", content)
+    with pytest.raises(ValueError, match=r"data\[0\]: the answer 'many' is not a number"):
+        load_cot("svamp", "ft", architecture="decoder", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("preset_key", ["zs", "fs_cot", "ft_cot_t70_3aug", "ft_cot_t70_", ""])
+def test_unknown_presets(preset_key):
+    with pytest.raises(ValueError, match="expected ft, ft_cot"):
+        parse_preset(preset_key)
+
+
+def test_unknown_data_set_and_architecture():
+    with pytest.raises(ValueError, match="expected one of commonsense_qa"):
+        load_cot("squad", "ft", architecture="decoder")
+    with pytest.raises(ValueError, match="for encoder_decoder or decoder"):
+        load_cot("aqua", "ft", architecture="encoder")
+
+
+def test_predictions_are_written_in_the_completion_format(project, tmp_path):
+    data = project.load("ft_cot", architecture="decoder")
+    path = tmp_path / "new" / "D_strategy_qa__T_run.json"
+    test_rows = data.indices("test").tolist()
+    outputs = {test_rows[1]: "because --> yes", test_rows[0]: "hm"}
+    save_predictions(
+        path,
+        data,
+        outputs,
+        base_model="t5_small",
+        preset_key="ft_cot",
+        train_key="run",
+        epoch=3,
+        train_lora=True,
+        lora_rank=16,
+    )
+    content = json.loads(path.read_text())
+    assert content["metadata"] == {
+        "base_model": "t5_small",
+        "dataset_key": "strategy_qa",
+        "completion_key": "ft_cot",
+        "finetune_key": "zs_cot_strategy_qa",
+        "train_key": "run",
+        "prediction_template": "ft_cot_token",
+        "epoch": 3,
+        "train_lora": True,
+        "lora_rank": 16,
+    }
+    assert list(content["data"]) == ["10", "11"]
+    assert content["data"]["11"] == [
+        {
+            "sample_index": 11,
+            "completion_index": 0,
+            "question": "q11?",
+            "answer": "Yes",
+            "prompt": "q11? ###",
+            "completion": "because --> yes",
+        }
+    ]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match="sample index 99"):
+        save_predictions(path, data, {99: "x"}, base_model="t5_small", preset_key="ft_cot")
+    assert json.loads(path.read_text()) == content
+
+
+@pytest.mark.parametrize(
+    "preset_key, finetune_key",
+    [("ft", "aqua"), ("ft_cot", "zs_cot_aqua"), ("zs_cot", "zs_cot_aqua"), ("ft_cot_t70_8aug", "zs_cot_t70_aqua_8aug")],
+)
+def test_finetune_keys(preset_key, finetune_key):
+    assert parse_preset(preset_key).finetune_key.format("aqua") == finetune_key
+
+
+@pytest.fixture
+def load_real(shared_data):
+    """`load_cot` on the real files, with the published rules unless told otherwise."""
+    folder = shared_data / "chain_of_thought"
+    published = {"architecture": "decoder", "heldout_share": 0, "letters": "published"}
+    return lambda *keys, **options: load_cot(
+        *keys, data_dir=folder, saved_dir=folder / "saved", **(published | options)
+    )
+
+
+@pytest.mark.parametrize(
+    "dataset_key, preset_key, correct, everything",
+    [
+        ("strategy_qa", "ft", 1268, 1268),
+        ("commonsense_qa", "ft", 4000, 4000),
+        ("strategy_qa", "ft_cot", 682, 1268),
+        ("commonsense_qa", "ft_cot", 3043, 4000),
+        ("strategy_qa", "ft_cot_t70_64aug", 1950, 2536),
+        ("commonsense_qa", "ft_cot_t70_64aug", 9583, 10540),
+    ],
+)
+def test_real_row_counts(load_real, dataset_key, preset_key, correct, everything):
+    assert len(load_real(dataset_key, preset_key).indices("train")) == correct
+    assert len(load_real(dataset_key, preset_key, keep_incorrect=True).indices("train")) == everything
+
+
+def test_real_teacher_scores(shared_data):
+    folder = shared_data / "chain_of_thought"
+    path = folder / "saved" / "completion_data" / "B_text-davinci-002__C_zs_cot" / "D_strategy_qa.json"
+    records = json.loads(path.read_text())["data"]
+    split = json.loads((folder / "split" / "strategy_qa__default.json").read_text())
+    for side, correct, total in (("train", 682, 1268), ("test", 280, 532)):
+        chosen = [records[str(index)][0] for index in split[side]]
+        judged = [judge("strategy_qa", r["completion"], r["answer"], None, "published") for r in chosen]
+        assert (sum(j["correct"] for j in judged), len(judged)) == (correct, total)
+        assert summarize(judged)["accuracy"] == correct / total
+
+
+def test_real_example_and_teachers_as_tasks(load_real):
+    data = load_real("strategy_qa", "ft_cot")
+    first = data.examples[0]
+    assert (first.record_index, first.prompt) == (
+        1,
+        "Hydrogen's atomic number squared exceeds number of Spice Girls? ###",
+    )
+    assert first.completion == (
+        " The atomic number of hydrogen is 1. 1 squared is 1. The number of Spice Girls is 5. 1 is not greater than 5. --> No"
+    )
+    data = load_real("commonsense_qa", "ft_cot_t70_64aug", task_column="teacher", heldout_share=0.1)
+    assert len(data.tasks) == 3 and data.targets == ("commonsense_qa",)
+    assert len(data.indices("validation")) == 400 and len(data.indices("test")) == 821
+    assert len(load_real("commonsense_qa", "ft", split_key="full").indices("train")) == 9741
+    with pytest.raises(ValueError, match="choose a smaller split"):
+        load_real("commonsense_qa", "ft_cot", split_key="full")

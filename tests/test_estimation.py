@@ -1,0 +1,330 @@
+"""Estimation: batched solves from moments against one subset at a time on the raw rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from sklearn.linear_model import Ridge
+
+from src import estimation as module
+from src.estimation import (
+    ESTIMATORS,
+    Part,
+    Rows,
+    estimate,
+    first_order_error,
+    ridge_solutions,
+    task_moments,
+    zero_order_error,
+)
+
+NUM_TASKS, NUM_TARGETS, DIM = 6, 3, 8
+RHO = 0.05
+
+
+def make_rows(seed: int = 0, num_rows: int = 150, dim: int = DIM) -> Rows:
+    """Rows in random order: tasks of uneven size, targets, and some rows that are neither."""
+    rng = np.random.default_rng(seed)
+    group = np.concatenate(
+        [np.arange(NUM_TASKS + NUM_TARGETS + 1), rng.choice(10, num_rows - 10, p=[0.19] + [0.09] * 9)]
+    )
+    gradients = rng.standard_normal((num_rows, dim)) + 2 * rng.standard_normal((10, dim))[group]
+    return Rows(
+        rows=gradients.astype(np.float32),
+        outputs=(rng.standard_normal(num_rows) * 2).astype(np.float32),
+        task_of_row=np.where(group < NUM_TASKS, group, -1),
+        target_of_row=np.where((group >= NUM_TASKS) & (group < NUM_TASKS + NUM_TARGETS), group - NUM_TASKS, -1),
+    )
+
+
+def make_part(rows: Rows) -> Part:
+    return Part(
+        task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS),
+        task_moments(rows.rows, rows.outputs, rows.target_of_row, NUM_TARGETS),
+        rows,
+    )
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return make_rows()
+
+
+@pytest.fixture(scope="module")
+def part(rows: Rows) -> Part:
+    return make_part(rows)
+
+
+@pytest.fixture(scope="module")
+def membership() -> np.ndarray:
+    """Every pair and triple of tasks: (35, n)."""
+    bits = np.arange(2**NUM_TASKS)[:, None] >> np.arange(NUM_TASKS) & 1
+    return bits[(bits.sum(axis=1) >= 2) & (bits.sum(axis=1) <= 3)].astype(bool)
+
+
+def row_weights(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
+    """The weight of every row (R,) in a subset, task by task."""
+    weights = np.zeros(len(rows.outputs))
+    for task, weight in enumerate(task_weights):
+        of_task = rows.task_of_row == task
+        weights[of_task] = weight / (of_task.sum() if weight_by == "task" else 1)
+    return weights
+
+
+def ridge_strength(rows: Rows, weight_by: str, rho: float = RHO) -> float:
+    """lambda = rho times the mean squared norm over the rows of all tasks."""
+    weights = row_weights(rows, np.ones(NUM_TASKS), weight_by)
+    return rho * np.average((rows.rows.astype(float) ** 2).sum(axis=1), weights=weights)
+
+
+def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Mean output (k,) and mean gradient (k, d) of each target."""
+    of_targets = [rows.target_of_row == target for target in range(NUM_TARGETS)]
+    return (
+        np.array([rows.outputs[chosen].mean(dtype=float) for chosen in of_targets]),
+        np.array([rows.rows[chosen].mean(axis=0, dtype=float) for chosen in of_targets]),
+    )
+
+
+def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
+    """x_S by scikit-learn, from the raw rows: regress -1 on the gradients without intercept."""
+    weights = row_weights(rows, task_weights, weight_by)
+    chosen = weights > 0
+    ridge = Ridge(alpha=ridge_strength(rows, weight_by) * weights.sum(), fit_intercept=False, solver="cholesky")
+    ridge.fit(rows.rows[chosen].astype(float), -np.ones(chosen.sum()), sample_weight=weights[chosen])
+    return ridge.coef_
+
+
+@pytest.mark.parametrize("weight_by", ["sample", "task"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ridge_equals_a_regression_on_the_raw_rows(
+    rows: Rows, part: Part, membership: np.ndarray, weight_by: str, weighted: bool
+) -> None:
+    """Moments, batching and float32 change nothing: each x_S is a ridge regression on the rows of S."""
+    weights = membership * np.random.default_rng(1).random(membership.shape) if weighted else membership
+    expected = np.array([direct_ridge(rows, subset, weight_by) for subset in weights])
+    np.testing.assert_allclose(ridge_solutions(part, weights, RHO, weight_by), expected, rtol=1e-4, atol=1e-6)
+    means, slopes = target_means(rows)
+    np.testing.assert_allclose(
+        estimate([part], weights, rho=RHO, weight_by=weight_by), means + expected @ slopes.T, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_weighting_by_task_is_not_weighting_by_sample(part: Part, membership: np.ndarray) -> None:
+    """The tasks differ in size, so the two must differ."""
+    by_sample, by_task = (estimate([part], membership, weight_by=weight_by) for weight_by in ("sample", "task"))
+    assert np.abs(by_sample - by_task).max() > 1e-3
+
+
+def test_ridge_finds_a_planted_solution() -> None:
+    """When one displacement lowers every row by 1, the ridge finds it, and every target falls by 1."""
+    rows = make_rows()
+    planted = np.arange(1.0, DIM + 1) / 10
+    gradients = rows.rows - np.outer(rows.rows @ planted + 1, planted / (planted @ planted))
+    part = make_part(replace(rows, rows=gradients.astype(np.float32)))
+    membership = np.ones((1, NUM_TASKS), bool)
+    np.testing.assert_allclose(ridge_solutions(part, membership, rho=1e-7)[0], planted, rtol=1e-3)
+    means, _ = target_means(rows)
+    np.testing.assert_allclose(estimate([part], membership, rho=1e-7)[0], means - 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(("weight_by", "spread"), [("sample", 1), ("task", 1), ("sample", 30)])
+def test_logistic_equals_a_general_minimiser(rows: Rows, membership: np.ndarray, weight_by: str, spread: float) -> None:
+    """The paper's estimator against scipy, a subset at a time, from the raw rows.
+
+    Margins of +-60 (spread 30) leave almost no curvature at the start, where an undamped Newton step overshoots.
+    """
+    outputs = rows.outputs * np.float32(spread)
+    strength = ridge_strength(rows, weight_by)
+    part = make_part(replace(rows, outputs=outputs))
+    found = estimate([part], membership, estimator="logistic", rho=RHO, weight_by=weight_by)
+    for subset, estimates in zip(membership[::5], found[::5], strict=True):
+        weights = row_weights(rows, subset, weight_by)
+
+        def objective(x: np.ndarray, weights: np.ndarray = weights) -> float:
+            losses = np.logaddexp(0, outputs + rows.rows @ x)
+            return float(np.average(losses, weights=weights) + strength * x @ x)
+
+        solution = minimize(objective, np.zeros(DIM), method="BFGS", options={"gtol": 1e-7}).x
+        losses = np.logaddexp(0, outputs + rows.rows @ solution)
+        expected = [losses[rows.target_of_row == target].mean() for target in range(NUM_TARGETS)]
+        np.testing.assert_allclose(estimates, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [4, 200])
+@pytest.mark.parametrize("weight_by", ["sample", "task"])
+def test_kernel_equals_ridge(membership: np.ndarray, dim: int, weight_by: str) -> None:
+    """The same solution through the kernel of the rows, with more and with fewer rows than dimensions."""
+    parts = [make_part(make_rows(dim=dim))]
+    kernel, ridge = (
+        estimate(parts, membership, estimator=name, rho=RHO, weight_by=weight_by) for name in ("kernel", "ridge")
+    )
+    np.testing.assert_allclose(kernel, ridge, rtol=1e-4, atol=1e-5)
+
+
+def test_alignment_and_constant_by_hand(rows: Rows, part: Part, membership: np.ndarray) -> None:
+    """L_val minus the inner product of the mean gradients of target and subset; L_val alone."""
+    means, slopes = target_means(rows)
+    chosen = [np.isin(rows.task_of_row, np.flatnonzero(subset)) for subset in membership]
+    gradients = np.array([rows.rows[of_subset].mean(axis=0, dtype=float) for of_subset in chosen])
+    alignment = estimate([part], membership, estimator="alignment")
+    np.testing.assert_allclose(alignment, means - gradients @ slopes.T, rtol=1e-6)
+    constant = estimate([part], membership, estimator="constant")
+    np.testing.assert_allclose(constant, np.tile(means, (len(membership), 1)))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_order_of_tasks_and_chunks_is_irrelevant(
+    rows: Rows, part: Part, membership: np.ndarray, estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renumbering the tasks, or solving one subset at a time, gives the same estimates."""
+    expected = estimate([part], membership, estimator=estimator)
+    order = np.random.default_rng(2).permutation(NUM_TASKS)  # new id of each task
+    renumbered = replace(rows, task_of_row=np.where(rows.task_of_row >= 0, order[rows.task_of_row], -1))
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
+    found = estimate([make_part(renumbered)], membership[:, np.argsort(order)], estimator=estimator)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["ridge", "logistic", "kernel"])
+@pytest.mark.parametrize("scale", [1e-8, 1e6])
+def test_estimates_do_not_depend_on_the_unit_of_gradients(
+    rows: Rows, part: Part, membership: np.ndarray, estimator: str, scale: float
+) -> None:
+    """rho is relative, so gradients of another model's size give the same estimates, also in float32."""
+    scaled = make_part(replace(rows, rows=rows.rows * np.float32(scale)))
+    expected = estimate([part], membership, estimator=estimator)
+    np.testing.assert_allclose(estimate([scaled], membership, estimator=estimator), expected, rtol=5e-4, atol=1e-5)
+
+
+def test_several_checkpoints_are_averaged(part: Part, membership: np.ndarray) -> None:
+    """The estimate over checkpoints is the mean of theirs; they may differ in d."""
+    other = make_part(make_rows(seed=1, dim=5))
+    expected = (estimate([part], membership) + estimate([other], membership)) / 2
+    np.testing.assert_allclose(estimate([part, other], membership), expected)
+
+
+@pytest.mark.parametrize("estimator", ["ridge", "kernel", "alignment", "constant"])
+def test_empty_subset_is_the_target_as_it_is(rows: Rows, part: Part, estimator: str) -> None:
+    """Training on nothing changes nothing."""
+    membership = np.zeros((2, NUM_TASKS), bool)
+    membership[1, 0] = True
+    means, _ = target_means(rows)
+    np.testing.assert_array_equal(estimate([part], membership, estimator=estimator)[0], means)
+
+
+def test_empty_subset_of_the_logistic_estimator(rows: Rows, part: Part) -> None:
+    """Its unit is log(1 + exp(-margin)), taken at the meta-initialization."""
+    losses = np.logaddexp(0, rows.outputs)
+    expected = [losses[rows.target_of_row == target].mean() for target in range(NUM_TARGETS)]
+    found = estimate([part], np.zeros((1, NUM_TASKS), bool), estimator="logistic")
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 1000])
+def test_moments_are_sums_over_rows(rows: Rows, block_rows: int, tmp_path: Path) -> None:
+    """Block by block from a file, a task's moments are plain sums; rows of no task are left out."""
+    np.save(tmp_path / "rows.npy", rows.rows)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    moments = task_moments(mapped, rows.outputs, rows.task_of_row, NUM_TASKS, block_rows)
+    for task in range(NUM_TASKS):
+        gradients = rows.rows[rows.task_of_row == task].astype(float)
+        assert moments.counts[task] == len(gradients)
+        assert moments.output_sums[task] == pytest.approx(rows.outputs[rows.task_of_row == task].sum(dtype=float))
+        np.testing.assert_allclose(moments.sums[task], gradients.sum(axis=0))
+        np.testing.assert_allclose(moments.outers[task], gradients.T @ gradients, rtol=1e-6)
+
+
+def test_moments_add_up_over_a_finer_division(rows: Rows) -> None:
+    """Splitting every task in two leaves the sums over both halves."""
+    halves = np.where(rows.task_of_row >= 0, 2 * rows.task_of_row + np.arange(len(rows.outputs)) % 2, -1)
+    fine = task_moments(rows.rows, rows.outputs, halves, 2 * NUM_TASKS)
+    coarse = task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS)
+    for name, values in vars(fine).items():
+        summed = values.reshape(NUM_TASKS, 2, *values.shape[1:]).sum(axis=1)
+        np.testing.assert_allclose(summed, getattr(coarse, name), rtol=1e-5, atol=1e-5)
+
+
+def test_approximation_error_by_hand() -> None:
+    """|residual|^2 / |displaced outputs|^2; a model that is linear in its parameters has none."""
+    rows, solution = np.array([[1.0, 2.0], [0.0, 1.0]]), np.array([1.0, 1.0])
+    start = np.array([1.0, 2.0])
+    assert first_order_error(start, rows, solution, start + rows @ solution) == 0
+    assert first_order_error(start, rows, solution, np.array([4.0, 4.0])) == pytest.approx(1 / 32)
+    assert zero_order_error(start, np.array([4.0, 4.0])) == pytest.approx(13 / 32)
+
+
+def test_progress_counts_every_estimate(part: Part, membership: np.ndarray) -> None:
+    """The bar is told its length and reaches it."""
+
+    class Bar:
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.closed = True
+
+        def update(self, count: int) -> None:
+            self.remaining -= count
+
+    bar = Bar()
+
+    def progress(*, desc: str, total: int, unit: str) -> Bar:
+        bar.remaining = total
+        return bar
+
+    estimate([part, part], membership, progress=progress)
+    assert bar.remaining == 0
+    assert bar.closed
+
+
+def test_bad_input_is_refused(rows: Rows, part: Part, membership: np.ndarray) -> None:
+    """What was found and what was expected, by number."""
+    with pytest.raises(ValueError, match="unknown estimator 'lasso'; choose one of ridge, logistic"):
+        estimate([part], membership, estimator="lasso")
+    with pytest.raises(ValueError, match="parts is empty"):
+        estimate([], membership)
+    with pytest.raises(ValueError, match=r"shape \(35, 5\), expected \(subsets, 6 tasks\)"):
+        estimate([part], membership[:, :5])
+    with pytest.raises(ValueError, match="not negative"):
+        estimate([part], -1.0 * membership)
+    with pytest.raises(ValueError, match="rho must be above 0, found 0"):
+        estimate([part], membership, rho=0)
+    with pytest.raises(ValueError, match="unknown weight_by 'row'"):
+        estimate([part], membership, weight_by="row")
+    with pytest.raises(ValueError, match="need the rows"):
+        estimate([replace(part, rows=None)], membership, estimator="kernel")
+    fewer = Part(part.train, task_moments(rows.rows, rows.outputs, rows.target_of_row % 2, 2))
+    with pytest.raises(ValueError, match="parts must agree"):
+        estimate([part, fewer], membership)
+    with pytest.raises(ValueError, match=r"row 0 has task 6; tasks are 0 to 4"):
+        task_moments(rows.rows, rows.outputs, np.full(len(rows.outputs), 6), 5)
+    with pytest.raises(ValueError, match="must be equally many"):
+        task_moments(rows.rows, rows.outputs[1:], rows.task_of_row, NUM_TASKS)
+
+
+def test_subsets_and_targets_without_rows_are_refused(rows: Rows, membership: np.ndarray) -> None:
+    """A task without rows may sit beside others, but cannot be a subset; a target needs rows."""
+    without = make_part(replace(rows, task_of_row=np.where(rows.task_of_row == 2, -1, rows.task_of_row)))
+    assert np.isfinite(estimate([without], membership, weight_by="task")).all()
+    with pytest.raises(ValueError, match=r"subset 1 \(tasks 2\) has no rows"):
+        estimate([without], np.eye(NUM_TASKS, dtype=bool)[1:])
+    without = make_part(replace(rows, target_of_row=np.where(rows.target_of_row == 1, -1, rows.target_of_row)))
+    with pytest.raises(ValueError, match="target 1 has no rows"):
+        estimate([without], membership)
+
+
+def test_rows_that_are_not_finite_are_refused(rows: Rows, part: Part, membership: np.ndarray) -> None:
+    """The message names the task, whether the rows are summed now or were before."""
+    gradients = rows.rows.copy()
+    gradients[rows.task_of_row == 4] = np.nan
+    with pytest.raises(ValueError, match="task 4 has outputs or gradients that are not finite"):
+        task_moments(gradients, rows.outputs, rows.task_of_row, NUM_TASKS)
+    sums = part.target.output_sums.copy()
+    sums[2] = np.inf
+    with pytest.raises(ValueError, match="target 2 has outputs"):
+        estimate([replace(part, target=replace(part.target, output_sums=sums))], membership)

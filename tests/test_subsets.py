@@ -1,0 +1,172 @@
+"""Subsets: drawn without repetition, kept in files that can be edited, and clusters as tasks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src import subsets as module
+from src.subsets import (
+    cluster_samples,
+    draw_subsets,
+    load_or_draw_subsets,
+    membership_matrix,
+    read_subsets,
+    write_subsets,
+)
+
+
+def test_membership_matrix() -> None:
+    """A row per subset, a column per task."""
+    found = membership_matrix([(0, 2), (), (1,)], 3)
+    assert found.dtype == bool
+    assert found.tolist() == [[True, False, True], [False] * 3, [False, True, False]]
+    with pytest.raises(ValueError, match=r"subset \(1, 3\) holds task 3; tasks are 0 to 2"):
+        membership_matrix([(1, 3)], 3)
+
+
+@pytest.mark.parametrize(
+    ("subset_size", "num_tasks", "expected"),
+    [(0.5, 9, 5), (0.5, 10, 5), (0.01, 10, 1), (1, 10, 1), (4, 10, 4), (4.0, 10, 4)],
+)
+def test_subset_size_is_a_share_or_a_count(subset_size: float, num_tasks: int, expected: int) -> None:
+    """Below 1 a share, rounded half up and at least one task; from 1 on a count."""
+    drawn = draw_subsets(5, num_tasks, subset_size, seed=0)
+    assert {len(subset) for subset in drawn} == {expected}
+
+
+@given(num_tasks=st.integers(1, 7), size=st.integers(1, 7), seed=st.integers(0, 3), data=st.data())
+def test_drawn_subsets_differ(num_tasks: int, size: int, seed: int, data: st.DataObject) -> None:
+    """Sorted, within range, of the size, all different: up to every subset there is, and the same for the same seed."""
+    size = min(size, num_tasks)
+    num_subsets = data.draw(st.integers(1, math.comb(num_tasks, size)))
+    drawn = draw_subsets(num_subsets, num_tasks, size, seed)
+    assert len(set(drawn)) == len(drawn) == num_subsets
+    assert all(subset == tuple(sorted(set(subset))) and len(subset) == size for subset in drawn)
+    assert all(0 <= task < num_tasks for subset in drawn for task in subset)
+    assert drawn == draw_subsets(num_subsets, num_tasks, size, seed)
+
+
+def test_every_task_is_drawn_as_often() -> None:
+    """A draw of half of the tasks takes each with probability one half."""
+    membership = membership_matrix(draw_subsets(2000, 20, 0.5, seed=1), 20)
+    np.testing.assert_allclose(membership.mean(axis=0), 0.5, atol=0.05)
+    assert draw_subsets(3, 20, 0.5, seed=1) != draw_subsets(3, 20, 0.5, seed=2)
+
+
+@pytest.mark.parametrize("subset_size", [0, -0.5, 2.5, 11])
+def test_impossible_sizes_are_refused(subset_size: float) -> None:
+    """Neither a share nor a count of ten tasks."""
+    with pytest.raises(ValueError, match=f"subset size {subset_size}: expected a share between 0 and 1, or .* 1 to 10"):
+        draw_subsets(1, 10, subset_size, seed=0)
+
+
+def test_more_subsets_than_exist_are_refused() -> None:
+    """The message counts both sides."""
+    with pytest.raises(ValueError, match="11 subsets of 2 out of 5 tasks are asked for, but only 10 exist"):
+        draw_subsets(11, 5, 2, seed=0)
+
+
+def test_written_subsets_are_read_back(tmp_path: Path) -> None:
+    """Sorted, under a comment, with nothing else left in the folder."""
+    path = tmp_path / "folder" / "subsets.txt"
+    write_subsets(path, [(3, 1), (0,), (2, 1)], comment="drawn\nby hand")
+    assert path.read_text() == "# drawn\n# by hand\n1 3\n0\n1 2\n"
+    assert read_subsets(path, 4) == [(1, 3), (0,), (1, 2)]
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(ValueError, match="empty subset cannot be written"):
+        write_subsets(path, [(0,), ()])
+    assert read_subsets(path, 4) == [(1, 3), (0,), (1, 2)]
+
+
+def test_an_edited_file_is_read(tmp_path: Path) -> None:
+    """Comments, blank lines, tabs, any order, another editor's line ends and byte order mark."""
+    path = tmp_path / "subsets.txt"
+    path.write_bytes(b"\xef\xbb\xbf3 1  # the good ones\r\n\r\n   \t\r\n# 9 9 9\r\n2\t0")
+    assert read_subsets(path, 4) == [(1, 3), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0 1\n# fine\n2 4\n", "subsets.txt, line 3: '4' is no task id; expected numbers from 0 to 3"),
+        ("0 -1\n", "line 1: '-1' is no task id"),
+        ("0, 1\n", "line 1: '0,' is no task id"),
+        ("0 1.0\n", "line 1: '1.0' is no task id"),
+        ("0 1\n2 0 2\n", "line 2: task 2 is named twice"),
+        ("# nothing\n\n", "subsets.txt holds no subset"),
+        ("", "subsets.txt holds no subset"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    """The file, the line, the word and what was expected."""
+    path = tmp_path / "subsets.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_subsets(path, 4)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    """Reading never draws."""
+    with pytest.raises(FileNotFoundError, match=r"none\.txt is not there"):
+        read_subsets(tmp_path / "none.txt", 4)
+
+
+def test_the_file_decides(tmp_path: Path) -> None:
+    """Drawn and written once; from then on the file is read, with whatever a user made of it."""
+    path = tmp_path / "subsets.txt"
+    drawn = load_or_draw_subsets(path, 6, 10, 0.5, seed=3)
+    assert drawn == draw_subsets(6, 10, 0.5, seed=3) == read_subsets(path, 10)
+    write_subsets(path, [(1, 2)])
+    assert load_or_draw_subsets(path, 6, 10, 0.5, seed=3) == [(1, 2)]
+
+
+def directions(num_rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of very different length along three directions, and which one: the first to appear is 0."""
+    rng = np.random.default_rng(seed)
+    truth = np.concatenate([np.arange(3), rng.integers(0, 3, num_rows - 3)])
+    rows = 5 * np.eye(3, 12)[truth] + 0.3 * rng.standard_normal((num_rows, 12))
+    return (rows * 10 ** rng.uniform(-3, 3, (num_rows, 1))).astype(np.float32), truth
+
+
+@pytest.mark.parametrize("limit", [20_000, 10])
+def test_clusters_are_directions(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Length does not matter, ids follow the first appearance; the same for many samples, by k-means."""
+    monkeypatch.setattr(module, "MAX_LINKAGE_SAMPLES", limit)
+    rows, truth = directions(200)
+    clusters = cluster_samples(rows, 3, seed=0)
+    assert clusters.dtype == np.int32
+    np.testing.assert_array_equal(clusters, truth)
+
+
+def test_rows_of_zeros_join_the_largest_cluster() -> None:
+    """They have no direction, but they are samples of the data and belong to a task."""
+    rows, truth = directions(100)
+    rows[[50, 60]] = 0
+    clusters = cluster_samples(rows, 3, seed=0)
+    others = np.delete(np.arange(100), [50, 60])
+    np.testing.assert_array_equal(clusters[others], truth[others])
+    assert set(clusters[[50, 60]]) == {np.bincount(truth[others]).argmax()}
+
+
+@pytest.mark.parametrize("num_clusters", [1, 4])
+def test_as_many_clusters_as_asked_for(num_clusters: int) -> None:
+    """From all in one to each for itself."""
+    rows = np.random.default_rng(0).standard_normal((4, 6))
+    assert cluster_samples(rows, num_clusters, seed=0).tolist() == [0] * 4 if num_clusters == 1 else [0, 1, 2, 3]
+
+
+def test_impossible_clusters_are_refused() -> None:
+    """More clusters than samples with a gradient, or rows that are not finite."""
+    rows = np.random.default_rng(0).standard_normal((4, 6))
+    rows[1] = 0
+    with pytest.raises(ValueError, match="4 clusters of 3 samples with a gradient: expected 1 to 3 clusters"):
+        cluster_samples(rows, 4, seed=0)
+    rows[2, 3] = np.nan
+    with pytest.raises(ValueError, match="row 2 is not finite"):
+        cluster_samples(rows, 2, seed=0)
