@@ -411,6 +411,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

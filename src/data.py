@@ -55,7 +55,9 @@ class TaskData:
     examples: tuple[Example, ...]
     notices: tuple[str, ...] = ()  # one-line messages for the script to print
     answer_key: str | None = None
-    judge: Callable[[str, str], dict[str, bool]] | None = None  # (completion, gold) -> properties  # the dataset_key that decides how answers are read; None for instruction
+    judge: Callable[[str, str], dict[str, bool]] | None = (
+        None  # (completion, gold) -> properties  # the dataset_key that decides how answers are read; None for instruction
+    )
 
     def __post_init__(self) -> None:
         for position, example in enumerate(self.examples):

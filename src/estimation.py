@@ -25,9 +25,11 @@ from torch.nn.functional import one_hot, softplus
 
 WEIGHT_BY = ("sample", "task")
 
+OnSubsets = Callable[[Tensor], Tensor]
+
 # Memory for the work on a chunk of subsets.
 _CHUNK_BYTES = 1 << 27
-# Rows whose n x n kernel fits in memory (3 GB).
+# Rows whose kernel, rows x rows, fits in memory (3 GB).
 _MAX_KERNEL_ROWS = 20_000
 # Newton's method of the logistic estimator: the gradient norm to reach, relative to the start, and when to give up.
 _NEWTON_TOLERANCE, _NEWTON_STEPS = 1e-5, 50
@@ -37,8 +39,9 @@ _NEWTON_TOLERANCE, _NEWTON_STEPS = 1e-5, 50
 class TaskMoments:
     """Sums over the rows of each task (or of each target).
 
-    Outer products are added up in float64 and kept in float32: they are the memory of a run (n d^2 numbers), and with
-    rounding this small the estimates move by less than 1e-6, also at a tenth of a thousandth of the default ridge.
+    Outer products are added up in float64 and kept in float32, since they are most of a run's memory (n d^2 numbers).
+    With the solves in float32 too, estimates change by less than 1e-6 of themselves at the default ridge, and by less
+    than 1e-5 with a ridge ten thousand times smaller.
 
     Attributes:
         counts: N_t, (n,) int64.
@@ -55,7 +58,7 @@ class TaskMoments:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows behind the moments; estimators "logistic" and "kernel" need them.
+    """The rows that the moments sum up; estimators "logistic" and "kernel" need them.
 
     Attributes:
         rows: projected gradients (R, d); may be memory-mapped.
@@ -77,9 +80,6 @@ class Part:
     train: TaskMoments
     target: TaskMoments
     rows: Rows | None = None
-
-
-OnSubsets = Callable[[Tensor], Tensor]
 
 
 def task_moments(
@@ -149,9 +149,9 @@ def estimate(
         estimator: one of `ESTIMATORS`:
             "ridge", L_val + b_val.x_S/N_val with x_S = -(H_S/N_S + lambda I)^-1 b_S/N_S, the regression of -1 on the
             gradients of the subset;
-            "logistic", the paper's (arXiv:2409.19458): x_S = argmin mean log(1 + exp(o_i + g_i.x)) +
-            lambda |x|^2 with outputs o = minus the margin, evaluated as the mean of log(1 + exp(o_i + g_i.x_S)) over the
-            target's rows;
+            "logistic", the paper's (arXiv:2409.19458), for stores of outputs o = minus the margin: x_S minimises the
+            mean of log(1 + exp(o_i + g_i.x)) + lambda |x|^2, and the estimate is the mean of log(1 + exp(o_i + g_i.x_S))
+            over the target's rows, for an empty subset too;
             "kernel", ridge computed in the kernel of the rows: the same numbers, faster for fewer rows than d;
             "alignment", L_val - b_val.b_S/(N_val N_S), a step along the mean gradient as in LESS: ranks only;
             "constant", L_val, what an estimate must beat.
@@ -173,18 +173,18 @@ def estimate(
     sizes = {(len(part.train.counts), *part.target.sums.shape) for part in parts}
     if len({(num_tasks, num_targets) for num_tasks, num_targets, _ in sizes}) > 1:
         raise ValueError(f"the parts must agree on tasks and targets, found (tasks, targets, d) = {sorted(sizes)}")
-    jobs = []
     for part in parts:
         _check_finite(part.target, "target")
         if not part.target.counts.all():
-            raise ValueError(
-                f"target {int(np.argmin(part.target.counts))} has no rows, so nothing can be estimated for it"
-            )
-        weights, strength = _row_weights(part, membership, rho, weight_by)
-        jobs.append((part, weights, _ESTIMATORS[estimator](part, strength)))
-    num_estimates = len(parts) * len(membership)
-    with progress(desc="estimates", total=num_estimates, unit="subset") if progress else nullcontext() as bar:
-        return sum(_over_chunks(part, weights, on_subsets, bar) for part, weights, on_subsets in jobs) / len(parts)
+            target = int(np.argmin(part.target.counts))
+            raise ValueError(f"target {target} has no rows, so nothing can be estimated for it")
+    weighted = [_row_weights(part, membership, rho, weight_by) for part in parts]
+    total = np.zeros((len(membership), len(parts[0].target.counts)))
+    length = len(parts) * len(membership)
+    with progress(desc="estimates", total=length, unit="subset") if progress else nullcontext() as bar:
+        for part, (weights, strength) in zip(parts, weighted, strict=True):
+            total += _over_chunks(part, weights, _ESTIMATORS[estimator](part, strength), bar)
+    return total / len(parts)
 
 
 def ridge_solutions(part: Part, membership: np.ndarray, rho: float = 0.01, weight_by: str = "sample") -> np.ndarray:
@@ -246,7 +246,6 @@ def _kernel(part: Part, strength: float) -> OnSubsets:
             f"estimator 'kernel' holds a matrix of rows x rows and takes up to {_MAX_KERNEL_ROWS:,} rows, found "
             f"{len(gradients):,}; estimator 'ridge' gives the same numbers"
         )
-    gradients = gradients.double()
     kernel, counts, (means, slopes) = gradients @ gradients.T, _tensor(part.train.counts), _target_means(part)
     target_kernel = slopes @ gradients.T  # (k, N)
 
@@ -263,20 +262,19 @@ def _kernel(part: Part, strength: float) -> OnSubsets:
 def _logistic(part: Part, strength: float) -> OnSubsets:
     """Newton's method for all subsets of a chunk at once, its d x d systems solved by conjugate gradients.
 
-    The systems are well conditioned (lambda is a share of their trace), so that a few products with the rows do what a
-    d x d Hessian for every subset and step would cost hundreds of times more for.
+    Lambda is a share of their trace, so these systems are well conditioned: a few products with the rows solve them,
+    where forming a d x d Hessian for every subset and step would cost about d/10 times as much.
     """
     gradients, outputs, task_of_row = _task_rows(part)
     target_gradients, target_outputs, target_of_row = _selected_rows(part.rows, part.rows.target_of_row)
-    in_target = one_hot(target_of_row, len(part.target.counts)).float()
+    in_target = one_hot(target_of_row, len(part.target.counts)).double()
     in_target /= in_target.sum(0)  # (rows of targets, k)
-    counts, scale = _tensor(part.train.counts), gradients.square().sum(1).mean().sqrt() or 1.0
+    counts = _tensor(part.train.counts)
 
     def on_subsets(weights: Tensor) -> Tensor:
-        shares = _shares(weights, counts).float()[:, task_of_row]  # (c, N)
-        # gradients of norm 1: products of small numbers would leave the range of float32
-        solutions = _minimise_logistic(gradients / scale, outputs, shares, strength / scale**2) / scale
-        return (softplus(target_outputs + solutions @ target_gradients.T) @ in_target).double()
+        shares = _shares(weights, counts)[:, task_of_row]  # (c, N)
+        solutions = _minimise_logistic(gradients, outputs, shares, strength)
+        return softplus(target_outputs + solutions @ target_gradients.T) @ in_target
 
     return on_subsets
 
@@ -364,7 +362,7 @@ def _step_length(
         return (shares * softplus(logits + length * change)).sum(1, keepdim=True) + penalty
 
     length = torch.ones_like(step[:, :1])
-    highest = objective(torch.zeros_like(length)) * (1 + 1e-6)  # rounding in float32
+    highest = objective(torch.zeros_like(length)) * (1 + 1e-12)  # rounding
     for _ in range(20):
         rises = objective(length) > highest
         if not rises.any():
@@ -396,7 +394,7 @@ def _row_weights(part: Part, membership: np.ndarray, rho: float, weight_by: str)
         raise ValueError(f"subset {subset} (tasks {tasks}) has no rows; leave it out, or give its tasks rows")
     of_row = np.ones(len(counts)) if weight_by == "sample" else 1 / np.maximum(counts, 1)
     traces = part.train.outers.diagonal(axis1=1, axis2=2).sum(axis=1, dtype=np.float64)
-    mean_square = (of_row @ traces) / (of_row @ counts)
+    mean_square = (of_row @ traces) / max(of_row @ counts, 1)
     # gradients that are all zero have the solution 0 with any ridge
     return torch.from_numpy(weights * of_row), float(rho * mean_square) or 1.0
 
@@ -404,7 +402,7 @@ def _row_weights(part: Part, membership: np.ndarray, rho: float, weight_by: str)
 def _over_chunks(part: Part, weights: Tensor, on_subsets: OnSubsets, bar: Any | None) -> np.ndarray:
     """`on_subsets` of all weights (m, n), chunk by chunk: d x d matrices and R-vectors of all subsets do not fit."""
     num_rows = len(part.rows.outputs) if part.rows else 0
-    bytes_per_subset = 12 * part.train.sums.shape[1] ** 2 + 48 * num_rows
+    bytes_per_subset = 12 * part.train.sums.shape[1] ** 2 + 96 * num_rows
     results = []
     for chunk in weights.split(max(_CHUNK_BYTES // bytes_per_subset, 1)):
         results.append(on_subsets(chunk).numpy())
@@ -426,7 +424,7 @@ def _target_means(part: Part) -> tuple[Tensor, Tensor]:
 
 
 def _task_rows(part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (N, d) and outputs (N,) in float32 and task ids (N,) of the rows that belong to a task."""
+    """Gradients (N, d) and outputs (N,) in float64 and task ids (N,) of the rows that belong to a task."""
     if part.rows is None:
         raise ValueError("estimators 'logistic' and 'kernel' need the rows of a part, and this one has moments only")
     return _selected_rows(part.rows, part.rows.task_of_row)
@@ -436,8 +434,8 @@ def _selected_rows(rows: Rows, group_of_row: np.ndarray) -> tuple[Tensor, Tensor
     """Gradients, outputs and group ids of the rows that belong to a group."""
     chosen = np.flatnonzero(np.asarray(group_of_row) >= 0)
     return (
-        torch.from_numpy(np.asarray(rows.rows[chosen], np.float32)),
-        torch.from_numpy(np.asarray(rows.outputs[chosen], np.float32)),
+        _tensor(rows.rows[chosen]),
+        _tensor(rows.outputs[chosen]),
         torch.from_numpy(np.asarray(group_of_row)[chosen]).long(),
     )
 

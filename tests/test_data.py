@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,7 +145,7 @@ FRAMES = {
     "string[python]": BASE.astype("string[python]"),
     "str on python": BASE.astype(pd.StringDtype("python", na_value=np.nan)),
     "string[pyarrow]": BASE.astype("string[pyarrow]"),
-    "arrow": BASE.astype(pd.ArrowDtype(__import__("pyarrow").string())),
+    "arrow": BASE.astype(pd.ArrowDtype(pyarrow.string())),
     "missing str": BASE.assign(text=["x", None, "z"]),
     "missing string": BASE.assign(text=["x", None, "z"]).astype("string[python]"),
     "missing object": BASE.assign(text=pd.Series(["x", None, np.nan], index=BASE.index, dtype=object)),
@@ -157,7 +158,7 @@ FRAMES = {
     "text index": BASE.set_axis(["p", "q", "r"]),
     "range": BASE.reset_index(drop=True),
     "big-endian": BASE.assign(i=np.array([1, 2, 3], dtype=">i8")),
-    "2d blocks": pd.DataFrame(np.arange(6.0).reshape(2, 3), columns=list("abc")),
+    "2d blocks": pd.DataFrame(np.arange(6.0).reshape(2, 3), columns=list("abc"), copy=False),
 }
 
 
@@ -181,6 +182,18 @@ def test_real_pickles_read_as_pandas_reads_them(shared_data, name):
     assert plain(read_pickle(path)) == plain(pd.read_pickle(path))
     path = shared_data / "instruction" / f"{name}_dev_split_map.pkl"
     assert read_pickle(path) == {skill: labels.tolist() for skill, labels in pd.read_pickle(path).items()}
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+def test_arrow_arrays_that_begin_inside_their_buffers(tmp_path, monkeypatch, kind):
+    texts, path = ["aa", None, "b", "", "cé", None, "d", "e", None, "ff", "g"], tmp_path / "frame.pkl"
+    part = pyarrow.array(texts, kind).slice(3, 7)
+    array_class = pd.arrays.ArrowExtensionArray
+    frame = pd.DataFrame({0: array_class(part)})
+    # Not every version of Arrow rebases an array before it is pickled.
+    monkeypatch.setattr(array_class, "__getstate__", lambda self: {**vars(self), "_pa_array": part})
+    frame.to_pickle(path)
+    assert plain(read_pickle(path)) == {0: texts[3:10]}
 
 
 def test_label_maps(tmp_path):
@@ -678,6 +691,7 @@ def test_cot_validation_part_is_the_same_for_every_preset(project):
         assert [data.examples[i].record_index for i in data.indices("validation")] == expected
         assert not {data.examples[i].record_index for i in data.indices("train")} & set(expected)
         assert [data.examples[i].record_index for i in data.indices("test")] == [10, 11]
+        assert preset != "ft" or len(data) == 12  # the train part gives nothing to the test split
     labels = {e.record_index: e.completion for e in data.examples if e.split == "validation"}
     answer = {i: project.samples[i]["answer"] for i in expected}
     assert labels == {i: answer[i] if i % 2 else f"r{i} --> {answer[i]}" for i in expected}

@@ -203,6 +203,7 @@ def test_select_by_score() -> None:
     scores = np.array([3.0, 1.0, 2.0, 1.0, 8.0])
     assert select_by_score(scores, top_k=1) == (1,)
     assert select_by_score(scores, top_k=3) == (1, 2, 3)
+    assert select_by_score(np.ones(100), top_k=3) == (0, 1, 2)
     assert select_by_score(scores, ratio=0.4) == (1, 3)
     assert select_by_score(scores, ratio=0.01) == (1,)
     assert select_by_score(scores, threshold=2) == (1, 2, 3)

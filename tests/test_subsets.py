@@ -32,7 +32,7 @@ def test_membership_matrix() -> None:
 
 @pytest.mark.parametrize(
     ("subset_size", "num_tasks", "expected"),
-    [(0.5, 9, 5), (0.5, 10, 5), (0.01, 10, 1), (1, 10, 1), (4, 10, 4), (4.0, 10, 4)],
+    [(0.5, 9, 5), (0.5, 10, 5), (0.01, 10, 1), (1, 10, 1), (4, 10, 4), (4.0, 10, 4), (0.5, 400, 200)],
 )
 def test_subset_size_is_a_share_or_a_count(subset_size: float, num_tasks: int, expected: int) -> None:
     """Below 1 a share, rounded half up and at least one task; from 1 on a count."""
