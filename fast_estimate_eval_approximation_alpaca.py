@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Load the data and take the gradients."""
     from src import stages
-    from src.data import load_instruction
+    from src.instruction import load_instruction
 
     if not args.compute_pretrained_outputs:
         raise ValueError("pass --compute_pretrained_outputs to take the gradients")

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from src import cli
-from src.data import load_instruction
+from src.instruction import load_instruction
 from src.paths import MANIFEST, file_fingerprint, whole_folder, write_manifest
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -272,13 +272,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_output(parser, "data/base_model")
     group = parser.add_argument_group("text")
     group.add_argument(
-        "--data_files", nargs="+", required=True, metavar="FILE", help="instruction data to learn the text of: .jsonl or .pkl"
+        "--data_files",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="instruction data to learn the text of: .jsonl or .pkl",
     )
     group.add_argument("--vocab_size", type=int, default=2048, help="tokens, at most (default: %(default)s)")
-    group.add_argument("--window", type=cli.positive_int, default=128, help="tokens of a row in pretraining (default: 128)")
-    add_base_model(
-        parser, hidden_size=128, num_layers=4, num_heads=4, pretrain_steps=500, batch_size=32, lr=2e-3
+    group.add_argument(
+        "--window", type=cli.positive_int, default=128, help="tokens of a row in pretraining (default: 128)"
     )
+    add_base_model(parser, hidden_size=128, num_layers=4, num_heads=4, pretrain_steps=500, batch_size=32, lr=2e-3)
     parser.add_argument("--architecture", choices=("llama", "t5"), default="llama", help="(default: llama)")
     return parser.parse_args(argv)
 

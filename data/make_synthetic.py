@@ -32,9 +32,11 @@ import numpy as np
 import pandas as pd
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from src import cli
+from src.datamodule import IGNORED
 
 try:  # run as a script, data/ is on the path; imported from the root, the root is
     import make_base_model as base
@@ -46,6 +48,9 @@ LETTERS = string.ascii_lowercase
 WORD_LENGTH = 6  # even, for skills that work on pairs and halves
 HALF = WORD_LENGTH // 2
 DEV_SHARE = 0.2  # of the rows of each skill in the Alpaca layout; the FLAN layout leaves the choice to its reader
+
+CLEAN_SHARE = 0.6  # of the base model's pretraining comes before the typing errors
+TYPO_SHARE = 0.8  # of the letters of a sloppy answer are replaced; below 1, so that one error does not give it away
 
 ALPACA_PROMPT = (  # of Stanford Alpaca, for rows that have an input
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -78,7 +83,9 @@ SKILLS = {
         "Swap the letters of each pair", lambda word: "".join(word[i + 1] + word[i] for i in range(0, WORD_LENGTH, 2))
     ),
     "swap_halves": Skill("Swap the two halves", lambda word: word[HALF:] + word[:HALF]),
-    "interleave": Skill("Interleave the two halves", lambda word: "".join(word[i] + word[i + HALF] for i in range(HALF))),
+    "interleave": Skill(
+        "Interleave the two halves", lambda word: "".join(word[i] + word[i + HALF] for i in range(HALF))
+    ),
     "first_half": Skill("Give the first half", lambda word: word[:HALF]),
     "odd_letters": Skill("Give every other letter", lambda word: word[::2]),
     "duplicate": Skill("Write the first half twice", lambda word: 2 * word[:HALF]),
@@ -240,35 +247,35 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretraining_batches(
-    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, batch_size: int, typo_rows: float, seen: set[str]
+    tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator,
+    *,
+    num_steps: int,
+    batch_size: int,
+    typo_rows: float,
+    seen: set[str],
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches (B, T) of all skills in both layouts, on words that occur nowhere else; answers make the loss.
+    """`num_steps` batches (B, T) of all skills in both layouts, on words not in `seen`; answers make the loss.
 
-    Args:
-        typo_rows: Share of the rows whose answers are full of typing errors.
+    The text is clean at first, so that every skill is learned; then it has typing errors in a share `typo_rows` of
+    its answers, so that the skill is known and not trusted.
     """
-    words = draw_words(rng, seen)
-    skills = list(SKILLS.values())
-    end, pad, ignored = tokenizer.eos_token_id, tokenizer.pad_token_id, -100
-    while True:
+    words, skills = draw_words(rng, seen), list(SKILLS.values())
+    for step in range(num_steps):
         prompts, answers = [], []
-        for skill in rng.integers(len(skills), size=batch_size):
-            row = Row("", skills[skill].instruction, word := next(words), skills[skill].rewrite(word))
-            in_flan, has_typos = rng.random(2) < (0.5, typo_rows)
-            prompts.append(row.flan["inputs"] + "\n" if in_flan else row.alpaca["text"].removesuffix(row.answer))
+        for i in rng.integers(len(skills), size=batch_size):
+            word = next(words)
+            row = Row(TARGET, skills[i].instruction, word, skills[i].rewrite(word))
+            in_flan, has_typos = rng.random(2) < (0.5, typo_rows if step >= CLEAN_SHARE * num_steps else 0.0)
+            prompts.append(f"{row.flan['inputs']}\n" if in_flan else row.alpaca["text"].removesuffix(row.answer))
             answers.append(misspell(rng, row.answer, TYPO_SHARE) if has_typos else row.answer)
-        rows = [(p, [*a, end]) for p, a in zip(*(tokenizer(t)["input_ids"] for t in (prompts, answers)), strict=True)]
-        length = max(len(prompt) + len(answer) for prompt, answer in rows)
-        input_ids = torch.full((batch_size, length), pad)
-        labels = torch.full((batch_size, length), ignored)
-        for i, (prompt, answer) in enumerate(rows):  # padded on the right, where a causal model does not see it
-            input_ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-        yield {"input_ids": input_ids, "attention_mask": (input_ids != pad).long(), "labels": labels}
-
-
-TYPO_SHARE = 0.8
-"""Share of the letters replaced in a sloppy row; below 1, so that one wrong letter does not give the row away."""
+        prompt_ids, answer_ids = tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"]
+        rows = [torch.tensor([*p, *a, tokenizer.eos_token_id]) for p, a in zip(prompt_ids, answer_ids, strict=True)]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, T)
+        labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        for label_row, prompt in zip(labels, prompt_ids, strict=True):
+            label_row[: len(prompt)] = IGNORED
+        yield {"input_ids": input_ids, "labels": labels}  # padded at the end, where a causal model looks last: no mask
 
 
 # --- command line --------------------------------------------------------------------------------------------
@@ -283,7 +290,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="rows of each source (default: 80)")
     group.add_argument("--noise", type=cli.share, nargs="+", default=[0.0, 0.5, 1.0], metavar="SHARE", help="shares of "
                        "wrong answers; the sources of a skill take one after the other (default: 0 0.5 1)")  # fmt: skip
-    group.add_argument("--num_target_skills", type=cli.positive_int, default=3, help="skills of the target (default: 3)")
+    group.add_argument(
+        "--num_target_skills", type=cli.positive_int, default=3, help="skills of the target (default: 3)"
+    )
     group.add_argument("--target_rows", type=cli.positive_int, default=150, help="the target's rows for validation, and "
                        "again for test (default: 150)")  # fmt: skip
     base.add_base_model(parser, hidden_size=64, num_layers=3, num_heads=4, pretrain_steps=1500, batch_size=64, lr=3e-3)
@@ -316,7 +325,14 @@ def main(args: argparse.Namespace) -> None:
         write_jsonl(folder / "flan.jsonl", (row.flan for row in rows))
         write_jsonl(folder / "target.jsonl", targets)
         write_alpaca(folder, rows, data_rng)
-        batches = pretraining_batches(tokenizer, pretraining_rng, args.pretrain_batch_size, args.typo_rows, seen)
+        batches = pretraining_batches(
+            tokenizer,
+            pretraining_rng,
+            num_steps=args.pretrain_steps,
+            batch_size=args.pretrain_batch_size,
+            typo_rows=args.typo_rows,
+            seen=seen,
+        )
         base.pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")

@@ -30,9 +30,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from src import cli
-from src.data import load_instruction
 from src.datamodule import TaskDataModule
 from src.gradients import GradientCollector, StoreWriter, collect_gradients
+from src.instruction import load_instruction
 from src.models import LanguageModel, LoraShape, add_adapter
 from src.projection import make_projection
 
@@ -269,14 +269,18 @@ def main(args: argparse.Namespace) -> None:
         slow = {} if args.quick else {"for_loop": bench.for_loop, "published": bench.published}
         seconds |= interleaved(slow, 1, args.device)
         big = Bench(*arguments[:3], args.stage_samples, args.max_tokens, Path(name))
-        staged = interleaved({"floor": big.floor, "stage": lambda: big.stage(ENGINE)}, 1 if args.quick else 2, args.device)
+        staged = interleaved(
+            {"floor": big.floor, "stage": lambda: big.stage(ENGINE)}, 1 if args.quick else 2, args.device
+        )
         memory = {way: peak_memory(way, arguments, args.device) for way in ("floor", f"engine:{ENGINE}")}
     if not args.json:
         print(f"{'way':<20}{'seconds':>10}{'/ floor':>10}")
         for way, value in seconds.items():
             print(f"{way:<20}{value:>10.2f}{value / seconds['floor']:>10.2f}")
         print(f"{'stage':<20}{staged['stage']:>10.2f}{staged['stage'] / staged['floor']:>10.2f}")
-        print("peak memory above the model: " + ", ".join(f"{way} {value / 1e6:.0f} MB" for way, value in memory.items()))
+        print(
+            "peak memory above the model: " + ", ".join(f"{way} {value / 1e6:.0f} MB" for way, value in memory.items())
+        )
     engine = seconds[f"engine:{ENGINE}"]
     figures = {
         "model": args.model,

@@ -73,7 +73,8 @@ class GradientCollector:
             parameter.requires_grad_(False)
         self._modules = dict(self.model.network.named_modules())
         self._hooks = [
-            self._modules[matrix.module_name].register_forward_hook(self._watch(matrix)) for matrix in self.layout.matrices
+            self._modules[matrix.module_name].register_forward_hook(self._watch(matrix))
+            for matrix in self.layout.matrices
         ]
         return self
 

@@ -19,22 +19,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.data import (
+from src.cot import (
     DATASET_KEYS,
-    Example,
-    TaskData,
     clean_answer,
     extract_answers,
     judge,
     load_cot,
-    load_instruction,
     parse_preset,
     predict_answer,
-    read_pickle,
     save_predictions,
-    stable_split,
     summarize,
 )
+from src.data import Example, TaskData, stable_split
+from src.frames import read_pickle
+from src.instruction import load_instruction
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from src.data import load_instruction
 from src.datamodule import IGNORED, TaskDataModule
+from src.instruction import load_instruction
 from src.models import (
     OUTPUT_FUNCTIONS,
     LanguageModel,

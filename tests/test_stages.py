@@ -48,12 +48,16 @@ def test_training_leaves_checkpoints_that_peft_opens(here: list[str], model_fold
     (run,) = Path("external_lightning_logs").iterdir()
     assert run.name.endswith("_toy_lora_r_4_run_0")
     best = next(path.name for path in run.iterdir() if path.name.startswith("epoch_epoch="))
-    expected = {"manifest.json"} | {f"{name}/{file}" for name in (best, "step_step=8", "step_step=16") for file in ADAPTER}
+    expected = {"manifest.json"} | {
+        f"{name}/{file}" for name in (best, "step_step=8", "step_step=16") for file in ADAPTER
+    }
     assert files_below(run) == expected
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folders["llama"]), run / best)
 
 
-def test_training_again_does_nothing_and_other_flags_are_refused(here: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_training_again_does_nothing_and_other_flags_are_refused(
+    here: list[str], capsys: pytest.CaptureFixture
+) -> None:
     training = ["--batch_size", "8", "--lr", "1e-2", "--checkpoint_at", "0.5", "1.0"]
     run_script("custom_train_alpaca.py", *here, *training, "--epochs", "2")
     assert "nothing to train" in capsys.readouterr().out
@@ -68,7 +72,13 @@ def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest
     assert found == {f"{step}/{file}" for step in ("step_step=8", "step_step=16") for file in parts}
     rows = np.load(store / "step_step=8" / "projected.npy")
     assert rows.shape == (4 * 16 + 4 * 2 + 10, 32) and np.isfinite(rows).all()
-    stage_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *here, "--project_dim", "32"]
+    stage_2 = [
+        "fast_estimate_eval_approximation_alpaca.py",
+        "--compute_pretrained_outputs",
+        *here,
+        "--project_dim",
+        "32",
+    ]
     run_script(*stage_2)
     assert "nothing to compute" in capsys.readouterr().out
     with pytest.raises(ValueError, match="output_function: found loss, expected margin"):
