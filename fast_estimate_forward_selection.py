@@ -29,6 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_model(parser, model_key="flan_t5_base")
     cli.add_meta_init(parser)
     cli.add_projection(parser)
+    cli.add_clusters(parser)
     cli.add_targets(parser)
     cli.add_estimator(parser, ESTIMATORS)
     cli.add_selection(parser)

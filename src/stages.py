@@ -401,17 +401,17 @@ class Estimator:
         self.stored: list[StoredPart] = open_store(self.run.store_dir(args.project_dim), args.load_model_dir, stage_2)
         self.targets = self.stored[0].targets
         self.tasks: list[str] = self.stored[0].manifest["tasks"]
-        division: dict[str, Any] = {}
+        self.division: str | None = None  # names another division into tasks than the data's own
+        task_of_row = None
         if getattr(args, "load_clusters", False):
             store = self.run.store_dir(args.project_dim)
-            cluster_of_row, self.tasks = cluster_tasks(store, self.stored, args.num_clusters, args.run)
-            division = {
-                "task_of_row": cluster_of_row,
-                "num_tasks": len(self.tasks),
-                "name": f"clusters_{len(self.tasks)}",
-            }
+            task_of_row, self.tasks = cluster_tasks(store, self.stored, args.num_clusters, args.run)
+            self.division = f"clusters_{len(self.tasks)}"
         needs_rows = args.estimator in ("logistic", "kernel")
-        self.parts: list[Part] = [part.estimation_part(**division, rows=needs_rows) for part in self.stored]
+        self.parts: list[Part] = [
+            part.estimation_part(task_of_row, len(self.tasks), self.division or "tasks", rows=needs_rows)
+            for part in self.stored
+        ]
         self.options = {"estimator": args.estimator, "rho": args.rho, "weight_by": args.weight_by}
 
     def __call__(self, membership: np.ndarray) -> np.ndarray:
@@ -457,7 +457,7 @@ def estimate_subsets(
     """
     started = time.perf_counter()
     estimator = Estimator(args, stage_2)
-    path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name())
+    path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
     subsets = load_or_draw_subsets(
         path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
     )

@@ -9,9 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import ROOT
+from tests.commands import ROOT
 
-ORDER = ["paths", "cli", "data", "frames", "instruction", "cot", "datamodule", "models", "finetune", "projection", "estimation", "gradients", "subsets", "selection", "report", "stages"]
+ORDER = [
+    "paths",
+    "cli",
+    "data",
+    "frames",
+    "instruction",
+    "cot",
+    "datamodule",
+    "models",
+    "finetune",
+    "projection",
+    "estimation",
+    "gradients",
+    "subsets",
+    "selection",
+    "report",
+    "stages",
+]
 SOURCE = sorted((ROOT / "src").glob("*.py"))
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "notebook").glob("*.py"))]
 

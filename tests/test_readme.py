@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import ROOT, load_script
+from tests.commands import ROOT, load_script
 
 
 def commands(text: str) -> list[list[str]]:
@@ -38,7 +38,7 @@ def test_commands_parse(source: Path) -> None:
 
 
 def test_the_readme_names_every_stage() -> None:
-    from tests.scripts import STAGES
+    from tests.commands import STAGES
 
     documented = {script for script, *_ in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert set(STAGES) <= documented

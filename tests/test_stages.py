@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import write_sources
-from tests.scripts import run_script
+from tests.commands import run_script
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"}
 

@@ -1,0 +1,56 @@
+"""Real instruction data through the stages, on a tiny model whose tokenizer is trained on it."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.commands import run_script
+
+
+@pytest.fixture
+def tiny_llama(workspace: Path, shared_data: Path) -> str:
+    """A folder made from the first rows of the real file."""
+    with open(shared_data / "instruction" / "flan_mini.jsonl", encoding="utf-8") as file:
+        Path("flan.jsonl").write_text("".join(islice(file, 300)), encoding="utf-8")
+    run_script(
+        "data/make_base_model.py", "--data_files", "flan.jsonl", "--output_dir", "tiny", "--architecture", "llama",
+        "--hidden_size", "32", "--num_layers", "2", "--num_heads", "2", "--vocab_size", "800", "--pretrain_steps", "2",
+    )  # fmt: skip
+    return "tiny"
+
+
+def stages(flags: list[str]) -> pd.DataFrame:
+    """Stages 1 to 4; the estimates."""
+    short = ["--max_length", "96"]
+    run_script(
+        "custom_train_alpaca.py", *flags, *short, "--epochs", "1", "--batch_size", "16", "--checkpoint_at", "1.0"
+    )
+    run_script("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *short)
+    run_script("fast_estimate_linear_regression_alpaca.py", *flags, "--number_of_subsets", "20", "--save_name", "real")
+    run_script("fast_estimate_forward_selection.py", *flags, "--save_name", "real", "--max_tasks", "2")
+    return pd.read_csv("results/real/estimates.csv")
+
+
+def test_flan_rows(tiny_llama: str) -> None:
+    frame = stages(["--data_files", "flan.jsonl", "--model_key", tiny_llama, "--train_lora"])
+    estimates = frame.filter(like="estimate/").to_numpy(float)
+    assert estimates.shape[1] >= 30 and np.isfinite(estimates).all()
+    assert (estimates.std(axis=0) > 0).all()
+
+
+def test_alpaca_pickle_with_its_dev_map(tiny_llama: str, shared_data: Path) -> None:
+    source = shared_data / "instruction"
+    frame = pd.read_pickle(source / "alpaca_mini.pkl").groupby("skill").head(12)
+    held_out = pd.read_pickle(source / "alpaca_mini_dev_split_map.pkl")
+    kept = {skill: np.intersect1d(labels, frame.index) for skill, labels in held_out.items()}
+    kept = {skill: labels for skill, labels in kept.items() if len(labels) >= 2}
+    frame[frame["skill"].isin(kept)].to_pickle("alpaca_final.pkl")
+    pd.to_pickle(kept, "alpaca_dev_split_map.pkl")
+    frame = stages(["--data_files", "alpaca_final.pkl", "--model_key", tiny_llama, "--train_lora"])
+    estimates = frame.filter(like="estimate/").to_numpy(float)
+    assert estimates.shape[1] == len(kept) and np.isfinite(estimates).all()

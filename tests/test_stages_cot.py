@@ -1,0 +1,183 @@
+"""Every stage of the chain-of-thought track as a user runs it, for both architectures."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.cot import load_cot
+from src.models import load_checkpoint
+from tests.commands import run_script
+from tests.test_stages import files_below
+
+NUM_QUESTIONS, NUM_TRAIN = 30, 24
+
+
+def write_reasoning_teacher(folder: Path) -> None:
+    """Additions in the reasoning-teacher layout: two completions each, every fifth second one with a wrong answer."""
+    questions = [(f"What is {a} + {b}?", str(a + b)) for a, b in list(product(range(5), range(6)))[:NUM_QUESTIONS]]
+    dataset = [
+        {"sample_index": i, "question": question, "answer": answer, "rationale": f"It is {answer}."}
+        for i, (question, answer) in enumerate(questions)
+    ]
+    completions = {
+        str(i): [
+            {
+                "sample_index": i,
+                "completion_index": k,
+                "question": question,
+                "answer": answer,
+                "reasoning_completion": f" Count {'up' if k else 'on'} to {answer}.",
+                "completion": " 999." if k and i % 5 == 0 else f" {answer}.",
+                "teacher": f"teacher {k}",
+            }
+            for k in range(2)
+        ]
+        for i, (question, answer) in enumerate(questions)
+    }
+    metadata = {"base_model": "text-davinci-002", "completion_key": "zs_cot_t70", "dataset_key": "addsub"}
+    metadata |= {"finetune_key": None, "train_key": None, "prediction_template": None, "epoch": None}
+    teacher = folder / "saved" / "completion_data" / "B_text-davinci-002__C_zs_cot_t70"
+    files = {
+        folder / "data" / "dataset" / "addsub.json": {"metadata": {"dataset_key": "addsub"}, "data": dataset},
+        folder / "data" / "split" / "addsub__default.json": {
+            "train": list(range(NUM_TRAIN)),
+            "test": list(range(NUM_TRAIN, NUM_QUESTIONS)),
+        },
+        teacher / "D_addsub.json": {"metadata": metadata, "data": completions},
+    }
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module", params=["t5", "llama"])
+def track(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]
+) -> tuple[Path, list[str], str]:
+    """A workspace in which stages 1 and 2 have run, the flags they share, and the best checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_reasoning_teacher(folder)
+    flags = ["--dataset_key", "addsub", "--preset_key", "ft_cot_t70_2aug", "--train_key", "ft_cot"]
+    flags += ["--model_key", model_folders[request.param], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        training = ["--epochs", "2", "--batch_size", "8", "--inference_batch_size", "5", "--max_new_tokens", "6"]
+        run_script("custom_train.py", *flags, *training, "--lr", "1e-2", "--save_name", "new")
+        (run,) = Path("external_lightning_logs").iterdir()
+        best = next(path for path in run.iterdir() if path.name.startswith("epoch_epoch="))
+        checkpoint = ["--load_model_dir", f"{run.name}/{best.name}"]
+        run_script("fast_estimate_compute_gradients.py", *flags, *checkpoint, "--project_dim", "24", "--device", "2")
+    return folder, flags, checkpoint[1]
+
+
+@pytest.fixture
+def here(track: tuple[Path, list[str], str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
+    monkeypatch.chdir(track[0])
+    return track[1:]
+
+
+def test_training_names_its_run_and_keeps_predictions(here: tuple[list[str], str]) -> None:
+    flags, checkpoint = here
+    assert "_addsub_ft_cot_t70_2aug_lora_r_4_new_run_0/epoch_epoch=" in checkpoint
+    predictions = sorted(Path("saved/completion_data").glob("B_models0-*__C_ft_cot/*.json"))
+    assert [path.name for path in predictions] == [f"D_addsub__T_ft_cot__E_00{e}__Lora_r_4.json" for e in (0, 1)]
+    content = json.loads(predictions[-1].read_text())
+    assert content["metadata"]["prediction_template"] == "ft_cot_token" and content["metadata"]["epoch"] == 1
+    data = load_cot("addsub", "ft_cot_t70_2aug", architecture="decoder")
+    validation = {str(data.examples[i].record_index) for i in data.indices("validation")}
+    assert set(content["data"]) == validation
+
+
+def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str]) -> None:
+    flags, checkpoint = here
+    (store,) = Path("gradients").iterdir()
+    data = load_cot("addsub", "ft_cot_t70_2aug", architecture="decoder")
+    num_train, num_validation = len(data.indices("train")), len(data.indices("validation"))
+    part = Path(checkpoint).name
+    assert np.load(store / part / "projected.npy").shape == (num_train + num_validation, 24)
+
+    clusters = ["--load_clusters", "--num_clusters", "4", "--project_dim", "24"]
+    estimation = [*flags, "--load_model_dir", checkpoint, *clusters, "--save_name", "toy"]
+    drawn = ["--number_of_subsets", "5", "--subset_size", "0.5", "--scale", "0.4"]
+    run_script("fast_estimate_linear_regression.py", *estimation, *drawn)
+    assignment = np.load(store / "clusters_4.npy")
+    assert sorted(set(assignment.tolist())) == [-1, 0, 1, 2, 3] and (assignment >= 0).sum() == num_train
+    made = (store / "clusters_4.npy").stat().st_mtime_ns
+    frame = pd.read_csv("results/toy/estimates.csv")
+    assert list(frame.columns) == ["subset", "run", "estimate/addsub"] and len(frame) == 5
+
+    run_script(
+        "fast_estimate_linear_regression.py", *estimation, *drawn, "--evaluate", "displaced", "--max_new_tokens", "4"
+    )
+    assert (store / "clusters_4.npy").stat().st_mtime_ns == made
+    frame = pd.read_csv("results/toy/estimates.csv")
+    assert list(frame.columns)[2:] == ["estimate/addsub", "displaced_loss/addsub", "displaced_accuracy/addsub"]
+    assert np.isfinite(frame.iloc[:, 2:].to_numpy(float)).all() and frame["displaced_loss/addsub"].std() > 0
+
+    run_script("fast_estimate_forward_selection.py", *estimation)
+    run_script("notebook/select_random_ensemble.py", "results/toy", "--ratio", "0.5")
+    fine_tuning = [
+        *flags,
+        *clusters,
+        "--epochs",
+        "1",
+        "--batch_size",
+        "8",
+        "--max_new_tokens",
+        "4",
+        "--save_name",
+        "toy",
+    ]
+    for method in ("forward_selection", "random_ensemble"):
+        run_script("custom_train.py", *fine_tuning, "--subset_file", f"sampled_tasks/toy_{method}.txt")
+    results = pd.read_csv("results/toy/results.csv", dtype={"subset": str})
+    metrics = [f"{split}_{metric}/addsub" for split in ("validation", "test") for metric in ("loss", "accuracy")]
+    assert list(results.columns) == ["subset", "run", "num_rows", *metrics, "seconds"]
+    for subset, rows in zip(results["subset"], results["num_rows"], strict=True):
+        assert rows == np.isin(assignment, [int(task) for task in subset.split()]).sum()
+    assert "results/toy/selection.png" in files_below(Path())
+
+
+def test_displaced_small_steps_follow_the_first_order(
+    here: tuple[list[str], str], track: tuple[Path, list[str], str]
+) -> None:
+    """Both evaluations of a tiny displacement move the loss by the same amount."""
+    flags, checkpoint = here
+    estimation = [
+        *flags,
+        "--load_model_dir",
+        checkpoint,
+        "--project_dim",
+        "24",
+        "--load_clusters",
+        "--num_clusters",
+        "4",
+    ]
+    options = ["--number_of_subsets", "5", "--max_new_tokens", "2", "--save_name", "stiff", "--rho", "1e3"]
+    run_script("fast_estimate_linear_regression.py", *estimation, *options, "--evaluate", "displaced")
+    frame = pd.read_csv("results/stiff/estimates.csv")
+    (store,) = Path("gradients").iterdir()
+    part = store / Path(checkpoint).name
+    with np.load(part / "samples.npz") as samples:
+        base = float(np.load(part / "outputs.npy")[samples["target"] == 0].mean())
+    predicted, measured = frame["estimate/addsub"] - base, frame["displaced_loss/addsub"] - base
+    assert predicted.abs().max() > 0
+    np.testing.assert_allclose(measured, predicted, rtol=0.05, atol=2e-6)
+
+
+def test_the_checkpoint_is_untouched(here: tuple[list[str], str], track: tuple[Path, list[str], str]) -> None:
+    flags, checkpoint = here
+    load_checkpoint(Path("external_lightning_logs") / checkpoint, flags[flags.index("--model_key") + 1])
+
+
+def test_other_flags_than_the_adapter_has_are_refused(here: tuple[list[str], str]) -> None:
+    flags, checkpoint = here
+    wrong = ["8" if flag == "4" else flag for flag in flags]
+    with pytest.raises(ValueError, match=r"an adapter of rank 4.*--lora_rank 4"):
+        run_script("fast_estimate_compute_gradients.py", *wrong, "--load_model_dir", checkpoint)
