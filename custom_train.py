@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     from src import stages
 
     cli.quiet_libraries()
-    stages.train(args, stages.load_cot_data(args))
+    stages.train(args)
 
 
 if __name__ == "__main__":

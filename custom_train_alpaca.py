@@ -32,11 +32,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Load the data and train."""
     from src import stages
-    from src.instruction import load_instruction
 
     cli.quiet_libraries()
-    data = load_instruction(cli.instruction_files(args), args.target_files, args.heldout_share, args.max_heldout)
-    stages.train(args, data)
+    stages.train(args)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     from src import stages
 
     cli.quiet_libraries()
-    stages.collect(args, stages.load_cot_data(args))
+    stages.collect(args)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     from src import stages
 
     cli.quiet_libraries()
-    stages.estimate_subsets(args, STAGE_2, stages.load_cot_data)
+    stages.estimate_subsets(args, STAGE_2)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_subsets(parser)
     cli.add_targets(parser)
     cli.add_estimator(parser, ESTIMATORS)
+    cli.add_evaluation(parser)
+    cli.add_hardware(parser)
     return parser.parse_args(argv)
 
 
@@ -36,6 +38,7 @@ def main(args: argparse.Namespace) -> None:
     """Estimate every subset."""
     from src import stages
 
+    cli.quiet_libraries()
     stages.estimate_subsets(args, STAGE_2)
 
 

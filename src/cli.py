@@ -72,17 +72,17 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train_instruction", action="store_true", help="Alpaca, FLAN v2 and chain-of-thought "
                        f"together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name}")  # fmt: skip
     group.add_argument("--data_key", help="short name of this data in folder names (default: from the files)")
-    add_heldout(group, max_heldout=50)
+    add_heldout(group)
     group.add_argument("--loss_on_prompt", action="store_true", help="count the prompt in the loss, as published "
                        "(default: the completion only)")  # fmt: skip
 
 
-def add_heldout(group: argparse._ArgumentGroup, max_heldout: int) -> None:
+def add_heldout(group: argparse._ArgumentGroup) -> None:
     """How many rows are kept back from training."""
     group.add_argument("--heldout_share", type=share, default=0.1, help="share of each task's rows held out for "
                        "validation, and again for test (default: 0.1)")  # fmt: skip
-    group.add_argument("--max_heldout", type=positive_int, default=max_heldout, help="at most so many rows of each "
-                       f"task are held out for each (default: {max_heldout})")  # fmt: skip
+    group.add_argument("--max_heldout", type=positive_int, help="at most so many rows of each task are held out for "
+                       "each (default: 50; chain of thought 500 questions)")  # fmt: skip
 
 
 def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = False) -> None:
@@ -111,7 +111,7 @@ def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = Fals
     group.add_argument("--task_column", help="field of the completions that names a row's source, for example "
                        "teacher (default: clusters make the tasks)")  # fmt: skip
     if not or_instruction:
-        add_heldout(group, max_heldout=500)
+        add_heldout(group)
 
 
 def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
@@ -217,8 +217,28 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--evaluate", choices=("first_order", "displaced"), default="first_order", help="linear algebra "
                        "alone, or also run the validation rows through the model at the displaced weights "
                        "(default: first_order)")  # fmt: skip
-    group.add_argument("--scale", type=positive_float, help="displaced: length of the displacement, relative to the "
-                       "norm of the trained weights (default: as the solution has it)")  # fmt: skip
+    add_scale(parser, several=False)
+
+
+def add_scale(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    """Length of a displacement."""
+    meaning = "length of the displacement, relative to the norm of the trained weights"
+    default = "0.02 0.04 0.06 0.08 0.1" if several else "as the solution has it"
+    parser.add_argument(
+        "--scale",
+        type=positive_float,
+        nargs="+" if several else None,
+        default=[float(number) for number in default.split()] if several else None,
+        help=f"displaced weights: {meaning} (default: {default})",
+    )
+
+
+def add_approximation(parser: argparse.ArgumentParser) -> None:
+    """Stage 2, or how good the first order is."""
+    parser.add_argument("--compute_pretrained_outputs", action="store_true", help="compute outputs and gradients at "
+                        "the checkpoints (stage 2); without it, measure the first-order approximation error there")  # fmt: skip
+    add_scale(parser, several=True)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds of the random directions (default: 0)")
 
 
 def add_projection(parser: argparse.ArgumentParser) -> None:
@@ -283,7 +303,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
     """How random-ensemble scores become a subset."""
-    group = parser.add_argument_group("threshold (default: the better group of scores)")
+    group = parser.add_argument_group("threshold (default: the mean score)")
     chosen = group.add_mutually_exclusive_group()
     chosen.add_argument("--top_k", type=positive_int, help="the best so many tasks")
     chosen.add_argument("--ratio", type=share, help="the best share of the tasks")

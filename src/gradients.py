@@ -355,6 +355,21 @@ def collect_gradients(
             bar.update(len(rows))
 
 
+@torch.no_grad()
+def outputs_of(
+    model: LanguageModel, datamodule: TaskDataModule, indices: np.ndarray, output_function: str
+) -> np.ndarray:
+    """Outputs of the given samples as a store holds them (losses, or minus the margins), in their order, float64."""
+    model.eval()
+    outputs = np.full(len(datamodule.data), np.nan)
+    sign = -1.0 if output_function == "margin" else 1.0
+    for batch in datamodule.evaluation_batches(indices):
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        values = OUTPUT_FUNCTIONS[output_function](*model.target_logits(batch), len(batch["labels"]))
+        outputs[batch["sample_index"].cpu()] = sign * values.double().cpu()
+    return outputs[indices]
+
+
 def _flushed(batches: Iterator[Batch], store: StoreWriter, every: int = 200) -> Iterator[Batch]:
     """The batches; the store is flushed to disk every so many and at the end."""
     for count, batch in enumerate(batches, start=1):

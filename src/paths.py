@@ -39,6 +39,8 @@ SELECTION_FILE = "selection.csv"
 SELECTION_FIGURE = "selection.png"
 SCORES_FILE = "scores.csv"
 SCORES_FIGURE = "scores.png"
+APPROXIMATION_FILE = "approximation_error.csv"
+APPROXIMATION_FIGURE = "approximation_error.png"
 
 ARTIFACT_VERSION = 1
 

@@ -229,3 +229,21 @@ def scores_figure(
     axes.set_xlabel("mean estimated loss of the subsets with the task (nats per token)")
     axes.set_title("Random ensemble scores (orange: selected)")
     save_figure(figure, path)
+
+
+def approximation_figure(frame: pd.DataFrame, path: Path) -> None:
+    """First-order and zero-order approximation error by relative distance, mean over seeds.
+
+    Args:
+        frame: Columns `scale`, `seed`, `first_order`, `zero_order`.
+        path: The PNG.
+    """
+    means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
+    figure, axes = plt.subplots(figsize=(5.6, 4.0))
+    axes.plot(means.index, means["first_order"], color=ORANGE, marker="o", label="first order: outputs(w*) + g·δ")
+    axes.plot(means.index, means["zero_order"], color=GREY, marker="s", label="zero order: outputs(w*)")
+    axes.set_yscale("log")
+    axes.set_xlabel("distance |δ| / |w*|")
+    axes.set_ylabel("relative squared residual")
+    axes.legend(fontsize=8)
+    save_figure(figure, path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.cli import Hardware, hardware_from, progress, run_from, say_notices
+from src.cli import Hardware, hardware_from, instruction_files, progress, run_from, say_notices
 from src.cot import load_cot, parse_preset, save_predictions
 from src.data import TaskData
 from src.datamodule import TaskDataModule
-from src.estimation import Part, estimate, ridge_solutions
+from src.estimation import Part, estimate, first_order_error, ridge_solutions, zero_order_error
 from src.finetune import (
     Checkpoints,
     FitProgress,
@@ -30,9 +30,12 @@ from src.finetune import (
     fit,
     target_metrics,
 )
-from src.gradients import StoredPart, StoreWriter, collect_gradients, open_store
+from src.gradients import StoredPart, StoreWriter, collect_gradients, open_store, outputs_of
+from src.instruction import load_instruction
 from src.models import LanguageModel, LoraShape, displaced, load_checkpoint, load_model, model_kind
 from src.paths import (
+    APPROXIMATION_FIGURE,
+    APPROXIMATION_FILE,
     ESTIMATES_FILE,
     MANIFEST,
     RESULTS,
@@ -57,6 +60,7 @@ from src.projection import make_projection
 from src.report import (
     ESTIMATE,
     ResultsTable,
+    approximation_figure,
     columns_of,
     mean_over_targets,
     parse_subset,
@@ -93,8 +97,17 @@ def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageMod
     return datamodule
 
 
-def load_cot_data(args: argparse.Namespace) -> TaskData:
-    """The chain-of-thought data that the flags name, in the template of the model's architecture."""
+def load_data(args: argparse.Namespace) -> TaskData:
+    """The data that the flags name: chain of thought (in the template of the model's architecture) or instruction.
+
+    Raises:
+        ValueError: neither track's data is named.
+    """
+    held_out = {"heldout_share": args.heldout_share}
+    if args.max_heldout is not None:
+        held_out["max_heldout"] = args.max_heldout
+    if getattr(args, "dataset_key", None) is None:
+        return load_instruction(instruction_files(args), args.target_files, **held_out)
     return load_cot(
         args.dataset_key,
         args.preset_key,
@@ -104,17 +117,17 @@ def load_cot_data(args: argparse.Namespace) -> TaskData:
         split_key=args.split_key,
         keep_incorrect=args.keep_incorrect,
         letters=args.letters,
-        heldout_share=args.heldout_share,
-        max_heldout=args.max_heldout,
         task_column=args.task_column,
+        **held_out,
     )
 
 
 # --- stage 1 and 5: training ---------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace, data: TaskData) -> None:
+def train(args: argparse.Namespace) -> None:
     """Meta-training on all tasks, or fine-tuning on the subsets that the flags name."""
+    data = load_data(args)
     hardware = hardware_from(args)
     plan = TrainingPlan(args.epochs, args.lr, args.weight_decay, args.accumulate, **generation_options(args))
     if getattr(args, "load_clusters", False):
@@ -287,8 +300,9 @@ def checkpoint_folders(args: argparse.Namespace, run: Run) -> list[Path]:
     return [folder / name for name in manifest["trajectory"] or [manifest["best"]]]
 
 
-def collect(args: argparse.Namespace, data: TaskData) -> None:
+def collect(args: argparse.Namespace) -> None:
     """Stage 2: projected gradients of every training and validation row, at each checkpoint."""
+    data = load_data(args)
     hardware = hardware_from(args)
     run = run_from(args)
     store = run.store_dir(None if args.projection == "none" else args.project_dim)
@@ -445,16 +459,8 @@ class Estimator:
         return [self.targets.index(name) for name in names]
 
 
-def estimate_subsets(
-    args: argparse.Namespace, stage_2: str, load_data: Callable[[argparse.Namespace], TaskData] | None = None
-) -> None:
-    """Stage 3: the estimated loss of every target for every subset, one row each.
-
-    Args:
-        args: The script's flags.
-        stage_2: The script that makes the store, for messages.
-        load_data: Loads the data where `--evaluate displaced` runs the model on it.
-    """
+def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
+    """Stage 3: the estimated loss of every target for every subset, one row each."""
     started = time.perf_counter()
     estimator = Estimator(args, stage_2)
     path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
@@ -466,8 +472,8 @@ def estimate_subsets(
     frame = pd.DataFrame(values, columns=[f"{ESTIMATE}/{estimator.targets[column]}" for column in columns])
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
     frame.insert(1, "run", estimator.run.run)
-    if load_data is not None and args.evaluate == "displaced":
-        frame = pd.concat([frame, displaced_values(args, estimator, subsets, load_data(args))], axis=1)
+    if args.evaluate == "displaced":
+        frame = pd.concat([frame, displaced_values(args, estimator, subsets)], axis=1)
     folder = results_dir(estimator.run.results_name)
     write_manifest(folder, {**estimator.facts, "targets": estimator.targets, "subsets": str(path)})
     write_table(folder / ESTIMATES_FILE, frame)
@@ -477,8 +483,39 @@ def estimate_subsets(
     )
 
 
+class ModelAtPart:
+    """The model at a stored part's checkpoint, the data as the store saw them, and the projection of its rows.
+
+    Args:
+        args: Flags of the data, model and hardware groups.
+        run: The run of the store.
+        part: One of its parts.
+
+    Raises:
+        ValueError: the data are not those of the store.
+    """
+
+    def __init__(self, args: argparse.Namespace, run: Run, part: StoredPart) -> None:
+        self.part, self.hardware, self.data = part, hardware_from(args), load_data(args)
+        expected = {"data_fingerprint": self.data.fingerprint}
+        check_manifest(part.folder, part.manifest, expected, "Give the data flags that the gradients were taken with.")
+        folder = next(path for path in checkpoint_folders(args, run) if path.name == part.folder.name)
+        self.model = load_checkpoint(folder, args.model_key, attn_implementation=args.attn_implementation)
+        self.model.to(self.hardware.device)
+        self.datamodule = make_datamodule(args, self.data, self.model)
+        manifest, shapes = part.manifest, self.model.layout.shapes
+        self.projection = make_projection(manifest["projection"], manifest["dim"], manifest["seed"], shapes=shapes)
+        self.norm = norm_of(self.model.trainable_state())
+
+    def displacement(self, solution: np.ndarray, scale: float | None) -> tuple[dict[str, torch.Tensor], float]:
+        """lift(x) and the factor that gives it `scale` times the norm of the trained weights (1 without a scale)."""
+        lifted = self.projection.lift(torch.as_tensor(solution, dtype=torch.float32), self.model.layout.shapes)
+        factor = scale * self.norm / max(norm_of(lifted), np.finfo(float).tiny) if scale else 1.0
+        return {name: factor * change for name, change in lifted.items()}, factor
+
+
 def displaced_values(
-    args: argparse.Namespace, estimator: Estimator, subsets: Sequence[tuple[int, ...]], data: TaskData
+    args: argparse.Namespace, estimator: Estimator, subsets: Sequence[tuple[int, ...]]
 ) -> pd.DataFrame:
     """Validation metrics of the model at w* + lift(x_S), a row per subset: columns `displaced_loss/<target>` and,
     where answers are judged, `displaced_accuracy/<target>`.
@@ -486,38 +523,53 @@ def displaced_values(
     w* is the last checkpoint of the store, or the one that `--load_model_dir` names. With `--scale` the
     displacement has that length, relative to the norm of the trained weights.
     """
-    hardware = hardware_from(args)
-    part = estimator.stored[-1]
-    folder = next(path for path in checkpoint_folders(args, estimator.run) if path.name == part.folder.name)
-    model = load_checkpoint(folder, args.model_key, attn_implementation=args.attn_implementation)
-    model.to(hardware.device)
-    datamodule = make_datamodule(args, data, model)
-    manifest = part.manifest
-    projection = make_projection(manifest["projection"], manifest["dim"], manifest["seed"], shapes=model.layout.shapes)
+    at = ModelAtPart(args, estimator.run, estimator.stored[-1])
     membership = membership_matrix(subsets, len(estimator.tasks))
     solutions = ridge_solutions(estimator.parts[-1], membership, rho=args.rho, weight_by=args.weight_by)
     plan = TrainingPlan(epochs=1, lr=1.0, **generation_options(args))
     records = []
     for solution in progress(solutions, desc="displaced models", unit="subset"):
-        displacement = projection.lift(torch.as_tensor(solution, dtype=torch.float32), model.layout.shapes)
-        if args.scale:
-            displacement = rescaled(displacement, args.scale * norm_of(model.trainable_state()))
-        with displaced(model, displacement):
-            evaluation = evaluate(model, datamodule, hardware, plan, ("validation",))
-        metrics = target_metrics(data, evaluation, ("validation",))
+        displacement, _ = at.displacement(solution, args.scale)
+        with displaced(at.model, displacement):
+            evaluation = evaluate(at.model, at.datamodule, at.hardware, plan, ("validation",))
+        metrics = target_metrics(at.data, evaluation, ("validation",))
         records.append({name.replace("validation_", "displaced_"): value for name, value in metrics.items()})
     return pd.DataFrame(records)
+
+
+def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
+    """How far outputs at displaced weights are from their first-order approximation, by length of the displacement.
+
+    Directions are random in the projected space, where the stored rows give g.δ exactly; outputs are those of the
+    validation rows at the last checkpoint of the store, or the one that `--load_model_dir` names.
+    """
+    run = run_from(args)
+    part = open_store(run.store_dir(args.project_dim), args.load_model_dir, stage_2)[-1]
+    at = ModelAtPart(args, run, part)
+    validation = part.samples["target"] >= 0
+    indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]
+    output_function = part.manifest["output_function"]
+    records = []
+    settings = [(seed, scale) for seed in args.seed for scale in args.scale]
+    for seed, scale in progress(settings, desc="displaced models", unit="model"):
+        solution = np.random.default_rng(seed).standard_normal(rows.shape[1])
+        displacement, factor = at.displacement(solution, scale)
+        with displaced(at.model, displacement):
+            moved = outputs_of(at.model, at.datamodule, indices, output_function)
+        errors = (first_order_error(start, rows, factor * solution, moved), zero_order_error(start, moved))
+        records.append({"scale": scale, "seed": seed, "first_order": errors[0], "zero_order": errors[1]})
+    folder = results_dir(run.results_name)
+    write_table(folder / APPROXIMATION_FILE, frame := pd.DataFrame(records))
+    approximation_figure(frame, folder / APPROXIMATION_FIGURE)
+    means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
+    for scale, row in means.iterrows():
+        print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
+    print(f"Wrote {folder / APPROXIMATION_FILE} and {folder / APPROXIMATION_FIGURE}. Next: estimates (stage 3).")
 
 
 def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
     """Euclidean norm of all the numbers together."""
     return float(torch.stack([tensor.double().square().sum() for tensor in tensors.values()]).sum().sqrt())
-
-
-def rescaled(displacement: Mapping[str, torch.Tensor], length: float) -> dict[str, torch.Tensor]:
-    """The displacement in the same direction, of the given norm; a zero displacement stays zero."""
-    factor = length / max(norm_of(displacement), torch.finfo(torch.float64).tiny)
-    return {name: change * factor for name, change in displacement.items()}
 
 
 def select(args: argparse.Namespace, stage_2: str) -> SelectionPath:

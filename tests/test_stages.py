@@ -10,8 +10,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import write_sources
 from tests.commands import run_script
+from tests.conftest import write_sources
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"}
 
