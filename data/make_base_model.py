@@ -137,8 +137,8 @@ def pretrain(
     """Train all weights in place: AdamW, 5 % warm-up, then a cosine down to zero.
 
     Args:
-        batches: endless; each has `input_ids` (B, T) and `labels` (B, T or the decoder's T), with -100 where no loss
-            is wanted, and `attention_mask` (B, T) where rows are padded.
+        batches: At least `num_steps`; each has `input_ids` (B, T) and `labels` (B, T), the decoder's T for a T5, with -100 where no
+            loss is wanted.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, num_steps // 20)
@@ -289,6 +289,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Tokenizer, model, pretraining, folder."""
+    cli.quiet_libraries()
     output_dir = Path(args.output_dir)
     # another file under the same name is another model
     arguments = content_arguments(args) | {"data_sha256": file_fingerprint(map(Path, args.data_files))}

@@ -36,7 +36,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from src import cli
-from src.datamodule import IGNORED
 
 try:  # run as a script, data/ is on the path; imported from the root, the root is
     import make_base_model as base
@@ -51,6 +50,8 @@ DEV_SHARE = 0.2  # of the rows of each skill in the Alpaca layout; the FLAN layo
 
 CLEAN_SHARE = 0.6  # of the base model's pretraining comes before the typing errors
 TYPO_SHARE = 0.8  # of the letters of a sloppy answer are replaced; below 1, so that one error does not give it away
+
+IGNORED = -100  # label of a position that is no part of the loss (the convention of torch and transformers)
 
 ALPACA_PROMPT = (  # of Stanford Alpaca, for rows that have an input
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -303,6 +304,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Data, base model, folder."""
+    cli.quiet_libraries()
     output_dir = Path(args.output_dir)
     arguments = base.content_arguments(args)
     if base.is_made(output_dir, arguments, args.overwrite):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import string
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,7 +237,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "test (default: 400)")  # fmt: skip
     group.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS), help="who completes each "
                        "question, in this order; held-out questions are labelled by the first (default: all)")  # fmt: skip
-    base.add_base_model(parser, hidden_size=64, num_layers=2, num_heads=4, pretrain_steps=2500, batch_size=64, lr=5e-3)
+    base.add_base_model(parser, hidden_size=64, num_layers=2, num_heads=4, pretrain_steps=800, batch_size=64, lr=5e-3)
     parser.add_argument("--careless_rows", type=cli.share, default=0.6, help="share of the base model's later pretraining "
                         "rows that forget to carry (default: 0.6)")  # fmt: skip
     return parser.parse_args(argv)
@@ -251,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
         return
     data_rng, pretraining_rng = np.random.default_rng(args.seed).spawn(2)  # the data do not depend on the model
     seen: set[Question] = set()
-    questions = [question for _, question in zip(range(args.num_questions), draw_questions(data_rng, seen))]
+    questions = list(islice(draw_questions(data_rng, seen), args.num_questions))
     tokenizer = arithmetic_tokenizer()
     model = base.build_model(args, "t5", len(tokenizer))
     with base.made_folder(output_dir, arguments) as folder:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import multiprocessing
 import random
 import resource
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +37,7 @@ from src.datamodule import TaskDataModule
 from src.gradients import GradientCollector, StoreWriter, collect_gradients
 from src.instruction import load_instruction
 from src.models import LanguageModel, LoraShape, add_adapter
-from src.projection import make_projection
+from src.projection import Projection, make_projection
 
 VOCABULARY = 4096
 KINDS = ("sketch", "two_sided", "dense")
@@ -102,6 +105,7 @@ class Bench:
         self.file = write_samples(folder / f"samples_{samples}.jsonl", samples)
         self.model = build_model(architecture, device)
         self.autocast = "bfloat16" if device == "cuda" else None
+        self.projections: dict[str, Projection] = {}
         self.datamodule = self.make_datamodule()
         self.batches = self.datamodule.budgeted(self.datamodule.data.indices("train"))
 
@@ -133,8 +137,6 @@ class Bench:
         with GradientCollector(self.model, projection, "loss", self.autocast) as collect:
             for rows in self.batches:
                 collect(self.datamodule.collate(rows))
-
-    projections: dict = {}
 
     def for_loop(self) -> None:
         """One sample, one backward; the gradient is projected by the same sketch."""
@@ -232,15 +234,34 @@ def peak_memory(way: str, arguments: tuple, device: str) -> int:
         return pool.apply(_peak_in_this_process, (way, arguments))
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def _peak_in_this_process(way: str, arguments: tuple) -> int:
     cli.quiet_libraries()
+    torch.set_num_threads(2)
     bench = Bench(*arguments)
-    bench.batches = bench.batches[-1:]  # the shortest rows: loads code and buffers that every way needs
-    bench.floor()
-    bench.batches = bench.datamodule.budgeted(bench.datamodule.data.indices("train"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    getattr(bench, way.split(":")[0])(*way.split(":")[1:])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    every, bench.batches = bench.batches, bench.batches[-1:]
+    run = getattr(bench, way.split(":")[0])
+    run(*way.split(":")[1:])  # the shortest rows: loads code, draws signs and makes buffers that stay
+    bench.batches = every
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before, peak, over = resident_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.002):
+            peak = max(peak, resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run(*way.split(":")[1:])
+    over.set()
+    watcher.join()
+    return peak - before
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -242,18 +242,18 @@ def add_approximation(parser: argparse.ArgumentParser) -> None:
 
 
 def add_projection(parser: argparse.ArgumentParser) -> None:
-    """The dimension that names a store."""
+    """What a store of projected gradients is named by."""
     group = parser.add_argument_group("projection")
     group.add_argument("--project_dim", "--project_dimension", type=positive_int, default=400, help="dimension d of "
                        "the projected gradients (default: 400)")  # fmt: skip
+    group.add_argument("--projection", choices=("sketch", "two_sided", "dense", "none"), default="sketch", help="kind of "
+                       "random projection; none keeps all p coordinates (default: sketch)")  # fmt: skip
 
 
 def add_gradients(parser: argparse.ArgumentParser) -> None:
     """How gradients are taken."""
     add_projection(parser)
     group = parser.add_argument_group("gradients")
-    group.add_argument("--projection", choices=("sketch", "two_sided", "dense", "none"), default="two_sided", help="kind of "
-                       "random projection; none keeps all p coordinates (default: two_sided)")  # fmt: skip
     group.add_argument("--output_function", choices=("loss", "margin"), default="loss", help="what is differentiated: "
                        "the mean loss of a sample's target tokens, or their mean log-odds as in the paper "
                        "(default: loss)")  # fmt: skip
@@ -285,7 +285,8 @@ def add_subsets(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("subsets")
     group.add_argument("--sampled_tasks", metavar="FILE", help="file of subsets, one a line; read if it is there, "
                        "else drawn and written (default: sampled_tasks/<run>.txt)")  # fmt: skip
-    group.add_argument("--number_of_subsets", type=positive_int, default=1000, help="subsets to draw (default: 1000)")
+    group.add_argument("--number_of_subsets", type=positive_int, help="subsets to draw (default: 1000, or as many "
+                       "as there are)")  # fmt: skip
     group.add_argument("--subset_size", type=share_or_count, default=0.5, help="share of the tasks in each, or their "
                        "number (default: 0.5)")  # fmt: skip
 

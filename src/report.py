@@ -247,3 +247,22 @@ def approximation_figure(frame: pd.DataFrame, path: Path) -> None:
     axes.set_ylabel("relative squared residual")
     axes.legend(fontsize=8)
     save_figure(figure, path)
+
+
+def histogram_figure(groups: Mapping[str, np.ndarray], title: str, path: Path) -> None:
+    """Distributions of random-ensemble scores of several groups of tasks, on one axis.
+
+    Args:
+        groups: Label -> scores.
+        title: Above the figure.
+        path: The PNG.
+    """
+    figure, axes = plt.subplots(figsize=(5.6, 4.0))
+    edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=40)
+    for (label, scores), color in zip(groups.items(), (BLUE, ORANGE, GREEN, GREY), strict=False):
+        axes.hist(scores, bins=edges, color=color, alpha=0.6, label=f"{label} ({len(scores)})")
+    axes.set_xlabel("mean estimated loss of the subsets with the sample (nats per token)")
+    axes.set_ylabel("samples")
+    axes.set_title(title)
+    axes.legend()
+    save_figure(figure, path)

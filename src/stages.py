@@ -150,7 +150,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, int]:
 
 def clusters_as_tasks(args: argparse.Namespace, data: TaskData) -> TaskData:
     """The data with the clusters of its run's store as the training rows' tasks."""
-    store = run_from(args, args.run).store_dir(args.project_dim)
+    store = store_dir(args, run_from(args, args.run))
     stored = open_store(store, None, "fast_estimate_compute_gradients.py")
     cluster_of_row, names = cluster_tasks(store, stored, args.num_clusters, args.run)
     training = cluster_of_row >= 0
@@ -288,6 +288,11 @@ def fine_tune_subsets(
     print(f"Wrote {path}: {len(table.frame)} fine-tuned values, losses of {len(data.targets)} targets each.")
 
 
+def store_dir(args: argparse.Namespace, run: Run) -> Path:
+    """The run's store of projected gradients, by the dimension that the flags name."""
+    return run.store_dir(None if args.projection == "none" else args.project_dim)
+
+
 # --- stage 2: gradients --------------------------------------------------------------------------------------
 
 
@@ -305,7 +310,7 @@ def collect(args: argparse.Namespace) -> None:
     data = load_data(args)
     hardware = hardware_from(args)
     run = run_from(args)
-    store = run.store_dir(None if args.projection == "none" else args.project_dim)
+    store = store_dir(args, run)
     rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
     samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
     datamodule = None
@@ -315,7 +320,8 @@ def collect(args: argparse.Namespace) -> None:
         check_adapter(args, model, folder)
         model.to(hardware.device)
         datamodule = datamodule or make_datamodule(args, data, model)
-        projection = make_projection(args.projection, args.project_dim, args.run, shapes=model.layout.shapes)
+        dim = None if args.projection == "none" else args.project_dim
+        projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
         request = {
             "model_key": args.model_key,
             "checkpoint": folder.name,
@@ -412,13 +418,13 @@ class Estimator:
 
     def __init__(self, args: argparse.Namespace, stage_2: str) -> None:
         self.run = run_from(args)
-        self.stored: list[StoredPart] = open_store(self.run.store_dir(args.project_dim), args.load_model_dir, stage_2)
+        self.stored: list[StoredPart] = open_store(store_dir(args, self.run), args.load_model_dir, stage_2)
         self.targets = self.stored[0].targets
         self.tasks: list[str] = self.stored[0].manifest["tasks"]
         self.division: str | None = None  # names another division into tasks than the data's own
         task_of_row = None
         if getattr(args, "load_clusters", False):
-            store = self.run.store_dir(args.project_dim)
+            store = store_dir(args, self.run)
             task_of_row, self.tasks = cluster_tasks(store, self.stored, args.num_clusters, args.run)
             self.division = f"clusters_{len(self.tasks)}"
         needs_rows = args.estimator in ("logistic", "kernel")
@@ -544,7 +550,7 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
     validation rows at the last checkpoint of the store, or the one that `--load_model_dir` names.
     """
     run = run_from(args)
-    part = open_store(run.store_dir(args.project_dim), args.load_model_dir, stage_2)[-1]
+    part = open_store(store_dir(args, run), args.load_model_dir, stage_2)[-1]
     at = ModelAtPart(args, run, part)
     validation = part.samples["target"] >= 0
     indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]

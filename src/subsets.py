@@ -38,11 +38,14 @@ def membership_matrix(subsets: Sequence[Subset], num_tasks: int) -> np.ndarray:
     return membership
 
 
-def draw_subsets(num_subsets: int, num_tasks: int, subset_size: float, seed: int) -> list[Subset]:
+DEFAULT_NUM_SUBSETS = 1000
+
+
+def draw_subsets(num_subsets: int | None, num_tasks: int, subset_size: float, seed: int) -> list[Subset]:
     """Different random subsets of one size.
 
     Args:
-        num_subsets: m.
+        num_subsets: m; None = 1,000, or as many as exist.
         num_tasks: n.
         subset_size: below 1 the share of the tasks, from 1 on their number.
         seed: of numpy's `default_rng`.
@@ -59,6 +62,7 @@ def draw_subsets(num_subsets: int, num_tasks: int, subset_size: float, seed: int
             f"subset size {subset_size}: expected a share between 0 and 1, or a whole number from 1 to {num_tasks} tasks"
         )
     existing = math.comb(num_tasks, size)
+    num_subsets = min(DEFAULT_NUM_SUBSETS, existing) if num_subsets is None else num_subsets
     if num_subsets > existing:
         raise ValueError(
             f"{num_subsets:,} subsets of {size} out of {num_tasks} tasks are asked for, but only {existing:,} exist; "
@@ -118,14 +122,16 @@ def write_subsets(path: Path, subsets: Iterable[Subset], comment: str = "") -> N
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def load_or_draw_subsets(path: Path, num_subsets: int, num_tasks: int, subset_size: float, seed: int) -> list[Subset]:
+def load_or_draw_subsets(
+    path: Path, num_subsets: int | None, num_tasks: int, subset_size: float, seed: int
+) -> list[Subset]:
     """The subsets of a file, whatever their number; drawn and written to it when it is not there.
 
     Arguments and errors as in `draw_subsets` and `read_subsets`.
     """
     if not path.exists():
         subsets = draw_subsets(num_subsets, num_tasks, subset_size, seed)
-        write_subsets(path, subsets, comment=f"{num_subsets} random subsets of {num_tasks} tasks, seed {seed}")
+        write_subsets(path, subsets, comment=f"{len(subsets)} random subsets of {num_tasks} tasks, seed {seed}")
     return read_subsets(path, num_tasks)
 
 

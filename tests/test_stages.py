@@ -155,3 +155,27 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(here: list[str], monkeypat
     assert calls == [(0,), (1,), (1,), (2, 3)]
     whole, cut = (pd.read_csv(f"results/{name}/results.csv").drop(columns="seconds") for name in ("whole", "cut"))
     pd.testing.assert_frame_equal(whole, cut)
+
+
+def test_unprojected_gradients_go_through_the_stages(here: list[str]) -> None:
+    """--projection none keeps all p coordinates, in a store of its own."""
+    exact = [
+        *here,
+        "--projection",
+        "none",
+        "--load_model_dir",
+        str(next(Path("external_lightning_logs").glob("*/step_step=8"))),
+    ]
+    run_script("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *exact)
+    (rows,) = Path("gradients").glob("*_dim_full_run_0/step_step=8/projected.npy")
+    assert np.load(rows, mmap_mode="r").shape[1] == 1280
+    run_script("fast_estimate_linear_regression_alpaca.py", *exact, "--save_name", "exact", "--sampled_tasks", "two.txt",
+               "--number_of_subsets", "2", "--estimator", "kernel")  # fmt: skip
+    assert len(pd.read_csv("results/exact/estimates.csv")) == 2
+    run_script("fast_estimate_eval_approximation_alpaca.py", *exact, "--save_name", "exact", "--scale", "0.01", "0.1")
+    errors = pd.read_csv("results/exact/approximation_error.csv")
+    assert errors["scale"].tolist() == [0.01, 0.1]
+    assert (errors["first_order"] < errors["zero_order"]).all()
+    # the first-order residual falls with the fourth power of the distance, the zero-order one with the square
+    assert errors["first_order"][1] > 100 * errors["first_order"][0]
+    assert Path("results/exact/approximation_error.png").is_file()
