@@ -216,7 +216,7 @@ def text_windows(
 
     A Llama predicts every token of its window; a T5 reads the first half and writes the second.
     """
-    rows = (tokenizer.encode("".join(text), add_special_tokens=False) + [tokenizer.eos_token_id] for text in texts)
+    rows = ([*tokenizer.encode("".join(text), add_special_tokens=False), tokenizer.eos_token_id] for text in texts)
     stream = torch.tensor([token for row in rows for token in row])
     stream = stream.repeat(math.ceil(window / len(stream)))  # little text is repeated until a window fits
     rng = np.random.default_rng(seed)

@@ -202,7 +202,10 @@ def source_rows(rng: np.random.Generator, source: Source, num_rows: int, words: 
 def target_rows(skills: Sequence[str], num_rows: int, words: Iterator[str]) -> list[Row]:
     """Right answers to the target's skills in turn."""
     turns = [SKILLS[skills[position % len(skills)]] for position in range(num_rows)]
-    return [Row(TARGET, instruction, word, rewrite(word)) for (instruction, rewrite), word in zip(turns, words)]
+    return [
+        Row(TARGET, instruction, word, rewrite(word))
+        for (instruction, rewrite), word in zip(turns, words, strict=False)
+    ]
 
 
 # --- files ---------------------------------------------------------------------------------------------------

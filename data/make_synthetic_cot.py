@@ -1,6 +1,6 @@
 """A small chain-of-thought world in which choosing data matters: teachers, questions and a base model.
 
-The questions are additions, and a rationale adds digit by digit, units first: `7+6=13, 4+8+1=13, 3+5+1=9 --> 933`.
+The questions are additions, and a rationale adds digit by digit, units first: `7+6+0=13, 4+8+1=13, 3+5+1=09 --> 933`.
 Every teacher answers every question, always rightly, so that no filter on answers tells them apart; only the careful
 one's reasoning supports the answer. The base model has learned to add and has then read much careless text: it can
 carry and seldom does. Careful rows bring that back; rows of the other teachers teach steps that lead nowhere.
@@ -83,18 +83,18 @@ class Step(NamedTuple):
     total: int
 
 
-def add(question: Question, carries: bool = True) -> list[Step]:
-    """Column by column, with the carries or forgetting all of them."""
+def add(question: Question, num_carried: int = NUM_DIGITS) -> list[Step]:
+    """Column by column; only the first `num_carried` columns hand their carry on."""
     steps: list[Step] = []
-    for first, second in question.columns:
-        carry = steps[-1].total // 10 if steps and carries else 0
+    for position, (first, second) in enumerate(question.columns):
+        carry = steps[-1].total // 10 if 0 < position <= num_carried else 0
         steps.append(Step(first, second, carry, first + second + carry))
     return steps
 
 
 def rationale(steps: Sequence[Step]) -> str:
-    """The steps as text; a carry is written where there is one."""
-    return ", ".join(f"{first}+{second}{'+1' * carry}={total}" for first, second, carry, total in steps)
+    """The steps as text. A carry or a ten that is zero is written too: what stands in one place is learned sooner."""
+    return ", ".join(f"{first}+{second}+{carry}={total:02}" for first, second, carry, total in steps)
 
 
 def conclusion(steps: Sequence[Step]) -> str:
@@ -118,8 +118,8 @@ def _guess(question: Question, rng: np.random.Generator) -> list[Step]:
 # How a teacher reasons about a question. The answer is right whatever the steps say.
 TEACHERS: dict[str, Callable[[Question, np.random.Generator], list[Step]]] = {
     "careful": lambda question, rng: add(question),
-    "careless": lambda question, rng: add(question, carries=False),  # right only where nothing is to carry
-    "distracted": lambda question, rng: add(next(draw_questions(rng, {question}))),  # right steps of another question
+    "hasty": lambda question, rng: add(question, num_carried=1),  # right where the tens make no carry
+    "careless": lambda question, rng: add(question, num_carried=0),  # right where nothing is to carry
     "guesser": _guess,  # any digits
 }
 
@@ -215,7 +215,7 @@ def pretraining_batches(
         prompts, labels = [], []
         for is_careless in rng.random(batch_size) < careless_share:
             question = next(questions)
-            steps = add(question, carries=not is_careless)
+            steps = add(question, num_carried=0 if is_careless else NUM_DIGITS)
             prompts.append(question.text)
             labels.append(f"{rationale(steps)} --> {conclusion(steps)}")
         rows = [torch.tensor(row) for row in tokenizer(labels)["input_ids"]]

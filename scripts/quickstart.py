@@ -3,7 +3,8 @@
 Each command is printed before it runs, and runs in this process to save the time of importing the libraries
 again. Stages that find their artifact there already do nothing, so a second run costs little.
 
-    bash scripts/quickstart.sh            # instruction track
+    bash scripts/quickstart.sh            # instruction tuning
+    bash scripts/quickstart.sh cot        # chain of thought
     bash scripts/quickstart.sh --seed 1   # another world
 """
 
@@ -15,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,10 @@ from src.paths import (
 )
 from src.report import (
     ESTIMATE,
+    TEST_ACCURACY,
     TEST_LOSS,
     VALIDATION_LOSS,
+    columns_of,
     estimates_figure,
     linear_datamodeling_score,
     mean_over_targets,
@@ -47,9 +51,61 @@ from src.report import (
 from src.subsets import read_subsets
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGET = "target"
 NUM_SHOWN_HALVES = 3
 """Random halves whose mean test loss the table shows; the correlation is over all that are fine-tuned."""
+SELECTIONS = ("random_ensemble", "forward_selection")
+
+
+@dataclass(frozen=True)
+class Track:
+    """What differs between the tracks; `{world}` stands for the folder of the synthetic data.
+
+    Attributes:
+        name: Folder below `results/`.
+        target: The target task.
+        world: Folder below `data/`, and the script that writes it.
+        train, gradients, regression: The stages' scripts (and what selects the stage in a script).
+        data: Data and model flags.
+        tasks: Flags that say what a task is.
+        training: Hyperparameters of fine-tuning.
+    """
+
+    name: str
+    target: str
+    world: tuple[str, str]
+    train: str
+    gradients: str
+    regression: str
+    data: str
+    tasks: str
+    training: str
+
+
+TRACKS = {
+    "instruction": Track(
+        name="quickstart",
+        target="target",
+        world=("synthetic", "data/make_synthetic.py"),
+        train="custom_train_alpaca.py",
+        gradients="fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs",
+        regression="fast_estimate_linear_regression_alpaca.py",
+        data="--data_files {world}/flan.jsonl --target_files {world}/target.jsonl --model_key {world}/model --train_lora",
+        tasks="",
+        training="--epochs 4 --lr 2e-3 --batch_size 16",
+    ),
+    "cot": Track(
+        name="quickstart_cot",
+        target="addsub",
+        world=("synthetic_cot", "data/make_synthetic_cot.py"),
+        train="custom_train.py",
+        gradients="fast_estimate_compute_gradients.py",
+        regression="fast_estimate_linear_regression.py",
+        data="--dataset_key addsub --preset_key ft_cot_t70_4aug --data_dir {world}/data --saved_dir {world}/saved "
+        "--model_key {world}/model --train_lora",
+        tasks="--load_clusters --num_clusters 20",
+        training="--epochs 4 --lr 2e-3 --batch_size 16 --inference_batch_size 128 --max_new_tokens 40",
+    ),
+}
 
 
 class Stages:
@@ -58,121 +114,107 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, stage: str, script: str, *arguments: str) -> None:
+    def __call__(self, stage: str, command: str, *more: str) -> None:
         """Print a command, then run it."""
+        script, *arguments = [*shlex.split(command), *more]
         print(f"\n\033[1m$ {shlex.join(['python', script, *arguments])}\033[0m", flush=True)
         spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses of the script look themselves up here
         spec.loader.exec_module(module)
         started = time.perf_counter()
-        cli.run_stage(module.main, module.parse_args(list(arguments)))
+        cli.run_stage(module.main, module.parse_args(arguments))
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The script's flags; what it does not know goes to data/make_synthetic.py."""
+    """The script's flags."""
     parser = cli.parser(__doc__)
+    parser.add_argument("track", nargs="?", choices=tuple(TRACKS), default="instruction", help="(default: instruction)")
     parser.add_argument("--seed", type=int, default=0, help="which synthetic world (default: 0)")
     parser.add_argument("--num_halves", type=cli.positive_int, default=12, help="random halves that are really "
                         "fine-tuned, at least 3 (default: 12)")  # fmt: skip
-    parser.add_argument("--world", nargs=argparse.REMAINDER, default=[], help="further flags of data/make_synthetic.py")
+    parser.add_argument("--world", nargs=argparse.REMAINDER, default=[], help="further flags of the script that writes "
+                        "the synthetic world")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the stages, then show the table and the figure."""
-    run = Stages()
-    world = DATA / ("synthetic" if args.seed == 0 else f"synthetic_seed_{args.seed}")
-    name = f"quickstart/seed_{args.seed}"
-    data = ["--data_files", f"{world}/flan.jsonl", "--target_files", f"{world}/target.jsonl"]
-    model = ["--model_key", f"{world}/model", "--train_lora"]
-    training = ["--epochs", "4", "--lr", "2e-3", "--batch_size", "16"]
-    run(
-        "make_synthetic",
-        "data/make_synthetic.py",
-        "--seed",
-        str(args.seed),
-        "--output_dir",
-        str(world),
-        *args.world,
-    )
-    run("meta_training", "custom_train_alpaca.py", *data, *model, *training)
-    run(
-        "gradients",
-        "fast_estimate_eval_approximation_alpaca.py",
-        "--compute_pretrained_outputs",
-        *data,
-        *model,
-    )
+    run, track = Stages(), TRACKS[args.track]
+    folder, script = track.world
+    world = DATA / (folder if args.seed == 0 else f"{folder}_seed_{args.seed}")
+    name = f"{track.name}/seed_{args.seed}"
+    data = track.data.format(world=world)
     halves = subset_file(f"{name}_random_halves")
-    estimation = ["fast_estimate_linear_regression_alpaca.py", *data, *model]
-    run("estimation", *estimation, "--save_name", name, "--sampled_tasks", str(subset_file(name)))
-    run("forward_selection", "fast_estimate_forward_selection.py", *data, *model, "--save_name", name)
-    run("random_ensemble", "notebook/select_random_ensemble.py", str(results_dir(name)))
+    regression = f"{track.regression} {data} {track.tasks}"
+    run("make_synthetic", f"{script} --seed {args.seed} --output_dir {world}", *args.world)
+    run("meta_training", f"{track.train} {data} {track.training}")
+    run("gradients", f"{track.gradients} {data}")
+    run("estimation", f"{regression} --save_name {name} --sampled_tasks {subset_file(name)}")
+    run("forward_selection", f"fast_estimate_forward_selection.py {data} {track.tasks} --save_name {name}")
+    run("random_ensemble", f"notebook/select_random_ensemble.py {results_dir(name)}")
     run(
-        "estimation", *estimation, "--save_name", f"{name}_random_halves", "--sampled_tasks", str(halves),
+        "estimation", f"{regression} --save_name {name}_random_halves --sampled_tasks {halves}",
         "--number_of_subsets", str(max(args.num_halves, NUM_SHOWN_HALVES)),
     )  # fmt: skip
 
     estimates = read_table(results_dir(f"{name}_random_halves") / ESTIMATES_FILE)
     num_tasks = len(read_table(results_dir(name) / SCORES_FILE))
-    fine_tuning = ["custom_train_alpaca.py", *data, *model, *training, "--save_name", name]
-    chosen = {method: subset_file(f"{name}_{method}") for method in ("random_ensemble", "forward_selection")}
-    run("base", *fine_tuning, "--task_idxes")
-    run("all_tasks", *fine_tuning, "--task_idxes", *map(str, range(num_tasks)))
-    for method, path in chosen.items():
-        run(f"fine_tuning_{method}", *fine_tuning, "--subset_file", str(path))
-    run("random_halves", *fine_tuning, "--subset_file", str(halves))
-
-    subsets: dict[str, list[str]] = {
+    everything = subset_text(range(num_tasks))
+    fine_tuning = f"{track.train} {data} {track.tasks} {track.training} --save_name {name}"
+    run("base", f"{fine_tuning} --task_idxes")
+    run("all_tasks", f"{fine_tuning} --task_idxes {everything}")
+    for method in SELECTIONS:
+        run(f"fine_tuning_{method}", f"{fine_tuning} --subset_file {subset_file(f'{name}_{method}')}")
+    run("random_halves", f"{fine_tuning} --subset_file {halves}")
+    subsets = {
         "base": [""],
-        "all_tasks": [subset_text(range(num_tasks))],
+        "all_tasks": [everything],
         "random_half": estimates["subset"].tolist()[:NUM_SHOWN_HALVES],
-        **{method: [subset_text(read_subsets(path, num_tasks)[0])] for method, path in chosen.items()},
+        **{m: [subset_text(read_subsets(subset_file(f"{name}_{m}"), num_tasks)[0])] for m in SELECTIONS},
     }
-    summarise(name, subsets, estimates, run.seconds)
+    summarise(track, name, subsets, estimates, run.seconds)
 
 
-def summarise(name: str, subsets: dict[str, list[str]], estimates: pd.DataFrame, seconds: dict[str, float]) -> None:
+def summarise(
+    track: Track, name: str, subsets: dict[str, list[str]], estimates: pd.DataFrame, seconds: dict[str, float]
+) -> None:
     """The table, the summary and the figure of a quickstart."""
     truth = read_table(results_dir(name) / RESULTS_FILE).set_index("subset")
-    test_loss = {
-        method: float(np.mean(mean_over_targets(truth.loc[texts], TEST_LOSS, [TARGET])))
-        for method, texts in subsets.items()
+    metrics = {"test_loss": TEST_LOSS}
+    if columns_of(truth, TEST_ACCURACY):
+        metrics["test_accuracy"] = TEST_ACCURACY
+    measured = {
+        metric: {
+            method: float(np.mean(mean_over_targets(truth.loc[texts], prefix, [track.target])))
+            for method, texts in subsets.items()
+        }
+        for metric, prefix in metrics.items()
     }
-    estimated = mean_over_targets(estimates, ESTIMATE, [TARGET])
-    fine_tuned = mean_over_targets(truth.loc[estimates["subset"]], VALIDATION_LOSS, [TARGET])
+    estimated = mean_over_targets(estimates, ESTIMATE, [track.target])
+    fine_tuned = mean_over_targets(truth.loc[estimates["subset"]], VALIDATION_LOSS, [track.target])
     spearman = linear_datamodeling_score(estimated, fine_tuned)
     path = read_table(results_dir(name) / SELECTION_FILE)
     selected = subsets["forward_selection"][0]
-    estimate = float(path.loc[path["subset"].map(lambda text: text == selected), "estimate"].iloc[0])
-    value = float(truth.loc[[selected], f"{VALIDATION_LOSS}/{TARGET}"].iloc[0])
-    folder = results_dir("quickstart")
-    estimates_figure(
-        estimated,
-        fine_tuned,
-        folder / ESTIMATES_FIGURE,
-        selected={"forward selection": (estimate, value)},
-        target=TARGET,
+    estimate = float(path.loc[path["subset"] == selected, "estimate"].iloc[0])
+    value = float(truth.loc[[selected], f"{VALIDATION_LOSS}/{track.target}"].iloc[0])
+    folder = results_dir(track.name)
+    marked = {"forward selection": (estimate, value)}
+    estimates_figure(estimated, fine_tuned, folder / ESTIMATES_FIGURE, selected=marked, target=track.target)
+    summary = {"seconds": seconds, "spearman": spearman, "selected_tasks": list(parse_subset(selected))}
+    write_summary(folder / SUMMARY_FILE, {**measured, **summary})
+
+    print(
+        f"\n{'trained on':<28}{'tasks':>6}"
+        + "".join(f"{metric.replace('_', ' '):>15}" for metric in metrics)
+        + f"{'seconds':>10}"
     )
-    write_summary(
-        folder / SUMMARY_FILE,
-        {
-            "test_loss": test_loss,
-            "seconds": seconds,
-            "spearman": spearman,
-            "selected_tasks": list(parse_subset(selected)),
-        },
-    )
-    fine_tuning_seconds = {
-        method: float(truth.loc[texts, "seconds"].astype(float).mean()) for method, texts in subsets.items()
-    }
-    print(f"\n{'trained on':<24}{'tasks':>6}{'test loss':>12}{'seconds':>10}")
     for method, texts in subsets.items():
         tasks = np.mean([len(parse_subset(text)) for text in texts])
         label = method.replace("_", " ") + (f" (mean of {len(texts)})" if len(texts) > 1 else "")
-        print(f"{label:<24}{tasks:>6.0f}{test_loss[method]:>12.3f}{fine_tuning_seconds[method]:>10.1f}")
+        values = "".join(f"{measured[metric][method]:>15.3f}" for metric in metrics)
+        print(f"{label:<28}{tasks:>6.0f}{values}{truth.loc[texts, 'seconds'].astype(float).mean():>10.1f}")
     print(
         f"\nSpearman of estimates and fine-tuned losses over {len(estimates)} random halves: {spearman:.2f}\n"
         f"Seconds by stage: {', '.join(f'{stage} {value:.0f}' for stage, value in seconds.items())}\n"

@@ -42,7 +42,7 @@ plt.rcParams.update(
     }
 )
 
-ESTIMATE, VALIDATION_LOSS, TEST_LOSS = "estimate", "validation_loss", "test_loss"
+ESTIMATE, VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "estimate", "validation_loss", "test_loss", "test_accuracy"
 """Prefixes of the columns `<prefix>/<target>`."""
 
 

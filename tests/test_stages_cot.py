@@ -83,7 +83,7 @@ def here(track: tuple[Path, list[str], str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_training_names_its_run_and_keeps_predictions(here: tuple[list[str], str]) -> None:
-    flags, checkpoint = here
+    _, checkpoint = here
     assert "_addsub_ft_cot_t70_2aug_lora_r_4_new_run_0/epoch_epoch=" in checkpoint
     predictions = sorted(Path("saved/completion_data").glob("B_models0-*__C_ft_cot/*.json"))
     assert [path.name for path in predictions] == [f"D_addsub__T_ft_cot__E_00{e}__Lora_r_4.json" for e in (0, 1)]
