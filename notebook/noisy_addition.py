@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_noisy", type=cli.positive_int, default=200, help="samples with a random sum (default: 200)"
     )
-    parser.add_argument("--pretrain_steps", type=cli.positive_int, default=1200, help="of the model (default: 1200)")
+    parser.add_argument("--pretrain_steps", type=cli.positive_int, default=1500, help="of the model (default: 1500)")
     return parser.parse_args(argv)
 
 
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     run(
         "data/make_base_model.py", "--data_files", f"{folder}/pretraining.jsonl", "--output_dir", f"{folder}/model",
         "--architecture", "llama", "--vocab_size", "300", "--pretrain_steps", str(args.pretrain_steps),
-        "--seed", str(args.seed),
+        "--hidden_size", "64", "--num_layers", "2", "--num_heads", "4", "--window", "48", "--seed", str(args.seed),
     )  # fmt: skip
     run("custom_train_alpaca.py", *data, *model[:3], "--lr", "1e-3", "--batch_size", "16", "--epochs", "2")
     run("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *data, *model)

@@ -394,7 +394,11 @@ def hardware_from(args: argparse.Namespace) -> Hardware:
                 "No CUDA GPU here: everything runs on the CPU" + (", in 32-bit" if args.precision == "16" else "") + "."
             )
         precision = {"32": "32-true", "16": "32-true", "bf16": "bf16-mixed"}[args.precision]
-        return Hardware("cpu", processes, args.strategy, precision, args.num_nodes)
+        strategy = args.strategy
+        if strategy == "fsdp":  # Lightning's fsdp refuses the CPU, and one process has nothing to shard
+            say_once("--strategy fsdp shards over GPUs; on the CPU the model stays whole.")
+            strategy = "auto"
+        return Hardware("cpu", processes, strategy, precision, args.num_nodes)
     devices = args.devices or [0]
     if wrong := [device for device in devices if not 0 <= device < available]:
         raise ValueError(f"--devices {wrong[0]}: this machine has GPUs 0 to {available - 1}")

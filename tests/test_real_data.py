@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from src.finetune import save_checkpoint
+from src.models import LoraShape, add_adapter, load_base_model
 from tests.commands import run_script
 
 
@@ -54,3 +57,39 @@ def test_alpaca_pickle_with_its_dev_map(tiny_llama: str, shared_data: Path) -> N
     frame = stages(["--data_files", "alpaca_final.pkl", "--model_key", tiny_llama, "--train_lora"])
     estimates = frame.filter(like="estimate/").to_numpy(float)
     assert estimates.shape[1] == len(kept) and np.isfinite(estimates).all()
+
+
+def test_strategy_qa_from_gradients_to_selection(
+    workspace: Path, shared_data: Path, model_folders: dict[str, str]
+) -> None:
+    """The real StrategyQA files through gradients, clusters, 200 estimates and forward selection."""
+    for folder, name in (("data", "dataset"), ("data", "split"), ("saved", "completion_data")):
+        Path(folder).mkdir(exist_ok=True)
+        source = shared_data / "chain_of_thought" / (name if folder == "data" else f"saved/{name}")
+        Path(folder, name).symlink_to(source, target_is_directory=True)
+    Path("data/split").unlink()
+    Path("data/split").mkdir()
+    split = json.loads((shared_data / "chain_of_thought/split/strategy_qa__default.json").read_text())
+    few = {"train": split["train"][:400], "test": split["test"][:20]}
+    Path("data/split/strategy_qa__default.json").write_text(json.dumps(few))
+    flags = [
+        "--dataset_key",
+        "strategy_qa",
+        "--preset_key",
+        "ft_cot",
+        "--model_key",
+        model_folders["t5"],
+        "--train_lora",
+    ]
+    short = ["--max_length", "96", "--max_target_length", "96"]
+    model = add_adapter(load_base_model(model_folders["t5"]), LoraShape(16, 32), seed=0)
+    save_checkpoint(model, Path("external_lightning_logs/start/step_step=0"), {"step": 0})
+    at = [*flags, "--load_model_dir", "start/step_step=0", "--project_dim", "64"]
+    run_script("fast_estimate_compute_gradients.py", *at, *short)
+    clusters = ["--load_clusters", "--num_clusters", "12", "--save_name", "qa"]
+    run_script("fast_estimate_linear_regression.py", *at, *short, *clusters, "--number_of_subsets", "200")
+    run_script("fast_estimate_forward_selection.py", *at, *clusters)
+    frame = pd.read_csv("results/qa/estimates.csv")
+    assert len(frame) == 200 and frame["estimate/strategy_qa"].std() > 0
+    selected = Path("sampled_tasks/qa_forward_selection.txt").read_text().splitlines()[-1]
+    assert 1 <= len(selected.split()) <= 12
