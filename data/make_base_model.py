@@ -137,13 +137,14 @@ def pretrain(
     """Train all weights in place: AdamW, 5 % warm-up, then a cosine down to zero.
 
     Args:
-        batches: At least `num_steps`; each has `input_ids` (B, T) and `labels` (B, T), the decoder's T for a T5, with -100 where no
-            loss is wanted.
+        batches: At least `num_steps`; each has `input_ids` (B, T) and `labels` (B, T), the decoder's T for a T5, with
+            -100 where no loss is wanted.
+        num_steps: Optimizer steps; 0 leaves the weights as they are.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, num_steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / max(1, num_steps)))
     )
     model.train()
     progress = cli.progress(range(num_steps), desc="pretraining the base model", unit="step")
@@ -254,11 +255,17 @@ def add_base_model(
         ("--hidden_size", cli.positive_int, hidden_size, "width, a multiple of twice --num_heads"),
         ("--num_layers", cli.positive_int, num_layers, "layers; T5: of the encoder, and as many of the decoder"),
         ("--num_heads", cli.positive_int, num_heads, "attention heads"),
-        ("--pretrain_steps", int, pretrain_steps, "optimizer steps of pretraining; 0 keeps random weights"),
+        ("--pretrain_steps", _step_count, pretrain_steps, "optimizer steps of pretraining; 0 keeps random weights"),
         ("--pretrain_batch_size", cli.positive_int, batch_size, "rows per step"),
         ("--pretrain_lr", cli.positive_float, lr, "highest learning rate"),
     ):
         group.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+
+
+def _step_count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 0")
+    return value
 
 
 def content_arguments(args: argparse.Namespace) -> dict[str, Any]:

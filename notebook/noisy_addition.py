@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     run("custom_train_alpaca.py", *data, *model[:3], "--lr", "1e-3", "--batch_size", "16", "--epochs", "2")
     run("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *data, *model)
-    subsets = ("--sampled_tasks", f"{folder}/subsets.txt", "--number_of_subsets", "2000")
+    subsets = ("--sampled_tasks", f"{folder}/subsets.txt", "--number_of_subsets", "10000")
     run("fast_estimate_linear_regression_alpaca.py", *data, *model, *subsets, *save)
     run("notebook/select_random_ensemble.py", str(results_dir(NAME)))
 

@@ -181,3 +181,14 @@ def test_other_flags_than_the_adapter_has_are_refused(here: tuple[list[str], str
     wrong = ["8" if flag == "4" else flag for flag in flags]
     with pytest.raises(ValueError, match=r"an adapter of rank 4.*--lora_rank 4"):
         run_script("fast_estimate_compute_gradients.py", *wrong, "--load_model_dir", checkpoint)
+
+
+def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], str]) -> None:
+    """The instruction track's script measures this track's store through the same function."""
+    flags, checkpoint = here
+    at = [*flags, "--load_model_dir", checkpoint, "--project_dim", "24", "--save_name", "near"]
+    run_script("fast_estimate_eval_approximation_alpaca.py", *at, "--scale", "0.01", "0.05", "--seed", "0", "1")
+    errors = pd.read_csv("results/near/approximation_error.csv")
+    assert list(errors.columns) == ["scale", "seed", "first_order", "zero_order"] and len(errors) == 4
+    assert (errors["first_order"] < errors["zero_order"]).all()
+    assert Path("results/near/approximation_error.png").is_file()
