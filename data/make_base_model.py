@@ -132,7 +132,11 @@ def wrap_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def pretrain(
-    model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], num_steps: int, learning_rate: float
+    model: PreTrainedModel,
+    batches: Iterator[dict[str, torch.Tensor]],
+    num_steps: int,
+    learning_rate: float,
+    seed: int | None = None,
 ) -> None:
     """Train all weights in place: AdamW, 5 % warm-up, then a cosine down to zero.
 
@@ -140,6 +144,7 @@ def pretrain(
         batches: At least `num_steps`; each has `input_ids` (B, T) and `labels` (B, T), the decoder's T for a T5, with
             -100 where no loss is wanted.
         num_steps: Optimizer steps; 0 leaves the weights as they are.
+        seed: Seed of dropout, which a T5 has; None draws on from torch's generator.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, num_steps // 20)
@@ -148,14 +153,17 @@ def pretrain(
     )
     model.train()
     progress = cli.progress(range(num_steps), desc="pretraining the base model", unit="step")
-    for _ in progress:
-        loss = model(**next(batches)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for _ in progress:
+            loss = model(**next(batches)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
 
 
@@ -216,7 +224,12 @@ def text_windows(
     """Endless batches of random windows (B, window) of all texts, written one after another with </s> between them.
 
     A Llama predicts every token of its window; a T5 reads the first half and writes the second.
+
+    Raises:
+        ValueError: a window of one token has nothing to predict.
     """
+    if window < 2:
+        raise ValueError(f"--window {window}: expected at least 2 tokens, as the first only predicts the next")
     rows = ([*tokenizer.encode("".join(text), add_special_tokens=False), tokenizer.eos_token_id] for text in texts)
     stream = torch.tensor([token for row in rows for token in row])
     stream = stream.repeat(math.ceil(window / len(stream)))  # little text is repeated until a window fits
@@ -225,7 +238,7 @@ def text_windows(
         starts = rng.integers(0, len(stream) - window, size=batch_size, endpoint=True)
         windows = torch.stack([stream[start : start + window] for start in starts])  # (B, T)
         read, written = windows.chunk(2, dim=1) if architecture == "t5" else (windows, windows)
-        yield {"input_ids": read, "labels": written}
+        yield {"input_ids": read, "labels": written.contiguous()}  # T5's loss flattens them by `view`
 
 
 # --- command line --------------------------------------------------------------------------------------------
@@ -237,6 +250,12 @@ def add_output(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument("--output_dir", default=output_dir, help="folder to write (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="decides every row and every weight (default: %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="replace an older folder made by this script")
+
+
+def _step_count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 0")
+    return value
 
 
 def add_base_model(
@@ -260,12 +279,6 @@ def add_base_model(
         ("--pretrain_lr", cli.positive_float, lr, "highest learning rate"),
     ):
         group.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
-
-
-def _step_count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 0")
-    return value
 
 
 def content_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -310,7 +323,7 @@ def main(args: argparse.Namespace) -> None:
         texts, tokenizer, args.architecture, window=args.window, batch_size=args.pretrain_batch_size, seed=args.seed
     )
     with made_folder(output_dir, arguments) as folder:
-        pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
+        pretrain(model, batches, args.pretrain_steps, args.pretrain_lr, args.seed)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(

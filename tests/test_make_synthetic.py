@@ -10,8 +10,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from src.cot import load_cot
+from src.frames import read_pickle
 from src.instruction import load_instruction
-from tests.commands import run_script
+from tests.commands import load_script, run_script
+from tests.conftest import write_sources
 
 QUICK = ("--num_tasks", "6", "--rows_per_task", "20", "--target_rows", "9", "--pretrain_steps", "2")
 DATA_FILES = ("flan.jsonl", "target.jsonl", "alpaca.pkl", "alpaca_dev_split_map.pkl")
@@ -50,8 +52,6 @@ def test_instruction_world_is_in_the_users_formats(workspace: Path) -> None:
 
 
 def test_wrong_answers_are_as_many_as_the_name_says(workspace: Path) -> None:
-    from tests.commands import load_script
-
     run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
     skills = load_script("data/make_synthetic.py").SKILLS
     rewrite = {skill.instruction: skill.rewrite for skill in skills.values()}
@@ -63,6 +63,104 @@ def test_wrong_answers_are_as_many_as_the_name_says(workspace: Path) -> None:
     shares = {name: sum(flags) / len(flags) for name, flags in wrong.items()}
     assert all(share == 0 for name, share in shares.items() if "clean" in name)
     assert all(0.3 <= share <= 0.5 for name, share in shares.items() if "noisy50" in name)
+
+
+def test_target_words_and_alpaca_rows_are_those_of_the_sources(workspace: Path) -> None:
+    """No target row's word is in a source, in any wording; both layouts tell the same rows in the same order."""
+    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
+    sources, targets = (
+        [json.loads(line) for line in Path("world", name).read_text().splitlines()] for name in DATA_FILES[:2]
+    )
+    words, target_words = ({row["inputs"].split(": ")[1] for row in rows} for rows in (sources, targets))
+    assert not words & target_words
+    assert [row["_split"] for row in targets] == ["validation"] * 9 + ["test"] * 9
+    frame, dev_labels = read_pickle("world/alpaca.pkl"), read_pickle("world/alpaca_dev_split_map.pkl")
+    assert list(frame.columns) == ["skill", "text", "instruction", "input", "output"]
+    assert [f"{row.instruction}: {row.input}" for row in frame.itertuples()] == [row["inputs"] for row in sources]
+    assert frame["output"].tolist() == [row["targets"] for row in sources]
+    assert all(row.text.endswith(f"{row.input}\n\n### Response:\n{row.output}") for row in frame.itertuples())
+    assert set(dev_labels) == set(frame["skill"])
+    assert all((frame["skill"][labels] == skill).all() for skill, labels in dev_labels.items())
+
+
+def test_rows_of_either_layout_are_short_and_decode_to_themselves(workspace: Path) -> None:
+    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
+    tokenizer = AutoTokenizer.from_pretrained("world/model")
+    for text in [*read_pickle("world/alpaca.pkl")["text"], "Any printable text: 0-9, {A|b}\n~"]:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
+        assert len(ids) < 32
+
+
+def test_a_folder_of_another_world_is_kept(workspace: Path) -> None:
+    """Other arguments, a changed file, a folder of the user's own: each is refused, and stays as it is."""
+    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
+    with pytest.raises(FileExistsError, match=r"seed is 0, not 1.*--overwrite"):
+        run_script("data/make_synthetic.py", "--output_dir", "world", "--seed", "1", *QUICK)
+    Path("world/target.jsonl").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"target.jsonl is missing or changed"):
+        run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
+    run_script("data/make_synthetic.py", "--output_dir", "world", "--seed", "1", "--overwrite", *QUICK)
+    assert json.loads(Path("world/manifest.json").read_text())["arguments"]["seed"] == 1
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="was not made here"):
+        run_script("data/make_synthetic.py", "--output_dir", "mine", "--overwrite", *QUICK)
+    assert Path("mine/notes.txt").read_text() == "keep"
+
+
+def test_a_failure_on_the_way_leaves_no_folder(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("data/make_synthetic.py")
+    monkeypatch.setattr(script.base, "pretrain", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(script.parse_args(["--output_dir", "world", *QUICK]))
+    assert not list(workspace.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--num_tasks", "2"), "at least as many tasks as target skills"),
+    (("--num_tasks", "500"), "at most 416 tasks"),
+    (("--num_tasks", "20", "--num_target_skills", "17"), "at most 16 target skills"),
+    (("--hidden_size", "60", "--num_heads", "8"), "for example 64"),
+])  # fmt: skip
+def test_worlds_that_cannot_be_are_refused(workspace: Path, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_script("data/make_synthetic.py", "--output_dir", "world", *flags)
+    assert not list(workspace.iterdir())
+
+
+@pytest.mark.parametrize(("architecture", "auto"), [("llama", AutoModelForCausalLM), ("t5", AutoModelForSeq2SeqLM)])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_base_model_of_users_text(workspace: Path, architecture: str, auto: type, steps: int) -> None:
+    write_sources(Path("text.jsonl"), {"a": 20, "b": 20})
+    flags = ("--data_files", "text.jsonl", "--architecture", architecture, "--hidden_size", "32", "--num_layers", "1",
+             "--vocab_size", "300", "--window", "16", "--pretrain_steps", str(steps))  # fmt: skip
+    for folder in ("first", "second"):  # the second starts from another state of torch's generator
+        run_script("data/make_base_model.py", "--output_dir", folder, *flags)
+    weights = ("model.safetensors", "tokenizer.json")
+    assert digests("first", weights) == digests("second", weights)
+    tokenizer, model = (opened.from_pretrained("first") for opened in (AutoTokenizer, auto))
+    assert model.config.model_type == architecture and len(tokenizer) == model.config.vocab_size <= 300
+    ids = tokenizer("größer → 😀")["input_ids"]
+    assert (ids[-1] == tokenizer.eos_token_id) == (architecture == "t5")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "größer → 😀"
+    with Path("text.jsonl").open("a") as file:  # the same name with other text is another model
+        file.write(json.dumps({"inputs": "new", "targets": "row", "_task_name": "a"}) + "\n")
+    with pytest.raises(FileExistsError, match="data_sha256"):
+        run_script("data/make_base_model.py", "--output_dir", "first", *flags)
+
+
+def test_pretraining_learns(workspace: Path) -> None:
+    """A hundred steps on two repeated rows bring the loss of that very text far below that of random weights."""
+    text = json.loads(write_sources(Path("text.jsonl"), {"a": 2}).read_text().splitlines()[0])["inputs"]
+    flags = ("--data_files", "text.jsonl", "--hidden_size", "32", "--num_layers", "1", "--vocab_size", "300", "--window", "16")  # fmt: skip
+    losses = []
+    for steps in (0, 100):
+        run_script("data/make_base_model.py", "--output_dir", f"m{steps}", "--pretrain_steps", str(steps), *flags)
+        tokenizer, model = (opened.from_pretrained(f"m{steps}") for opened in (AutoTokenizer, AutoModelForCausalLM))
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert losses[1] < 0.5 * losses[0]
 
 
 def test_chain_of_thought_world(workspace: Path) -> None:
