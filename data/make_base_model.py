@@ -2,8 +2,8 @@
 
 The stage scripts take any model key that `from_pretrained` opens. This script makes such a folder from the user's own
 jsonl files: a byte-level BPE tokenizer trained on their text, a Llama (decoder) or T5 (encoder-decoder) of any size
-with seeded random weights, and, if asked, a short pretraining on that text. `make_synthetic.py` builds its base model
-from the same parts.
+with seeded random weights, and, if asked, a short pretraining on that text or on answering it. `make_synthetic.py`
+builds its base model from the same parts.
 
     python data/make_base_model.py --data_files data/synthetic/flan.jsonl --output_dir data/base_model
 
@@ -35,6 +35,8 @@ from transformers import (
 )
 
 from src import cli
+from src.data import TaskData
+from src.datamodule import TaskDataModule
 from src.instruction import load_instruction
 from src.paths import MANIFEST, file_fingerprint, whole_folder, write_manifest
 
@@ -109,6 +111,7 @@ def build_model(args: argparse.Namespace, architecture: str, vocab_size: int) ->
                 num_layers=args.num_layers,
                 num_heads=args.num_heads,
                 feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,  # so small a model has nothing to spare
                 decoder_start_token_id=ids["pad_token_id"],
                 **ids,
             )
@@ -136,7 +139,6 @@ def pretrain(
     batches: Iterator[dict[str, torch.Tensor]],
     num_steps: int,
     learning_rate: float,
-    seed: int | None = None,
 ) -> None:
     """Train all weights in place: AdamW, 5 % warm-up, then a cosine down to zero.
 
@@ -144,7 +146,6 @@ def pretrain(
         batches: At least `num_steps`; each has `input_ids` (B, T) and `labels` (B, T), the decoder's T for a T5, with
             -100 where no loss is wanted.
         num_steps: Optimizer steps; 0 leaves the weights as they are.
-        seed: Seed of dropout, which a T5 has; None draws on from torch's generator.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, num_steps // 20)
@@ -153,30 +154,22 @@ def pretrain(
     )
     model.train()
     progress = cli.progress(range(num_steps), desc="pretraining the base model", unit="step")
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        for _ in progress:
-            loss = model(**next(batches)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    for _ in progress:
+        loss = model(**next(batches)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
 
 
 # --- text ----------------------------------------------------------------------------------------------------
 
 
-def training_texts(data_files: Sequence[str]) -> list[tuple[str, str]]:
-    """(prompt, completion) of every training row; rows that later stages hold out stay unseen.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_instruction`, which reads the files.
-    """
-    data = load_instruction(data_files)
+def training_texts(data: TaskData) -> list[tuple[str, str]]:
+    """(prompt, completion) of every training row; rows that later stages hold out stay unseen."""
     return [(data.examples[i].prompt, data.examples[i].completion) for i in data.indices("train")]
 
 
@@ -241,6 +234,19 @@ def text_windows(
         yield {"input_ids": read, "labels": written.contiguous()}  # T5's loss flattens them by `view`
 
 
+def completion_batches(
+    data: TaskData, tokenizer: PreTrainedTokenizerFast, architecture: str, *, batch_size: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of random training rows, prompt read and completion written, as fine-tuning batches them."""
+    kind = "encoder_decoder" if architecture == "t5" else "decoder"
+    rows, rng = data.indices("train"), np.random.default_rng(seed)
+    datamodule = TaskDataModule(data, tokenizer, kind, max_length=CONTEXT_LENGTH)
+    while True:
+        batch = datamodule.collate(rng.choice(rows, size=batch_size))
+        del batch["sample_index"]
+        yield batch
+
+
 # --- command line --------------------------------------------------------------------------------------------
 
 
@@ -303,6 +309,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--window", type=cli.positive_int, default=128, help="tokens of a row in pretraining (default: 128)"
     )
     add_base_model(parser, hidden_size=128, num_layers=4, num_heads=4, pretrain_steps=500, batch_size=32, lr=2e-3)
+    group.add_argument("--pretrain_on", choices=("text", "completions"), default="text", help="windows of the running text, "
+                       "every token predicted; or whole rows, where only completions count (default: %(default)s)")  # fmt: skip
     parser.add_argument("--architecture", choices=("llama", "t5"), default="llama", help="(default: llama)")
     return parser.parse_args(argv)
 
@@ -316,14 +324,20 @@ def main(args: argparse.Namespace) -> None:
     if is_made(output_dir, arguments, args.overwrite):
         print(f"{output_dir} is complete and was made with these arguments: nothing to do")
         return
-    texts = training_texts(args.data_files)
+    data = load_instruction(args.data_files)
+    texts = training_texts(data)
     tokenizer = train_tokenizer(texts, args.vocab_size, append_eos=args.architecture == "t5")
     model = build_model(args, args.architecture, len(tokenizer))
-    batches = text_windows(
-        texts, tokenizer, args.architecture, window=args.window, batch_size=args.pretrain_batch_size, seed=args.seed
-    )
+    if args.pretrain_on == "text":
+        batches = text_windows(
+            texts, tokenizer, args.architecture, window=args.window, batch_size=args.pretrain_batch_size, seed=args.seed
+        )
+    else:
+        batches = completion_batches(
+            data, tokenizer, args.architecture, batch_size=args.pretrain_batch_size, seed=args.seed
+        )
     with made_folder(output_dir, arguments) as folder:
-        pretrain(model, batches, args.pretrain_steps, args.pretrain_lr, args.seed)
+        pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(

@@ -46,7 +46,7 @@ DATASET_KEY = "addsub"  # an existing key, as it decides how answers are read
 NUM_DIGITS = 3  # of both numbers, always, so that all questions have the same length
 TEST_SHARE = 0.25
 
-CLEAN_SHARE = 0.6  # of the base model's pretraining comes before the careless text
+CLEAN_SHARE = 0.75  # of the base model's pretraining comes before the careless text
 
 
 # --- the world: questions and teachers -----------------------------------------------------------------------
@@ -237,9 +237,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "test (default: 400)")  # fmt: skip
     group.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS), help="who completes each "
                        "question, in this order; held-out questions are labelled by the first (default: all)")  # fmt: skip
-    base.add_base_model(parser, hidden_size=64, num_layers=2, num_heads=4, pretrain_steps=800, batch_size=64, lr=5e-3)
-    parser.add_argument("--careless_rows", type=cli.share, default=0.6, help="share of the base model's later pretraining "
-                        "rows that forget to carry (default: 0.6)")  # fmt: skip
+    base.add_base_model(parser, hidden_size=64, num_layers=2, num_heads=4, pretrain_steps=1400, batch_size=64, lr=5e-3)
+    parser.add_argument("--careless_rows", type=cli.share, default=0.9, help="share of the base model's later pretraining "
+                        "rows that forget to carry (default: 0.9)")  # fmt: skip
     return parser.parse_args(argv)
 
 

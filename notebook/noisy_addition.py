@@ -2,7 +2,8 @@
 
 300 additions with the right sum and 200 with a random one, each sample a task of its own; the target is right
 additions that none of them contains. The stages run on a small causal model that the script pretrains on other
-additions, and the scores of the two kinds are compared.
+additions until it can add, and the scores of the two kinds are compared. The adapter sits on every linear layer: on
+the attention's alone it can hardly fit wrong sums, and then gradients tell them less well from right ones.
 
 Writes  data/noisy_addition_seed_<k>/, results/noisy_addition/noisy_addition.png; prints the AUC
 
@@ -28,6 +29,7 @@ from src.report import histogram_figure, read_table
 
 NAME = "noisy_addition"
 CLEAN, NOISY = "clean", "noisy"
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,7 +60,7 @@ def write_data(folder: Path, args: argparse.Namespace) -> None:
     wrong = iter(rng.integers(0, 199, size=args.num_noisy).tolist())
     clean, pairs = pairs[: args.num_clean], pairs[args.num_clean :]
     noisy, pairs = pairs[: args.num_noisy], pairs[args.num_noisy :]
-    target, pairs = pairs[:200], pairs[200:]
+    target, pairs = pairs[:2000], pairs[2000:]
     samples = [(f"{CLEAN}_{i:03d}", a, b, a + b) for i, (a, b) in enumerate(clean)]
     samples += [(f"{NOISY}_{i:03d}", a, b, next(wrong)) for i, (a, b) in enumerate(noisy)]
     write_rows(folder / "samples.jsonl", samples)
@@ -85,15 +87,16 @@ def main(args: argparse.Namespace) -> None:
         "--heldout_share",
         "0",
     )
-    model = ("--model_key", f"{folder}/model", "--train_lora", "--project_dim", "100")
+    adapter = ("--model_key", f"{folder}/model", "--train_lora", "--lora_target_modules", *LINEAR_LAYERS)
+    model = (*adapter, "--project_dim", "200")
     run(
         "data/make_base_model.py", "--data_files", f"{folder}/pretraining.jsonl", "--output_dir", f"{folder}/model",
-        "--architecture", "llama", "--vocab_size", "300", "--pretrain_steps", str(args.pretrain_steps),
-        "--hidden_size", "64", "--num_layers", "2", "--num_heads", "4", "--window", "48", "--seed", str(args.seed),
+        "--architecture", "llama", "--vocab_size", "260", "--pretrain_on", "completions", "--pretrain_steps", str(args.pretrain_steps),
+        "--hidden_size", "64", "--num_layers", "2", "--num_heads", "4", "--pretrain_batch_size", "128", "--seed", str(args.seed),
     )  # fmt: skip
-    run("custom_train_alpaca.py", *data, *model[:3], "--lr", "1e-3", "--batch_size", "16", "--epochs", "2")
+    run("custom_train_alpaca.py", *data, *adapter, "--lr", "3e-3", "--batch_size", "16", "--epochs", "6")
     run("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *data, *model)
-    subsets = ("--sampled_tasks", f"{folder}/subsets.txt", "--number_of_subsets", "10000")
+    subsets = ("--sampled_tasks", f"{folder}/subsets.txt", "--number_of_subsets", "4000")
     run("fast_estimate_linear_regression_alpaca.py", *data, *model, *subsets, *save)
     run("notebook/select_random_ensemble.py", str(results_dir(NAME)))
 

@@ -6,12 +6,17 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from src.cot import load_cot
+from src.datamodule import TaskDataModule
 from src.frames import read_pickle
+from src.gradients import outputs_of
 from src.instruction import load_instruction
+from src.models import load_base_model
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
@@ -161,6 +166,25 @@ def test_pretraining_learns(workspace: Path) -> None:
         ids = tokenizer(text, return_tensors="pt").input_ids
         losses.append(model(input_ids=ids, labels=ids).loss.item())
     assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_pretraining_on_completions_learns_to_answer(workspace: Path, architecture: str) -> None:
+    """Answers are learned, and prompts are read only: a decoder's loss on them stays that of a random model."""
+    rows = [{"inputs": f"{letter} =", "targets": letter.upper() * 3, "_task_name": "t"} for letter in "abcdefgh" * 5]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_script(
+        "data/make_base_model.py", "--data_files", "rows.jsonl", "--output_dir", "m", "--architecture", architecture,
+        "--vocab_size", "260", "--hidden_size", "32", "--num_layers", "1", "--pretrain_steps", "150", "--pretrain_on",
+        "completions", "--pretrain_lr", "1e-2",
+    )  # fmt: skip
+    model = load_base_model("m")
+    data = load_instruction(["rows.jsonl"])
+    datamodule = TaskDataModule(data, model.tokenizer, model.kind)
+    assert outputs_of(model, datamodule, data.indices("train"), "loss").max() < 0.3
+    if architecture == "llama":
+        prompts = torch.tensor(np.stack([datamodule.tokens.prompts[i] for i in data.indices("train")])).long()
+        assert model.network(input_ids=prompts, labels=prompts).loss.item() > 3
 
 
 def test_chain_of_thought_world(workspace: Path) -> None:
