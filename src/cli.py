@@ -127,6 +127,8 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
                        "(default: the attention's inputs, by architecture)")  # fmt: skip
     group.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), help="attention "
                        "kernel (default: the library's choice)")  # fmt: skip
+    group.add_argument("--gradient_checkpointing", action="store_true", help="compute activations again in the "
+                       "backward instead of keeping them: less memory, more time, the same numbers")  # fmt: skip
     group.add_argument("--max_length", type=positive_int, default=512, help="longest row (decoder) or prompt "
                        "(encoder-decoder), in tokens (default: 512)")  # fmt: skip
     group.add_argument("--max_target_length", type=positive_int, default=512, help="longest completion of an "
@@ -257,6 +259,8 @@ def add_gradients(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_function", choices=("loss", "margin"), default="loss", help="what is differentiated: "
                        "the mean loss of a sample's target tokens, or their mean log-odds as in the paper "
                        "(default: loss)")  # fmt: skip
+    group.add_argument("--save_projection_matrix", action="store_true", help="also write the projection's random signs, "
+                       "packed in bits, beside the gradients of each checkpoint")  # fmt: skip
     group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
                        "are always projected unless --projection none")  # fmt: skip
     group.add_argument("--max_tokens_per_batch", type=positive_int, default=4096, help="rows times longest row of a "

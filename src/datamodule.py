@@ -9,8 +9,11 @@ Letters: N samples, B batch, T tokens of the longest row.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from src.data import TaskData
+from src.paths import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +115,35 @@ def tokenize(
     return TokenizedData(Ragged.from_rows(prompts), Ragged.from_rows(completions), tuple(notices))
 
 
+def tokenize_once(
+    cache: Path | None, data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, **lengths: int
+) -> TokenizedData:
+    """`tokenize`, or what it gave earlier for the same texts, tokenizer and lengths, kept in the folder `cache`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # the fast tokenizers'; others have no one description
+    if cache is None or backend is None:
+        return tokenize(data, tokenizer, kind, **lengths)
+    special = [tokenizer.eos_token_id, sorted(tokenizer.special_tokens_map.items(), key=str)]
+    request = json.dumps([data.fingerprint, backend.to_str(), special, kind, sorted(lengths.items())], default=str)
+    path = cache / f"{hashlib.sha256(request.encode()).hexdigest()[:32]}.npz"
+    if path.is_file():
+        with np.load(path) as arrays:
+            prompts, completions = (
+                Ragged(arrays[f"{part}_values"], arrays[f"{part}_offsets"]) for part in ("prompt", "completion")
+            )
+            return TokenizedData(prompts, completions, tuple(arrays["notices"].tolist()))
+    tokens = tokenize(data, tokenizer, kind, **lengths)
+    with atomic_write(path) as temporary:
+        np.savez(
+            temporary,
+            prompt_values=tokens.prompts.values,
+            prompt_offsets=tokens.prompts.offsets,
+            completion_values=tokens.completions.values,
+            completion_offsets=tokens.completions.offsets,
+            notices=np.array(tokens.notices, dtype=str),
+        )
+    return tokens
+
+
 def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Tensor:
     """Stack rows of ids to (B, T), filled with `value`."""
     width = max(len(row) for row in rows)
@@ -133,6 +166,7 @@ class TaskDataModule(pl.LightningDataModule):
         max_length: Longest row (decoder) or prompt (encoder-decoder) in tokens.
         max_target_length: Longest completion of an encoder-decoder in tokens.
         max_tokens_per_batch: Budget of an evaluation or gradient batch: rows x longest row.
+        token_cache: Folder of `tokenize_once`; None = tokenise here and now.
         loss_on_prompt: Count the prompt in a decoder's loss (the published behaviour).
         train_indices: Sample indices to train on; None = every training row.
         seed: Seed of the training order.
@@ -149,6 +183,7 @@ class TaskDataModule(pl.LightningDataModule):
         max_length: int = 512,
         max_target_length: int = 512,
         max_tokens_per_batch: int = 4096,
+        token_cache: Path | None = None,
         loss_on_prompt: bool = False,
         train_indices: np.ndarray | None = None,
         seed: int = 0,
@@ -158,7 +193,8 @@ class TaskDataModule(pl.LightningDataModule):
         self.batch_size, self.inference_batch_size = batch_size, inference_batch_size
         self.max_tokens_per_batch, self.loss_on_prompt = max_tokens_per_batch, loss_on_prompt
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.tokens = tokenize(data, tokenizer, kind, max_length=max_length, max_target_length=max_target_length)
+        lengths = {"max_length": max_length, "max_target_length": max_target_length}
+        self.tokens = tokenize_once(token_cache, data, tokenizer, kind, **lengths)
         self.select_training_rows(train_indices, seed)
 
     def select_training_rows(self, train_indices: np.ndarray | None, seed: int) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.cli import progress
 from src.datamodule import Batch, TaskDataModule
@@ -38,13 +40,15 @@ OUTPUTS = "outputs.npy"
 SAMPLES = "samples.npz"
 DONE = "done.npy"
 REQUEST = "request.json"
+PROJECTION_SIGNS = "projection_signs.npz"
 
 
 class GradientCollector:
     """Projected gradients of a batch in one backward.
 
     Used as a context: inside it the model is in evaluation mode and its parameters are frozen (the backward
-    needs activations and output gradients, never `param.grad`); on exit both are as before.
+    needs activations and output gradients, never `param.grad`); on exit both are as before. Activation checkpointing,
+    where it is on, goes on.
 
     Args:
         model: The model at the meta-initialization.
@@ -66,9 +70,13 @@ class GradientCollector:
         self.autocast = autocast
 
     def __enter__(self) -> GradientCollector:
-        self._was_training = self.model.training
+        self._mode = {module: module.training for module in self.model.modules()}
         self._trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.eval()
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False) and isinstance(module, GradientCheckpointingLayer):
+                # transformers checkpoints in training mode only; a layer with dropout of its own is left in evaluation
+                module.training = not any("drop" in name and value for name, value in vars(module).items())
         for parameter in self._trainable:
             parameter.requires_grad_(False)
         self._modules = dict(self.model.network.named_modules())
@@ -83,7 +91,8 @@ class GradientCollector:
             hook.remove()
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        self.model.train(self._was_training)
+        for module, training in self._mode.items():
+            module.training = training
 
     def _watch(self, matrix: AdaptedMatrix) -> Callable[..., Tensor | None]:
         """A forward hook that projects the layer's per-sample gradient as soon as backward reaches its output."""
@@ -298,6 +307,17 @@ class StoredPart:
         with atomic_write(path) as temporary:
             np.savez(temporary, group_of_row=group_of_row, **vars(moments))
         return moments
+
+
+def save_projection_signs(path: Path, projection: Projection, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """The random signs of every matrix, packed in bits, as a .npz with an array for each parameter name.
+
+    `Projection.packed_signs` says in which order. Matrix by matrix, so that never more than one is in memory.
+    """
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, shape in shapes.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, projection.packed_signs(name, shape))
 
 
 def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) -> list[StoredPart]:

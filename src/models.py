@@ -144,6 +144,11 @@ class LanguageModel(nn.Module):
         """The p parameters of this model's gradients, in order."""
         return parameter_layout(self.network)
 
+    def checkpoint_activations(self) -> LanguageModel:
+        """From now on keep only the layers' inputs for the backward, and compute the rest again: less memory, more time."""
+        self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return self
+
     def trainable_state(self) -> dict[str, Tensor]:
         """A copy of every trainable parameter on the CPU."""
         return {

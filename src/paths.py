@@ -25,6 +25,7 @@ SAMPLED_TASKS = Path("sampled_tasks")
 RESULTS = Path("results")
 DATA = Path("data")
 SAVED = Path("saved")
+TOKENS = Path("cache") / "tokens"
 
 ALPACA_FILE = DATA / "alpaca_data" / "alpaca_final.pkl"
 FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"

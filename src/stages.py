@@ -30,7 +30,15 @@ from src.finetune import (
     fit,
     target_metrics,
 )
-from src.gradients import StoredPart, StoreWriter, collect_gradients, open_store, outputs_of
+from src.gradients import (
+    PROJECTION_SIGNS,
+    StoredPart,
+    StoreWriter,
+    collect_gradients,
+    open_store,
+    outputs_of,
+    save_projection_signs,
+)
 from src.instruction import load_instruction
 from src.models import LanguageModel, LoraShape, displaced, load_checkpoint, load_model, model_kind
 from src.paths import (
@@ -44,6 +52,7 @@ from src.paths import (
     SCORES_FILE,
     SELECTION_FIGURE,
     SELECTION_FILE,
+    TOKENS,
     Run,
     atomic_write,
     check_manifest,
@@ -91,6 +100,7 @@ def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageMod
         model.kind,
         max_length=args.max_length,
         max_target_length=args.max_target_length,
+        token_cache=TOKENS,
         **{name: getattr(args, name) for name in options if hasattr(args, name)},
     )
     say_notices((*data.notices, *datamodule.tokens.notices))
@@ -174,9 +184,15 @@ def valid_subset(tasks: Sequence[int], num_tasks: int) -> tuple[int, ...]:
 def starting_model(args: argparse.Namespace, seed: int) -> LanguageModel:
     """The base model with a fresh adapter, or the checkpoint of `--load_model_dir`."""
     if args.load_model_dir:
-        folder = resolve_checkpoint(args.load_model_dir)
-        return load_checkpoint(folder, args.model_key, attn_implementation=args.attn_implementation)
-    return load_model(args.model_key, lora_shape(args), seed=seed, attn_implementation=args.attn_implementation)
+        return model_at(args, resolve_checkpoint(args.load_model_dir))
+    model = load_model(args.model_key, lora_shape(args), seed=seed, attn_implementation=args.attn_implementation)
+    return model.checkpoint_activations() if args.gradient_checkpointing else model
+
+
+def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
+    """The model of a checkpoint, loaded as the flags say."""
+    model = load_checkpoint(checkpoint, args.model_key, attn_implementation=args.attn_implementation)
+    return model.checkpoint_activations() if args.gradient_checkpointing else model
 
 
 def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
@@ -316,9 +332,8 @@ def collect(args: argparse.Namespace) -> None:
     datamodule = None
     for folder in checkpoint_folders(args, run):
         started = time.perf_counter()
-        model = load_checkpoint(folder, args.model_key, attn_implementation=args.attn_implementation)
+        model = model_at(args, folder).to(hardware.device)
         check_adapter(args, model, folder)
-        model.to(hardware.device)
         datamodule = datamodule or make_datamodule(args, data, model)
         dim = None if args.projection == "none" else args.project_dim
         projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
@@ -355,6 +370,8 @@ def collect(args: argparse.Namespace) -> None:
         step = read_manifest(folder, "custom_train.py").get("step", -1)
         names = {"tasks": list(data.tasks), "targets": list(data.targets)}
         writer.finish({**names, "step": step, "seconds": time.perf_counter() - started})
+        if args.save_projection_matrix:
+            save_projection_signs(writer.folder / PROJECTION_SIGNS, projection, model.layout.shapes)
     print(
         f"Wrote {store}: {len(rows):,} projected gradients (d = {projection.dim}, p = {model.layout.num_parameters:,}) "
         "at each checkpoint. Next: estimates (stage 3), with the same data and model flags."
@@ -506,8 +523,7 @@ class ModelAtPart:
         expected = {"data_fingerprint": self.data.fingerprint}
         check_manifest(part.folder, part.manifest, expected, "Give the data flags that the gradients were taken with.")
         folder = next(path for path in checkpoint_folders(args, run) if path.name == part.folder.name)
-        self.model = load_checkpoint(folder, args.model_key, attn_implementation=args.attn_implementation)
-        self.model.to(self.hardware.device)
+        self.model = model_at(args, folder).to(self.hardware.device)
         self.datamodule = make_datamodule(args, self.data, self.model)
         manifest, shapes = part.manifest, self.model.layout.shapes
         self.projection = make_projection(manifest["projection"], manifest["dim"], manifest["seed"], shapes=shapes)

@@ -30,6 +30,14 @@ torch.set_num_threads(1)  # tiny models lose more than they gain by a second thr
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data beside the project; tests that need it skip where it is not there."""

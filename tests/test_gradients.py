@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store
+from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store, save_projection_signs
 from src.models import OUTPUT_FUNCTIONS, LanguageModel, load_base_model
 from src.projection import make_projection
 from tests.test_models import KINDS, adapted, make_datamodule
@@ -65,6 +67,116 @@ def test_rows_are_the_for_loop_gradients(kind: str, output: str, model_folders: 
         ]
         projected = gradients @ torch.stack(columns, dim=1).numpy()
         assert np.linalg.norm(rows - projected) <= 1e-5 * np.linalg.norm(projected)
+
+
+def adapted_as(folder: str, lora: LoraConfig, attention: str) -> LanguageModel:
+    """A model with any adapter that peft can make, away from its start."""
+    base = load_base_model(folder, attn_implementation=attention)
+    torch.manual_seed(0)
+    model = LanguageModel(get_peft_model(base.network, lora), base.tokenizer, base.key).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "layers", "ranks"),
+    [
+        ("llama", LLAMA_LINEAR, {"q_proj": 2, "down_proj": 7}),
+        ("llama", ["o_proj"], {}),
+        ("t5", ["q", "v", "wi", "wo"], {"wi": 3}),
+        ("gpt2", ["c_attn", "c_proj", "c_fc"], {"c_fc": 1}),
+    ],
+)
+def test_any_layers_ranks_attention_and_checkpointing(
+    kind: str,
+    layers: list[str],
+    ranks: dict[str, int],
+    checkpointed: bool,
+    attention: str,
+    model_folders: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """The rows are the for-loop's wherever LoRA sits, whatever computes attention, recomputed activations or kept ones."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=layers, rank_pattern=ranks, fan_in_fan_out=kind == "gpt2")
+    model = adapted_as(model_folders[kind], lora, attention)
+    datamodule = make_datamodule(model, tmp_path)
+    expected = [oracle(model, datamodule, index, "loss") for index in range(6)]
+    forwards = []
+    first = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    norm = next(module for name, module in first.named_modules() if "norm" in name or "ln_" in name)
+    norm.register_forward_hook(lambda *_: forwards.append(1))
+    if checkpointed:
+        model.checkpoint_activations()
+    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
+    rows, outputs = collected(model, datamodule, projection, "loss", np.arange(6), 10_000)
+    gradients = np.stack([gradient for gradient, _ in expected])
+    assert np.linalg.norm(rows - gradients) <= 1e-5 * np.linalg.norm(gradients)
+    np.testing.assert_allclose(outputs, [value for _, value in expected], rtol=1e-5)
+    assert len(forwards) == 1 + checkpointed  # one batch: checkpointing runs the layer again in the backward
+    assert not any(module.training for module in model.modules())
+
+
+def test_dropout_stays_off_under_checkpointing(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Adapter and layers with dropout: the same rows twice, and the mode of every module comes back."""
+    model = adapted(model_folders["gpt2"]).checkpoint_activations().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    batch = make_datamodule(model, tmp_path).collate([0, 1, 2])
+    with GradientCollector(model, make_projection("sketch", 16, 0)) as collect:
+        first, second = collect(batch)[0], collect(batch)[0]
+    torch.testing.assert_close(first, second)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_autocast_stays_near_float32(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Half precision costs digits (8 bits of mantissa, some layers deep), not direction; rows stay float32."""
+    model = adapted(model_folders[kind])
+    batch = make_datamodule(model, tmp_path).collate(np.arange(8))
+    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
+    with GradientCollector(model, projection) as collect:
+        exact, _ = collect(batch)
+    with GradientCollector(model, projection, autocast="bfloat16") as collect:
+        rounded, _ = collect(batch)
+    assert rounded.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(exact, rounded).min() > 0.99
+    assert not torch.equal(exact, rounded)
+
+
+def test_saved_signs_are_the_projection(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """The dense signs, unpacked by hand, project a sample's gradient to its row."""
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path)
+    projection = make_projection("dense", 48, 3)
+    save_projection_signs(tmp_path / "signs.npz", projection, model.layout.shapes)
+    with np.load(tmp_path / "signs.npz") as signs:
+        assert set(signs) == set(model.layout.shapes)
+        bits = np.concatenate([np.unpackbits(signs[name], axis=1)[:, :48] for name in model.layout.shapes])
+    gradient, _ = oracle(model, datamodule, 0, "loss")
+    rows, _ = collected(model, datamodule, projection, "loss", np.arange(1), 100)
+    np.testing.assert_allclose(rows[0], gradient @ (2.0 * bits - 1) / np.sqrt(48), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_gives_the_same_rows(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """The projections' numbers do not depend on the device, so neither do the rows."""
+    model = adapted(model_folders[kind])
+    datamodule = make_datamodule(model, tmp_path)
+    for name in ("sketch", "two_sided", "dense"):
+        on_cpu, _ = collected(model.cpu(), datamodule, make_projection(name, 48, 3), "loss", np.arange(8), 10_000)
+        with GradientCollector(model.cuda(), make_projection(name, 48, 3)) as collect:
+            on_gpu, _ = collect(datamodule.collate(np.arange(8)))
+        torch.testing.assert_close(on_gpu.cpu(), torch.from_numpy(on_cpu), rtol=1e-3, atol=1e-4)
 
 
 def test_gradient_is_the_slope_of_the_margin(model_folders: dict[str, str], tmp_path: Path) -> None:
