@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 
 from src import cli
-from src.estimation import ESTIMATORS
+from src.estimation import DEFAULT_RHO, ESTIMATORS
 
 STAGE_2 = "fast_estimate_compute_gradients.py with the same data and model flags"
 
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_clusters(parser)
     cli.add_subsets(parser)
     cli.add_targets(parser)
-    cli.add_estimator(parser, ESTIMATORS)
+    cli.add_estimator(parser, ESTIMATORS, DEFAULT_RHO)
     cli.add_evaluation(parser)
     cli.add_generation(parser)
     cli.add_hardware(parser)

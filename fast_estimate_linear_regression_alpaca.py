@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 
 from src import cli
-from src.estimation import ESTIMATORS
+from src.estimation import DEFAULT_RHO, ESTIMATORS
 
 STAGE_2 = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs with the same data and model flags"
 
@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_projection(parser)
     cli.add_subsets(parser)
     cli.add_targets(parser)
-    cli.add_estimator(parser, ESTIMATORS)
+    cli.add_estimator(parser, ESTIMATORS, DEFAULT_RHO)
     cli.add_evaluation(parser)
     cli.add_hardware(parser)
     return parser.parse_args(argv)

@@ -41,7 +41,8 @@ from src.projection import Projection, make_projection
 
 VOCABULARY = 4096
 KINDS = ("sketch", "two_sided", "dense")
-ENGINE = "sketch"
+DEFAULT = "sketch"
+ENGINE = f"engine:{DEFAULT}"
 
 
 def build_model(architecture: str, device: str) -> LanguageModel:
@@ -182,7 +183,7 @@ class Bench:
                 flat = torch.cat([gradient.flatten() for gradient in gradients]).cpu().numpy().astype(np.float64)
                 flat @ self._matrix
 
-    def stage(self, kind: str) -> None:
+    def stage(self, kind: str = DEFAULT) -> None:
         """The whole stage: read, tokenise, take gradients, write the store."""
         self.datamodule = self.make_datamodule()
         data = self.datamodule.data
@@ -211,13 +212,15 @@ def seconds_of(way: Callable[[], None], device: str) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(ways: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each way, timed in turn after a warm-up round."""
+def interleaved(
+    ways: dict[str, Callable[[], None]], repeats: int, device: str, warm_up: bool = True
+) -> dict[str, float]:
+    """Median seconds of each way, timed in turn, by default after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
+    for repeat in range(-warm_up, repeats):
         for name, way in ways.items():
             value = seconds_of(way, device)
-            if repeat:
+            if repeat >= 0:
                 seconds[name].append(value)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -270,11 +273,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=("llama", "t5"), default="llama", help="architecture (default: llama)")
     parser.add_argument("--dim", type=cli.positive_int, default=100, help="projection dimension d (default: 100)")
     parser.add_argument("--samples", type=cli.positive_int, default=256, help="rows of a pass (default: 256)")
-    parser.add_argument("--stage_samples", type=cli.positive_int, default=2000, help="rows of the whole stage")
-    parser.add_argument("--max_tokens", type=cli.positive_int, default=4096, help="token budget of a batch")
+    parser.add_argument("--stage_samples", type=cli.positive_int, default=2000, help="rows of the whole stage "
+                        "(default: 2000)")  # fmt: skip
+    parser.add_argument("--max_tokens", type=cli.positive_int, default=2048, help="token budget of a batch; on 2 cores "
+                        "a training step is about its fastest at the default (default: 2048)")  # fmt: skip
     parser.add_argument("--repeats", type=cli.positive_int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="floor and engine only")
+    parser.add_argument("--quick", action="store_true", help="only the floor, the engine and their memory")
     parser.add_argument("--json", action="store_true", help="only the last line, the figures as JSON")
     return parser.parse_args(argv)
 
@@ -287,29 +292,37 @@ def main(args: argparse.Namespace) -> None:
         bench = Bench(*arguments)
         ways = {"floor": bench.floor, **{f"engine:{kind}": lambda kind=kind: bench.engine(kind) for kind in KINDS}}
         seconds = interleaved(ways, args.repeats, args.device)
-        slow = {} if args.quick else {"for_loop": bench.for_loop, "published": bench.published}
-        seconds |= interleaved(slow, 1, args.device)
-        big = Bench(*arguments[:3], args.stage_samples, args.max_tokens, Path(name))
-        staged = interleaved(
-            {"floor": big.floor, "stage": lambda: big.stage(ENGINE)}, 1 if args.quick else 2, args.device
-        )
-        memory = {way: peak_memory(way, arguments, args.device) for way in ("floor", f"engine:{ENGINE}")}
+        memory = {way: peak_memory(way, arguments, args.device) for way in ("floor", ENGINE)}
+        stage_over_floor = None
+        if not args.quick:
+            slow = {"for loop": bench.for_loop, "published loop": bench.published}
+            seconds |= interleaved(slow, 1, args.device, warm_up=False)
+            large = (*arguments[:3], args.stage_samples, *arguments[4:])
+            staged = Bench(*large)
+            whole = interleaved({"floor": staged.floor, "stage": staged.stage}, 1, args.device, warm_up=False)
+            stage_over_floor = whole["stage"] / whole["floor"]
+            for label, changed in {
+                "a quarter of the samples": (*arguments[:3], args.samples // 4, *arguments[4:]),
+                "ten times d": (args.model, 10 * args.dim, *arguments[2:]),
+            }.items():
+                memory[f"{ENGINE}, {label}"] = peak_memory(ENGINE, changed, args.device)
     if not args.json:
-        print(f"{'way':<20}{'seconds':>10}{'/ floor':>10}")
+        print(f"{'way':<40}{'seconds':>10}{'/ floor':>10}")
         for way, value in seconds.items():
-            print(f"{way:<20}{value:>10.2f}{value / seconds['floor']:>10.2f}")
-        print(f"{'stage':<20}{staged['stage']:>10.2f}{staged['stage'] / staged['floor']:>10.2f}")
-        print(
-            "peak memory above the model: " + ", ".join(f"{way} {value / 1e6:.0f} MB" for way, value in memory.items())
-        )
-    engine = seconds[f"engine:{ENGINE}"]
+            print(f"{way:<40}{value:>10.2f}{value / seconds['floor']:>10.2f}")
+        if stage_over_floor:
+            label = f"stage, {args.stage_samples:,} samples (floor {whole['floor']:.1f} s)"
+            print(f"{label:<40}{whole['stage']:>10.2f}{stage_over_floor:>10.2f}")
+        print(f"\n{'peak memory above the model':<40}{'MB':>10}{'/ floor':>10}")
+        for way, value in memory.items():
+            print(f"{way:<40}{value / 1e6:>10.0f}{value / memory['floor']:>10.2f}")
     figures = {
         "model": args.model,
         "dim": args.dim,
-        "engine_over_floor": round(engine / seconds["floor"], 3),
-        "stage_over_floor": round(staged["stage"] / staged["floor"], 3),
-        "published_over_engine": round(seconds["published"] / engine, 2) if "published" in seconds else None,
-        "memory_over_floor": round(memory[f"engine:{ENGINE}"] / max(memory["floor"], 1), 3),
+        "engine_over_floor": round(seconds[ENGINE] / seconds["floor"], 3),
+        "stage_over_floor": stage_over_floor and round(stage_over_floor, 3),
+        "published_over_engine": None if args.quick else round(seconds["published loop"] / seconds[ENGINE], 2),
+        "memory_over_floor": round(memory[ENGINE] / memory["floor"], 3),
     }
     print(json.dumps(figures))
 

@@ -159,8 +159,9 @@ def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float,
     group.add_argument("--weight_decay", type=float, default=0.0, help="weight decay of AdamW (default: 0)")
     group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
     group.add_argument("--runs", type=positive_int, default=1, help="repetitions with seeds 0, 1, … (default: 1)")
-    group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0.25, 0.5, 1.0], metavar="SHARE", help="also "
-                       "keep checkpoints at these shares of the optimizer steps (default: 0.25 0.5 1.0)")  # fmt: skip
+    group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0, 0.08, 0.33], metavar="SHARE", help="keep "
+                       "checkpoints at these shares of the optimizer steps, 0 for the start: where gradients are taken "
+                       "(default: 0 0.08 0.33)")  # fmt: skip
 
 
 def add_start(parser: argparse.ArgumentParser) -> None:
@@ -250,15 +251,17 @@ def add_projection(parser: argparse.ArgumentParser) -> None:
                        "the projected gradients (default: 400)")  # fmt: skip
     group.add_argument("--projection", choices=("sketch", "two_sided", "dense", "none"), default="sketch", help="kind of "
                        "random projection; none keeps all p coordinates (default: sketch)")  # fmt: skip
+    group.add_argument("--output_function", choices=("loss", "margin"), default="loss", help="what is differentiated: "
+                       "the mean loss of a sample's target tokens, or their mean log-odds as in the paper "
+                       "(default: loss)")  # fmt: skip
 
 
 def add_gradients(parser: argparse.ArgumentParser) -> None:
     """How gradients are taken."""
     add_projection(parser)
     group = parser.add_argument_group("gradients")
-    group.add_argument("--output_function", choices=("loss", "margin"), default="loss", help="what is differentiated: "
-                       "the mean loss of a sample's target tokens, or their mean log-odds as in the paper "
-                       "(default: loss)")  # fmt: skip
+    group.add_argument("--representations", action="store_true", help="also keep each sample's pooled hidden states, for "
+                       "--estimator representation")  # fmt: skip
     group.add_argument("--save_projection_matrix", action="store_true", help="also write the projection's random signs, "
                        "packed in bits, beside the gradients of each checkpoint")  # fmt: skip
     group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
@@ -274,12 +277,15 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
                        "over them (default: the tasks of --target_files, else every task)")  # fmt: skip
 
 
-def add_estimator(parser: argparse.ArgumentParser, estimators: Iterable[str]) -> None:
+def add_estimator(parser: argparse.ArgumentParser, estimators: Iterable[str], rho: float) -> None:
     """How estimates are made."""
     group = parser.add_argument_group("estimation")
-    group.add_argument("--estimator", choices=tuple(estimators), default="ridge", help="(default: ridge)")
-    group.add_argument("--rho", type=positive_float, default=0.01, help="ridge strength, relative to the mean squared "
-                       "norm of a gradient (default: 0.01)")  # fmt: skip
+    group.add_argument("--estimator", choices=tuple(estimators), default="ridge", help="ridge: the quadratic model of "
+                       "subset and target; linear: ridge, first order in the target; kernel: ridge from all pairs of "
+                       "rows; logistic: the paper's, for --output_function margin; alignment: inner product of mean "
+                       "gradients; representation: similarity of hidden states; constant (default: ridge)")  # fmt: skip
+    group.add_argument("--rho", type=positive_float, default=rho, help="ridge strength, relative to the mean squared "
+                       f"norm of a gradient (default: {rho})")  # fmt: skip
     group.add_argument("--weight_by", choices=("sample", "task"), default="sample", help="whether rows or tasks weigh "
                        "equally (default: sample)")  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Why this module exists: once each task is summed up in its moments (N_t, sum of gradients, sum of their outer products),
 the estimate for a subset is a d x d solve. No sample, no model and no file is touched again, and a thousand subsets take
-a second (DESIGN section 2, "Estimation from moments"). Everything is lower-is-better: outputs are losses or, in a margin
+a second (DESIGN section 2, "Estimation from moments"). Where there are fewer rows than dimensions, the same numbers come
+from the rows' kernel, and no d x d matrix is made. Everything is lower-is-better: outputs are losses or, in a margin
 store, minus the margins, and so are the estimates.
 
 An estimator is a function of `_ESTIMATORS`: given one checkpoint's `Part` and the ridge strength lambda it returns a
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
 WEIGHT_BY = ("sample", "task")
+DEFAULT_RHO = 1e-3
 
 OnSubsets = Callable[[Tensor], Tensor]
 
 # Memory for the work on a chunk of subsets.
 _CHUNK_BYTES = 1 << 27
-# Rows whose kernel, rows x rows, fits in memory (3 GB).
+# Rows whose kernel, rows x rows in float32, fits in memory (1.6 GB).
 _MAX_KERNEL_ROWS = 20_000
 # Newton's method of the logistic estimator: the gradient norm to reach, relative to the start, and when to give up.
 _NEWTON_TOLERANCE, _NEWTON_STEPS = 1e-5, 50
@@ -47,18 +49,20 @@ class TaskMoments:
         counts: N_t, (n,) int64.
         output_sums: sum of the outputs, (n,) float64.
         sums: b_t, sum of the gradients, (n, d) float64.
-        outers: H_t, sum of their outer products, (n, d, d) float32.
+        squares: trace of H_t, sum of their squared norms, (n,) float64.
+        outers: H_t, sum of their outer products, (n, d, d) float32; None where the rows are to be used instead.
     """
 
     counts: np.ndarray
     output_sums: np.ndarray
     sums: np.ndarray
-    outers: np.ndarray
+    squares: np.ndarray
+    outers: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that the moments sum up; estimators "logistic" and "kernel" need them.
+    """The rows that the moments sum up: for moments without `outers`, and for estimators "logistic" and "kernel".
 
     Attributes:
         rows: projected gradients (R, d); may be memory-mapped.
@@ -75,15 +79,25 @@ class Rows:
 
 @dataclass(frozen=True)
 class Part:
-    """What was collected at one checkpoint of meta-training: moments of the n tasks and of the k targets."""
+    """What was collected at one checkpoint of meta-training: moments of the n tasks and of the k targets.
+
+    `output_function` is "loss" or "margin", what the rows are gradients of.
+    """
 
     train: TaskMoments
     target: TaskMoments
     rows: Rows | None = None
+    output_function: str = "loss"
 
 
 def task_moments(
-    rows: np.ndarray, outputs: np.ndarray, task_of_sample: np.ndarray, num_tasks: int, block_rows: int = 8192
+    rows: np.ndarray,
+    outputs: np.ndarray,
+    task_of_sample: np.ndarray,
+    num_tasks: int,
+    *,
+    outers: bool = True,
+    block_rows: int = 8192,
 ) -> TaskMoments:
     """The moments of each task, read in blocks: no copy of all rows is made.
 
@@ -92,6 +106,7 @@ def task_moments(
         outputs: (N,).
         task_of_sample: task of each row (N,), -1 for rows that are left out.
         num_tasks: n.
+        outers: also sum the outer products, n d^2 numbers.
         block_rows: rows in memory at once.
 
     Raises:
@@ -113,18 +128,22 @@ def task_moments(
         counts=np.bincount(task_of_sample[task_of_sample >= 0], minlength=num_tasks),
         output_sums=np.zeros(num_tasks),
         sums=np.zeros((num_tasks, dim)),
-        outers=np.empty((num_tasks, dim, dim), np.float32),
+        squares=np.zeros(num_tasks),
+        outers=np.empty((num_tasks, dim, dim), np.float32) if outers else None,
     )
     for task in range(num_tasks):
-        outer = np.zeros((dim, dim))
+        outer = np.zeros((dim, dim)) if outers else None
         samples = np.flatnonzero(task_of_sample == task)
         for start in range(0, len(samples), block_rows):
             block = samples[start : start + block_rows]
             gradients = np.asarray(rows[block], np.float64)
             moments.output_sums[task] += np.asarray(outputs[block], np.float64).sum()
             moments.sums[task] += gradients.sum(axis=0)
-            outer += gradients.T @ gradients
-        moments.outers[task] = outer
+            moments.squares[task] += np.square(gradients).sum()
+            if outers:
+                outer += gradients.T @ gradients
+        if outers:
+            moments.outers[task] = outer
     _check_finite(moments, "task")
     return moments
 
@@ -134,8 +153,9 @@ def estimate(
     membership: np.ndarray,
     *,
     estimator: str = "ridge",
-    rho: float = 0.01,
+    rho: float = DEFAULT_RHO,
     weight_by: str = "sample",
+    targets: Sequence[int] | None = None,
     progress: Callable[..., Any] | None = None,
 ) -> np.ndarray:
     """The estimated output of every target after fine-tuning on every subset; lower is better.
@@ -147,16 +167,22 @@ def estimate(
         parts: one for each checkpoint, all with the same tasks and targets.
         membership: (m, n) bool, or float weights of the tasks, not negative.
         estimator: one of `ESTIMATORS`:
-            "ridge", L_val + b_val.x_S/N_val with x_S = -(H_S/N_S + lambda I)^-1 b_S/N_S, the regression of -1 on the
-            gradients of the subset;
+            "ridge", x_S = -(H_S/N_S + lambda I)^-1 b_S/N_S, the regression of -1 on the gradients of the subset and the
+            lowest point of the quadratic model of its loss whose curvature is H_S/N_S (the empirical Fisher matrix). The
+            target has the same model: L_val + b_val.x_S/N_val + x_S.H_val x_S/(2 N_val). In a margin store, whose
+            outputs are no losses, the last term is left out;
+            "linear", the same without the last term: first order in the target;
             "logistic", the paper's (arXiv:2409.19458), for stores of outputs o = minus the margin: x_S minimises the
             mean of log(1 + exp(o_i + g_i.x)) + lambda |x|^2, and the estimate is the mean of log(1 + exp(o_i + g_i.x_S))
             over the target's rows, for an empty subset too;
-            "kernel", ridge computed in the kernel of the rows: the same numbers, faster for fewer rows than d;
+            "kernel", ridge from the kernel of the rows, whatever their number: the same numbers;
             "alignment", L_val - b_val.b_S/(N_val N_S), a step along the mean gradient as in LESS: ranks only;
+            "representation", alignment in parts whose rows are representations of unit length instead of gradients, so
+            that it ranks by mean cosine similarity to the target, as in RDS;
             "constant", L_val, what an estimate must beat.
         rho: ridge strength relative to the mean squared norm of a gradient: lambda = rho trace(H_all/N).
         weight_by: "sample", every row counts the same; "task", every task of a subset does.
+        targets: ids of the targets wanted; None = all k.
         progress: makes a progress bar, called as progress(desc=..., total=..., unit=...).
 
     Returns:
@@ -178,6 +204,8 @@ def estimate(
         if not part.target.counts.all():
             target = int(np.argmin(part.target.counts))
             raise ValueError(f"target {target} has no rows, so nothing can be estimated for it")
+    if targets is not None:
+        parts = [_with_targets(part, targets) for part in parts]
     weighted = [_row_weights(part, membership, rho, weight_by) for part in parts]
     total = np.zeros((len(membership), len(parts[0].target.counts)))
     length = len(parts) * len(membership)
@@ -187,7 +215,9 @@ def estimate(
     return total / len(parts)
 
 
-def ridge_solutions(part: Part, membership: np.ndarray, rho: float = 0.01, weight_by: str = "sample") -> np.ndarray:
+def ridge_solutions(
+    part: Part, membership: np.ndarray, rho: float = DEFAULT_RHO, weight_by: str = "sample"
+) -> np.ndarray:
     """x_S of estimator "ridge" for every subset, (m, d) float64; `Projection.lift` takes one to the parameters.
 
     Arguments and errors as in `estimate`.
@@ -224,8 +254,18 @@ def zero_order_error(outputs_at_start: np.ndarray, outputs_displaced: np.ndarray
 
 
 def _ridge(part: Part, strength: float) -> OnSubsets:
+    solve, predict = _ridge_solver(part, strength), _target_model(part)
+    return lambda weights: predict(solve(weights))
+
+
+def _linear(part: Part, strength: float) -> OnSubsets:
     solve, means, slopes = _ridge_solver(part, strength), *_target_means(part)
     return lambda weights: means + solve(weights) @ slopes.T
+
+
+def _kernel(part: Part, strength: float) -> OnSubsets:
+    solve, predict = _kernel_solver(part, strength), _target_model(part)
+    return lambda weights: predict(solve(weights))
 
 
 def _alignment(part: Part, strength: float) -> OnSubsets:
@@ -238,35 +278,15 @@ def _constant(part: Part, strength: float) -> OnSubsets:
     return lambda weights: means.expand(len(weights), -1)
 
 
-def _kernel(part: Part, strength: float) -> OnSubsets:
-    """x = -G' (G G' + lambda I)^-1 s with the rows of G times s, the roots of their shares."""
-    gradients, _, task_of_row = _task_rows(part)
-    if len(gradients) > _MAX_KERNEL_ROWS:
-        raise ValueError(
-            f"estimator 'kernel' holds a matrix of rows x rows and takes up to {_MAX_KERNEL_ROWS:,} rows, found "
-            f"{len(gradients):,}; estimator 'ridge' gives the same numbers"
-        )
-    kernel, counts, (means, slopes) = gradients @ gradients.T, _tensor(part.train.counts), _target_means(part)
-    target_kernel = slopes @ gradients.T  # (k, N)
-
-    def on_subset(shares: Tensor) -> Tensor:
-        chosen = shares.nonzero().squeeze(1)
-        roots = shares[chosen].sqrt()
-        gram = roots[:, None] * kernel[chosen][:, chosen] * roots
-        gram.diagonal().add_(strength)
-        return means - target_kernel[:, chosen] @ (roots * _solve(gram, roots))
-
-    return lambda weights: torch.stack([on_subset(shares) for shares in _shares(weights, counts)[:, task_of_row]])
-
-
 def _logistic(part: Part, strength: float) -> OnSubsets:
     """Newton's method for all subsets of a chunk at once, its d x d systems solved by conjugate gradients.
 
     Lambda is a share of their trace, so these systems are well conditioned: a few products with the rows solve them,
     where forming a d x d Hessian for every subset and step would cost about d/10 times as much.
     """
-    gradients, outputs, task_of_row = _task_rows(part)
-    target_gradients, target_outputs, target_of_row = _selected_rows(part.rows, part.rows.target_of_row)
+    rows = _needed_rows(part)
+    gradients, outputs, task_of_row = _rows_of_groups(rows, rows.task_of_row)
+    target_gradients, target_outputs, target_of_row = _rows_of_groups(rows, rows.target_of_row)
     in_target = one_hot(target_of_row, len(part.target.counts)).double()
     in_target /= in_target.sum(0)  # (rows of targets, k)
     counts = _tensor(part.train.counts)
@@ -281,16 +301,20 @@ def _logistic(part: Part, strength: float) -> OnSubsets:
 
 _ESTIMATORS: dict[str, Callable[[Part, float], OnSubsets]] = {
     "ridge": _ridge,
+    "linear": _linear,
     "logistic": _logistic,
     "kernel": _kernel,
     "alignment": _alignment,
+    "representation": _alignment,
     "constant": _constant,
 }
 ESTIMATORS = tuple(_ESTIMATORS)
 
 
 def _ridge_solver(part: Part, strength: float) -> OnSubsets:
-    """From row weights (c, n) to x_S (c, d), one batched Cholesky."""
+    """From row weights (c, n) to x_S (c, d): one batched Cholesky, or the kernel where there are no `outers`."""
+    if part.train.outers is None:
+        return _kernel_solver(part, strength)
     counts, sums = _tensor(part.train.counts), _tensor(part.train.sums)
     num_tasks, dim = sums.shape
     outers = torch.from_numpy(np.asarray(part.train.outers, np.float32)).view(num_tasks, dim * dim)
@@ -302,6 +326,54 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
         return -_solve(second_moments, (shares @ sums).float()).double()
 
     return solve
+
+
+def _kernel_solver(part: Part, strength: float) -> OnSubsets:
+    """x = -G' (G G' + lambda I)^-1 s with the rows of G times s, the roots of their shares: x_S (c, d) as above."""
+    rows = _needed_rows(part)
+    chosen_rows, task_of_row = _in_group(rows.task_of_row)
+    if len(chosen_rows) > _MAX_KERNEL_ROWS:
+        raise ValueError(
+            f"estimator 'kernel' holds a matrix of rows x rows and takes up to {_MAX_KERNEL_ROWS:,} rows, found "
+            f"{len(chosen_rows):,}; estimator 'ridge' gives the same numbers"
+        )
+    gradients = torch.from_numpy(np.asarray(rows.rows[chosen_rows], np.float32))
+    kernel, counts = gradients @ gradients.T, _tensor(part.train.counts)
+
+    def on_subset(shares: Tensor) -> Tensor:
+        chosen = shares.nonzero().squeeze(1)
+        roots = shares[chosen].sqrt().float()
+        gram = roots[:, None] * kernel[chosen][:, chosen] * roots
+        gram.diagonal().add_(strength)
+        return -(roots * _solve(gram, roots)) @ gradients[chosen]
+
+    return lambda weights: torch.stack(
+        [on_subset(shares) for shares in _shares(weights, counts)[:, task_of_row]]
+    ).double()
+
+
+def _target_model(part: Part) -> OnSubsets:
+    """From x (c, d) to the estimates (c, k) of "ridge"."""
+    means, slopes = _target_means(part)
+    if part.output_function != "loss":
+        return lambda solutions: means + solutions @ slopes.T
+    counts = _tensor(part.target.counts)
+    if part.target.outers is None:
+        rows = _needed_rows(part)
+        chosen, target_of_row = _in_group(rows.target_of_row)
+        gradients = torch.from_numpy(np.asarray(rows.rows[chosen], np.float32))
+
+        def squares(solutions: Tensor) -> Tensor:
+            changes = (solutions.float() @ gradients.T).double()
+            return changes.new_zeros(len(changes), len(counts)).index_add_(1, target_of_row, changes.square()) / counts
+    else:
+        outers = torch.from_numpy(np.asarray(part.target.outers, np.float32))
+
+        def squares(solutions: Tensor) -> Tensor:
+            solutions = solutions.float()
+            return torch.stack([((solutions @ outer) * solutions).sum(1) for outer in outers], dim=1).double() / counts
+
+    return lambda solutions: means + solutions @ slopes.T + squares(solutions) / 2
 
 
 def _minimise_logistic(gradients: Tensor, outputs: Tensor, shares: Tensor, strength: float) -> Tensor:
@@ -393,8 +465,7 @@ def _row_weights(part: Part, membership: np.ndarray, rho: float, weight_by: str)
         tasks = ", ".join(map(str, np.flatnonzero(weights[subset])))
         raise ValueError(f"subset {subset} (tasks {tasks}) has no rows; leave it out, or give its tasks rows")
     of_row = np.ones(len(counts)) if weight_by == "sample" else 1 / np.maximum(counts, 1)
-    traces = part.train.outers.diagonal(axis1=1, axis2=2).sum(axis=1, dtype=np.float64)
-    mean_square = (of_row @ traces) / max(of_row @ counts, 1)
+    mean_square = (of_row @ part.train.squares) / max(of_row @ counts, 1)
     # gradients that are all zero have the solution 0 with any ridge
     return torch.from_numpy(weights * of_row), float(rho * mean_square) or 1.0
 
@@ -423,21 +494,41 @@ def _target_means(part: Part) -> tuple[Tensor, Tensor]:
     return _tensor(part.target.output_sums) / counts, _tensor(part.target.sums) / counts.unsqueeze(1)
 
 
-def _task_rows(part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (N, d) and outputs (N,) in float64 and task ids (N,) of the rows that belong to a task."""
+def _with_targets(part: Part, targets: Sequence[int]) -> Part:
+    """The part as if it had these targets only, in this order."""
+    wanted = np.asarray(targets)
+    target = TaskMoments(
+        **{name: None if values is None else values[wanted] for name, values in vars(part.target).items()}
+    )
+    if part.rows is None:
+        return replace(part, target=target)
+    position = np.full(len(part.target.counts) + 1, -1)  # the last is for rows of no target, id -1
+    position[wanted] = np.arange(len(wanted))
+    return replace(part, target=target, rows=replace(part.rows, target_of_row=position[part.rows.target_of_row]))
+
+
+def _needed_rows(part: Part) -> Rows:
+    """The part's rows.
+
+    Raises:
+        ValueError: it has moments only.
+    """
     if part.rows is None:
         raise ValueError("estimators 'logistic' and 'kernel' need the rows of a part, and this one has moments only")
-    return _selected_rows(part.rows, part.rows.task_of_row)
+    return part.rows
 
 
-def _selected_rows(rows: Rows, group_of_row: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, outputs and group ids of the rows that belong to a group."""
-    chosen = np.flatnonzero(np.asarray(group_of_row) >= 0)
-    return (
-        _tensor(rows.rows[chosen]),
-        _tensor(rows.outputs[chosen]),
-        torch.from_numpy(np.asarray(group_of_row)[chosen]).long(),
-    )
+def _in_group(group_of_row: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """Positions and group ids of the rows that belong to a group."""
+    group_of_row = np.asarray(group_of_row)
+    chosen = np.flatnonzero(group_of_row >= 0)
+    return chosen, torch.from_numpy(group_of_row[chosen]).long()
+
+
+def _rows_of_groups(rows: Rows, group_of_row: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients and outputs in float64 and group ids of the rows that belong to a group."""
+    chosen, groups = _in_group(group_of_row)
+    return _tensor(rows.rows[chosen]), _tensor(rows.outputs[chosen]), groups
 
 
 def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -449,9 +540,8 @@ def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _check_finite(moments: TaskMoments, noun: str) -> None:
-    """A bad row shows in its task's sums, or in its squares on the diagonal."""
-    squares = moments.outers.diagonal(axis1=1, axis2=2)
-    finite = np.isfinite(moments.output_sums) & np.isfinite(moments.sums).all(axis=1) & np.isfinite(squares).all(axis=1)
+    """A bad row shows in its task's sums."""
+    finite = np.isfinite(moments.output_sums) & np.isfinite(moments.sums).all(axis=1) & np.isfinite(moments.squares)
     if not finite.all():
         raise ValueError(
             f"{noun} {int(np.argmin(finite))} has outputs or gradients that are not finite; take the gradients again, "

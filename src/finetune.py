@@ -144,7 +144,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         steps = int(trainer.estimated_stepping_batches)
-        self.steps = {max(1, round(fraction * steps)) for fraction in self.shares}
+        self.steps = {max(1, round(fraction * steps)) for fraction in self.shares if fraction}
         if 0.0 in self.shares:
             self._save(trainer, module, step_checkpoint_name(0), step=0)
             self.trajectory.append(step_checkpoint_name(0))

@@ -37,6 +37,7 @@ from src.projection import Projection
 
 PROJECTED = "projected.npy"
 OUTPUTS = "outputs.npy"
+REPRESENTATIONS = "representations.npy"
 SAMPLES = "samples.npz"
 DONE = "done.npy"
 REQUEST = "request.json"
@@ -55,6 +56,11 @@ class GradientCollector:
         projection: Where each matrix's per-sample gradients are added.
         output_function: "loss" or "margin".
         autocast: dtype name of mixed precision, or None. Projections are added up in float32 either way.
+        represent: Also keep the samples' representations.
+
+    Attributes:
+        representations: Of the last batch, (B, H) float32 of unit length: the hidden states that the output layer
+            sees, averaged with weights that grow linearly along the sample (Muennighoff, 2022, arXiv:2202.08904).
     """
 
     def __init__(
@@ -63,8 +69,9 @@ class GradientCollector:
         projection: Projection,
         output_function: str = "loss",
         autocast: str | None = None,
+        represent: bool = False,
     ) -> None:
-        self.model, self.projection = model, projection
+        self.model, self.projection, self.represent = model, projection, represent
         self.layout = model.layout
         self.output_function = OUTPUT_FUNCTIONS[output_function]
         self.autocast = autocast
@@ -84,6 +91,9 @@ class GradientCollector:
             self._modules[matrix.module_name].register_forward_hook(self._watch(matrix))
             for matrix in self.layout.matrices
         ]
+        if self.represent:
+            outputs = self.model.network.get_output_embeddings()
+            self._hooks.append(outputs.register_forward_pre_hook(self._keep_representations))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,6 +131,12 @@ class GradientCollector:
 
         return forward_hook
 
+    def _keep_representations(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        hidden = arguments[0].detach().float()  # (B, T, H)
+        weights = self._valid.cumsum(1) * self._valid
+        pooled = (weights[:, :, None] * hidden).sum(1)
+        self.representations = nn.functional.normalize(pooled, dim=1)
+
     def _by_row(self, values: Tensor) -> Tensor:
         """(1, K, size) of target positions -> (B, T, size), each row's positions padded with zeros."""
         pieces = values[0].split(torch.bincount(self._target_rows, minlength=len(self._rows)).tolist())
@@ -136,6 +152,7 @@ class GradientCollector:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         num_rows = len(batch["labels"])
         self._rows = torch.zeros(num_rows, self.projection.dim, device=device)
+        self._valid = self.model.valid_positions(batch)
         mixed = (
             torch.autocast(device.type, getattr(torch, self.autocast)) if self.autocast else contextlib.nullcontext()
         )
@@ -164,6 +181,7 @@ class StoreWriter:
         samples: Arrays of length R that say which row is which: `sample_index`, `task`, `target`.
         dim: d.
         repair: What to do about a mismatch, for the message.
+        representation_size: H, where representations are kept too.
 
     Raises:
         ValueError: the folder, finished or not, was made from something else.
@@ -176,6 +194,7 @@ class StoreWriter:
         samples: Mapping[str, np.ndarray],
         dim: int,
         repair: str,
+        representation_size: int | None = None,
     ) -> None:
         self.folder, self.request = folder, json.loads(json.dumps(request))
         self.samples = {name: np.asarray(values) for name, values in samples.items()}
@@ -195,6 +214,9 @@ class StoreWriter:
             mode = "w+"
         self.rows = self._array(PROJECTED, mode, np.float32, shape)
         self.outputs = self._array(OUTPUTS, mode, np.float32, shape[:1])
+        self.representations = None
+        if representation_size:
+            self.representations = self._array(REPRESENTATIONS, mode, np.float32, (shape[0], representation_size))
         self.done = self._array(DONE, mode, np.bool_, shape[:1])
         if mode == "w+":
             with atomic_write(self.partial / SAMPLES) as temporary:
@@ -211,8 +233,14 @@ class StoreWriter:
         """Sample indices without a row yet, ascending."""
         return self.samples["sample_index"][:0] if self.complete else self.samples["sample_index"][~self.done]
 
-    def write(self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray) -> None:
-        """Store the rows (B, d) and outputs (B,) of these samples.
+    def write(
+        self,
+        sample_index: np.ndarray,
+        rows: np.ndarray,
+        outputs: np.ndarray,
+        representations: np.ndarray | None = None,
+    ) -> None:
+        """Store the rows (B, d), outputs (B,) and, where they are kept, representations (B, H) of these samples.
 
         Raises:
             ValueError: a value is not finite; the message names the sample.
@@ -226,13 +254,16 @@ class StoreWriter:
         positions = np.searchsorted(self.samples["sample_index"], sample_index)
         self.rows[positions] = rows
         self.outputs[positions] = outputs
+        if self.representations is not None:
+            self.representations[positions] = representations
         # after the rows: a row counts as done only when it is there
         self.done[positions] = True
 
     def flush(self) -> None:
         """Force what was written to disk, the done-mask after the rows it speaks for."""
-        for array in (self.rows, self.outputs, self.done):
-            array.flush()
+        for array in (self.rows, self.outputs, self.representations, self.done):
+            if array is not None:
+                array.flush()
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Make the part whole: manifest last, then its final name."""
@@ -264,6 +295,20 @@ class StoredPart:
         return np.load(self.folder / OUTPUTS)
 
     @cached_property
+    def representations(self) -> np.ndarray:
+        """Representations (R, H), memory-mapped.
+
+        Raises:
+            FileNotFoundError: the store was made without them.
+        """
+        path = self.folder / REPRESENTATIONS
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.folder} holds no representations; remove it and take the gradients again with --representations"
+            )
+        return np.load(path, mmap_mode="r")
+
+    @cached_property
     def samples(self) -> dict[str, np.ndarray]:
         """`sample_index`, `task`, `target`, each (R,); task is -1 for validation rows, target for training rows."""
         with np.load(self.folder / SAMPLES) as arrays:
@@ -279,7 +324,9 @@ class StoredPart:
         task_of_row: np.ndarray | None = None,
         num_tasks: int | None = None,
         name: str = "tasks",
-        rows: bool = False,
+        *,
+        by_rows: bool = False,
+        represented: bool = False,
     ) -> Part:
         """Moments of tasks and targets for the estimators, computed once and cached beside the rows.
 
@@ -287,25 +334,33 @@ class StoredPart:
             task_of_row: Task of each row (R,), -1 for none; None = the tasks of the data.
             num_tasks: n.
             name: Names the cache; another division into tasks needs another name.
-            rows: Also give the rows themselves (estimators `logistic` and `kernel`).
+            by_rows: Give the rows themselves instead of their outer products.
+            represented: Representations in place of the gradients (estimator `representation`).
         """
         task_of_row = self.samples["task"] if task_of_row is None else task_of_row
         num_tasks = len(self.manifest["tasks"]) if num_tasks is None else num_tasks
         target_of_row = self.samples["target"]
-        train = self._cached_moments(name, task_of_row, num_tasks)
-        target = self._cached_moments("targets", target_of_row, len(self.targets))
-        return Part(train, target, Rows(self.rows, self.outputs, task_of_row, target_of_row) if rows else None)
+        values = self.representations if represented else self.rows
+        outers = not (by_rows or represented)
+        suffix = "_representations" if represented else "" if outers else "_sums"
+        train = self._cached_moments(f"{name}{suffix}", values, task_of_row, num_tasks, outers)
+        target = self._cached_moments(f"targets{suffix}", values, target_of_row, len(self.targets), outers)
+        rows = Rows(values, self.outputs, task_of_row, target_of_row) if by_rows else None
+        return Part(train, target, rows, self.manifest["output_function"])
 
-    def _cached_moments(self, name: str, group_of_row: np.ndarray, num_groups: int) -> TaskMoments:
+    def _cached_moments(
+        self, name: str, rows: np.ndarray, group_of_row: np.ndarray, num_groups: int, outers: bool
+    ) -> TaskMoments:
         path = self.folder / f"moments_{name}.npz"
         if path.is_file():
             with np.load(path) as arrays:
                 stored = dict(arrays)
             if np.array_equal(stored.pop("group_of_row"), group_of_row):
-                return TaskMoments(**stored)
-        moments = task_moments(self.rows, self.outputs, group_of_row, num_groups)
+                return TaskMoments(**({"outers": None} | stored))
+        moments = task_moments(rows, self.outputs, group_of_row, num_groups, outers=outers)
+        kept = {field: values for field, values in vars(moments).items() if values is not None}
         with atomic_write(path) as temporary:
-            np.savez(temporary, group_of_row=group_of_row, **vars(moments))
+            np.savez(temporary, group_of_row=group_of_row, **kept)
         return moments
 
 
@@ -362,16 +417,17 @@ def collect_gradients(
     desc: str = "gradients",
 ) -> None:
     """Take the gradients that the store still misses, by length within the token budget."""
-    missing = store.missing()
+    missing, represent = store.missing(), store.representations is not None
     sign = -1.0 if output_function == "margin" else 1.0  # the store holds losses: lower is better
     with (
-        GradientCollector(model, projection, output_function, autocast) as collect,
+        GradientCollector(model, projection, output_function, autocast, represent) as collect,
         progress(desc=desc, total=len(store.samples["sample_index"]), unit="sample") as bar,
     ):
         bar.update(bar.total - len(missing))
         for batch in _flushed(datamodule.evaluation_batches(missing), store):
             rows, outputs = collect(batch)
-            store.write(batch["sample_index"].numpy(), (sign * rows).cpu().numpy(), (sign * outputs).cpu().numpy())
+            values = [sign * rows, sign * outputs, *([collect.representations] if represent else [])]
+            store.write(batch["sample_index"].numpy(), *(value.cpu().numpy() for value in values))
             bar.update(len(rows))
 
 

@@ -86,9 +86,10 @@ class Run:
         """Folder of this run's meta-training: one sub-folder per checkpoint."""
         return META_INITIALIZATIONS / self.name(self.save_name)
 
-    def store_dir(self, project_dim: int | None) -> Path:
+    def store_dir(self, project_dim: int | None, output_function: str = "loss") -> Path:
         """Folder of this run's projected gradients: one sub-folder per checkpoint."""
-        return GRADIENTS / self.name(f"dim_{project_dim if project_dim else 'full'}")
+        of_margin = "" if output_function == "loss" else f"_{output_function}"
+        return GRADIENTS / self.name(f"dim_{project_dim if project_dim else 'full'}{of_margin}")
 
     @property
     def results_name(self) -> str:

@@ -306,7 +306,7 @@ def fine_tune_subsets(
 
 def store_dir(args: argparse.Namespace, run: Run) -> Path:
     """The run's store of projected gradients, by the dimension that the flags name."""
-    return run.store_dir(None if args.projection == "none" else args.project_dim)
+    return run.store_dir(None if args.projection == "none" else args.project_dim, args.output_function)
 
 
 # --- stage 2: gradients --------------------------------------------------------------------------------------
@@ -352,9 +352,11 @@ def collect(args: argparse.Namespace) -> None:
             "precision": hardware.precision,
             "parameters": model.layout.describe(),
             "num_rows": len(rows),
+            "representations": args.representations,
         }
         repair = f"Remove {store / folder.name} to take the gradients again, or choose another --run or --save_name."
-        writer = StoreWriter(store / folder.name, request, samples, projection.dim, repair)
+        hidden_size = model.network.get_output_embeddings().weight.shape[1] if args.representations else None
+        writer = StoreWriter(store / folder.name, request, samples, projection.dim, repair, hidden_size)
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
             continue
@@ -444,16 +446,26 @@ class Estimator:
             store = store_dir(args, self.run)
             task_of_row, self.tasks = cluster_tasks(store, self.stored, args.num_clusters, args.run)
             self.division = f"clusters_{len(self.tasks)}"
-        needs_rows = args.estimator in ("logistic", "kernel")
+        manifest = self.stored[0].manifest
+        if args.estimator == "logistic" and manifest["output_function"] != "margin":
+            raise ValueError("--estimator logistic is of margins; take the gradients with --output_function margin too")
+        # fewer rows than dimensions: their kernel is the smaller matrix
+        by_rows = args.estimator in ("logistic", "kernel") or manifest["num_rows"] <= manifest["dim"]
         self.parts: list[Part] = [
-            part.estimation_part(task_of_row, len(self.tasks), self.division or "tasks", rows=needs_rows)
+            part.estimation_part(
+                task_of_row,
+                len(self.tasks),
+                self.division or "tasks",
+                by_rows=by_rows,
+                represented=args.estimator == "representation",
+            )
             for part in self.stored
         ]
         self.options = {"estimator": args.estimator, "rho": args.rho, "weight_by": args.weight_by}
 
-    def __call__(self, membership: np.ndarray) -> np.ndarray:
-        """Estimates (m, k) of the subsets in `membership` (m, n)."""
-        return estimate(self.parts, membership, **self.options)
+    def __call__(self, membership: np.ndarray, targets: Sequence[int] | None = None) -> np.ndarray:
+        """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only."""
+        return estimate(self.parts, membership, targets=targets, **self.options)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -491,7 +503,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
         path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
     )
     columns = estimator.chosen_targets(args.target_task) if args.target_task else range(len(estimator.targets))
-    values = estimator(membership_matrix(subsets, len(estimator.tasks)))[:, list(columns)]
+    values = estimator(membership_matrix(subsets, len(estimator.tasks)), columns)
     frame = pd.DataFrame(values, columns=[f"{ESTIMATE}/{estimator.targets[column]}" for column in columns])
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
     frame.insert(1, "run", estimator.run.run)
@@ -600,7 +612,7 @@ def select(args: argparse.Namespace, stage_2: str) -> SelectionPath:
     columns = estimator.chosen_targets(args.target_task)
     num_tasks = len(estimator.tasks)
     path = forward_selection(
-        lambda membership: estimator(membership)[:, columns].mean(axis=1),
+        lambda membership: estimator(membership, columns).mean(axis=1),
         num_tasks,
         start_from=valid_subset(args.start_from, num_tasks),
         max_tasks=args.max_tasks,

@@ -90,6 +90,12 @@ def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def quadratic_terms(rows: Rows, solutions: np.ndarray) -> np.ndarray:
+    """Half the mean squared change of each target's rows along each solution, (m, k)."""
+    changes = rows.rows.astype(float) @ solutions.T
+    return np.array([(changes[rows.target_of_row == target] ** 2).mean(axis=0) / 2 for target in range(NUM_TARGETS)]).T
+
+
 def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
     """x_S by scikit-learn, from the raw rows: regress -1 on the gradients without intercept."""
     weights = row_weights(rows, task_weights, weight_by)
@@ -109,9 +115,14 @@ def test_ridge_equals_a_regression_on_the_raw_rows(
     expected = np.array([direct_ridge(rows, subset, weight_by) for subset in weights])
     np.testing.assert_allclose(ridge_solutions(part, weights, RHO, weight_by), expected, rtol=1e-4, atol=1e-6)
     means, slopes = target_means(rows)
-    np.testing.assert_allclose(
-        estimate([part], weights, rho=RHO, weight_by=weight_by), means + expected @ slopes.T, rtol=1e-4, atol=1e-5
+    first_order = means + expected @ slopes.T
+    linear, ridge, margin = (
+        estimate([from_part], weights, estimator=name, rho=RHO, weight_by=weight_by)
+        for name, from_part in (("linear", part), ("ridge", part), ("ridge", replace(part, output_function="margin")))
     )
+    np.testing.assert_allclose(linear, first_order, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ridge, first_order + quadratic_terms(rows, expected), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(margin, first_order, rtol=1e-4, atol=1e-5)
 
 
 def test_weighting_by_task_is_not_weighting_by_sample(part: Part, membership: np.ndarray) -> None:
@@ -121,7 +132,7 @@ def test_weighting_by_task_is_not_weighting_by_sample(part: Part, membership: np
 
 
 def test_ridge_finds_a_planted_solution() -> None:
-    """When one displacement lowers every row by 1, the ridge finds it, and every target falls by 1."""
+    """When one displacement lowers every row by 1, the ridge finds it, and to first order every target falls by 1."""
     rows = make_rows()
     planted = np.arange(1.0, DIM + 1) / 10
     gradients = rows.rows - np.outer(rows.rows @ planted + 1, planted / (planted @ planted))
@@ -129,7 +140,9 @@ def test_ridge_finds_a_planted_solution() -> None:
     membership = np.ones((1, NUM_TASKS), bool)
     np.testing.assert_allclose(ridge_solutions(part, membership, rho=1e-7)[0], planted, rtol=1e-3)
     means, _ = target_means(rows)
-    np.testing.assert_allclose(estimate([part], membership, rho=1e-7)[0], means - 1, atol=1e-3)
+    for estimator, fall in (("linear", 1.0), ("ridge", 0.5)):  # the quadratic model has its lowest point there
+        found = estimate([part], membership, estimator=estimator, rho=1e-7)
+        np.testing.assert_allclose(found[0], means - fall, atol=1e-3)
 
 
 @pytest.mark.parametrize(("weight_by", "offset", "rho"), [("sample", 0, RHO), ("task", 0, RHO), ("sample", 20, 1e-3)])
@@ -160,12 +173,29 @@ def test_logistic_equals_a_general_minimiser(
 @pytest.mark.parametrize("dim", [4, 200])
 @pytest.mark.parametrize("weight_by", ["sample", "task"])
 def test_kernel_equals_ridge(membership: np.ndarray, dim: int, weight_by: str) -> None:
-    """The same solution through the kernel of the rows, with more and with fewer rows than dimensions."""
-    parts = [make_part(make_rows(dim=dim))]
-    kernel, ridge = (
-        estimate(parts, membership, estimator=name, rho=RHO, weight_by=weight_by) for name in ("kernel", "ridge")
+    """The same solution through the kernel of the rows, with more and with fewer rows than dimensions, whether the
+    kernel is asked for or there are no outer products."""
+    part = make_part(make_rows(dim=dim))
+    without = replace(part, train=replace(part.train, outers=None), target=replace(part.target, outers=None))
+    kernel, ridge, automatic = (
+        estimate([from_part], membership, estimator=name, rho=RHO, weight_by=weight_by)
+        for name, from_part in (("kernel", part), ("ridge", part), ("ridge", without))
     )
     np.testing.assert_allclose(kernel, ridge, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(automatic, ridge, rtol=1e-4, atol=1e-5)
+    solutions = (ridge_solutions(from_part, membership, RHO, weight_by) for from_part in (part, without))
+    np.testing.assert_allclose(*solutions, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_outers", [True, False])
+def test_targets_can_be_chosen(part: Part, membership: np.ndarray, with_outers: bool) -> None:
+    """The chosen columns, in the order asked for."""
+    if not with_outers:
+        part = replace(part, train=replace(part.train, outers=None), target=replace(part.target, outers=None))
+    for estimator in ("ridge", "kernel", "logistic", "alignment"):
+        expected = estimate([part], membership, estimator=estimator)[:, [2, 0]]
+        found = estimate([part], membership, estimator=estimator, targets=[2, 0])
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_alignment_and_constant_by_hand(rows: Rows, part: Part, membership: np.ndarray) -> None:
@@ -184,11 +214,11 @@ def test_order_of_tasks_and_chunks_is_irrelevant(
     rows: Rows, part: Part, membership: np.ndarray, estimator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Renumbering the tasks, or solving one subset at a time, gives the same estimates."""
-    expected = estimate([part], membership, estimator=estimator)
+    expected = estimate([part], membership, estimator=estimator, rho=RHO)
     order = np.random.default_rng(2).permutation(NUM_TASKS)  # new id of each task
     renumbered = replace(rows, task_of_row=np.where(rows.task_of_row >= 0, order[rows.task_of_row], -1))
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
-    found = estimate([make_part(renumbered)], membership[:, np.argsort(order)], estimator=estimator)
+    found = estimate([make_part(renumbered)], membership[:, np.argsort(order)], estimator=estimator, rho=RHO)
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-5)
 
 
@@ -218,7 +248,7 @@ def test_several_checkpoints_are_averaged(part: Part, membership: np.ndarray) ->
     np.testing.assert_allclose(estimate([part, other], membership), expected)
 
 
-@pytest.mark.parametrize("estimator", ["ridge", "kernel", "alignment", "constant"])
+@pytest.mark.parametrize("estimator", ["ridge", "linear", "kernel", "alignment", "constant"])
 def test_empty_subset_is_the_target_as_it_is(rows: Rows, part: Part, estimator: str) -> None:
     """Training on nothing changes nothing."""
     membership = np.zeros((2, NUM_TASKS), bool)
@@ -240,13 +270,15 @@ def test_moments_are_sums_over_rows(rows: Rows, block_rows: int, tmp_path: Path)
     """Block by block from a file, a task's moments are plain sums; rows of no task are left out."""
     np.save(tmp_path / "rows.npy", rows.rows)
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    moments = task_moments(mapped, rows.outputs, rows.task_of_row, NUM_TASKS, block_rows)
+    moments = task_moments(mapped, rows.outputs, rows.task_of_row, NUM_TASKS, block_rows=block_rows)
     for task in range(NUM_TASKS):
         gradients = rows.rows[rows.task_of_row == task].astype(float)
         assert moments.counts[task] == len(gradients)
         assert moments.output_sums[task] == pytest.approx(rows.outputs[rows.task_of_row == task].sum(dtype=float))
         np.testing.assert_allclose(moments.sums[task], gradients.sum(axis=0))
         np.testing.assert_allclose(moments.outers[task], gradients.T @ gradients, rtol=1e-6)
+        assert moments.squares[task] == pytest.approx(np.square(gradients).sum())
+    assert task_moments(mapped, rows.outputs, rows.task_of_row, NUM_TASKS, outers=False).outers is None
 
 
 def test_moments_add_up_over_a_finer_division(rows: Rows) -> None:
@@ -294,7 +326,7 @@ def test_progress_counts_every_estimate(part: Part, membership: np.ndarray) -> N
 
 def test_bad_input_is_refused(rows: Rows, part: Part, membership: np.ndarray) -> None:
     """What was found and what was expected, by number."""
-    with pytest.raises(ValueError, match="unknown estimator 'lasso'; choose one of ridge, logistic"):
+    with pytest.raises(ValueError, match="unknown estimator 'lasso'; choose one of ridge, linear"):
         estimate([part], membership, estimator="lasso")
     with pytest.raises(ValueError, match="parts is empty"):
         estimate([], membership)
@@ -337,7 +369,7 @@ def test_rows_that_are_not_finite_are_refused(rows: Rows, part: Part, membership
     bad = part.target.output_sums * np.inf
     with pytest.raises(ValueError, match="target 0 has outputs"):
         estimate([replace(part, target=replace(part.target, output_sums=bad))], membership)
-    bad = part.train.outers.copy()
-    bad[3, 5] = np.inf
+    bad = part.train.squares.copy()
+    bad[3] = np.inf
     with pytest.raises(ValueError, match="task 3 has outputs"):
-        estimate([replace(part, train=replace(part.train, outers=bad))], membership)
+        estimate([replace(part, train=replace(part.train, squares=bad))], membership)

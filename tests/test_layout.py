@@ -26,6 +26,7 @@ ORDER = [
     "gradients",
     "subsets",
     "selection",
+    "accuracy",
     "report",
     "stages",
 ]

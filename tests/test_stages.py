@@ -11,6 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from src.datamodule import tokenize, tokenize_once
+from src.estimation import estimate
+from src.gradients import open_store
 from src.instruction import load_instruction
 from src.models import load_base_model
 from src.stages import load_data
@@ -112,8 +114,8 @@ def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest
     ]
     run_script(*stage_2)
     assert "nothing to compute" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="output_function: found loss, expected margin"):
-        run_script(*stage_2, "--output_function", "margin")
+    with pytest.raises(ValueError, match="max_length: found 512, expected 100"):
+        run_script(*stage_2, "--max_length", "100")
     with pytest.raises(ValueError, match=r"an adapter of rank 4.*--lora_rank 4"):
         run_script(*stage_2[:2], *[flag if flag != "4" else "8" for flag in here], "--load_model_dir",
                    next(Path("external_lightning_logs").glob("*/step_step=8")))  # fmt: skip
@@ -186,6 +188,53 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(here: list[str], monkeypat
     assert calls == [(0,), (1,), (1,), (2, 3)]
     whole, cut = (pd.read_csv(f"results/{name}/results.csv").drop(columns="seconds") for name in ("whole", "cut"))
     pd.testing.assert_frame_equal(whole, cut)
+
+
+def test_margins_representations_signs_and_checkpointing(here: list[str]) -> None:
+    """The flags of stage 2: what each leaves, and the estimators that live on it."""
+    margins = ["--output_function", "margin", "--project_dim", "16"]
+    kept = ["--representations", "--save_projection_matrix", "--gradient_checkpointing"]
+    stage_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *here, *margins]
+    run_script(*stage_2, *kept)
+    (store,) = Path("gradients").glob("*_dim_16_margin_run_0")
+    parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz", "representations.npy"}
+    parts |= {"projection_signs.npz"}
+    assert files_below(store) == {f"{step}/{file}" for step in ("step_step=8", "step_step=16") for file in parts}
+    representations = np.load(store / "step_step=8" / "representations.npy")
+    np.testing.assert_allclose(np.linalg.norm(representations, axis=1), 1, rtol=1e-5)
+    stage_3 = ["fast_estimate_linear_regression_alpaca.py", *here, "--sampled_tasks", "four.txt"]
+    Path("four.txt").write_text("0\n1\n2\n3\n")
+    for estimator in ("logistic", "representation"):
+        run_script(*stage_3, *margins, "--save_name", estimator, "--estimator", estimator)
+        assert np.isfinite(pd.read_csv(f"results/{estimator}/estimates.csv").iloc[:, 2:].to_numpy(float)).all()
+    # "down" and "up a" answer with other letters: each task is nearest to itself
+    own = pd.read_csv("results/representation/estimates.csv")
+    assert own["estimate/down"].argmin() == 0 and own["estimate/up a"].argmin() == 2
+    with pytest.raises(ValueError, match="take the gradients with --output_function margin too"):
+        run_script(*stage_3, "--project_dim", "32", "--estimator", "logistic")
+    with pytest.raises(FileNotFoundError, match="take the gradients again with --representations"):
+        run_script(*stage_3, "--project_dim", "32", "--estimator", "representation")
+
+
+def test_fewer_rows_than_dimensions_use_their_kernel(here: list[str]) -> None:
+    """At d above the number of rows no d x d matrix is kept, and the estimates are those of the moments."""
+    wide = [
+        *here,
+        "--project_dim",
+        "100",
+        "--load_model_dir",
+        str(next(Path("external_lightning_logs").glob("*/step_step=8"))),
+    ]
+    run_script("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *wide)
+    stage_3 = ["fast_estimate_linear_regression_alpaca.py", *wide, "--sampled_tasks", "five.txt", "--save_name", "wide"]
+    Path("five.txt").write_text("0\n1\n0 1 2\n")
+    run_script(*stage_3)
+    (part,) = Path("gradients").glob("*_dim_100_run_0/step_step=8")
+    assert {path.name for path in part.glob("moments_*")} == {"moments_tasks_sums.npz", "moments_targets_sums.npz"}
+    (stored,) = open_store(part.parent, None, "")
+    expected = estimate([stored.estimation_part()], np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]]))
+    found = pd.read_csv("results/wide/estimates.csv").iloc[:, 2:].to_numpy(float)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_unprojected_gradients_go_through_the_stages(here: list[str]) -> None:
