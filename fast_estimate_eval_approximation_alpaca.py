@@ -43,13 +43,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Take the gradients, or measure how good the first order is."""
-    from src import stages
+    from src import estimates, stages
 
     cli.quiet_libraries()
     if args.compute_pretrained_outputs:
         stages.collect(args)
     else:
-        stages.approximation_error(args, STAGE_2)
+        estimates.approximation_error(args, STAGE_2)
 
 
 if __name__ == "__main__":

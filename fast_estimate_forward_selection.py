@@ -38,9 +38,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Select."""
-    from src import stages
+    from src import estimates
 
-    stages.select(args, STAGE_2)
+    estimates.select(args, STAGE_2)
 
 
 if __name__ == "__main__":

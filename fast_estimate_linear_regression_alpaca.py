@@ -29,6 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_subsets(parser)
     cli.add_targets(parser)
     cli.add_estimator(parser, ESTIMATORS, DEFAULT_RHO)
+    cli.add_calibration(parser)
     cli.add_evaluation(parser)
     cli.add_hardware(parser)
     return parser.parse_args(argv)
@@ -36,10 +37,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Estimate every subset."""
-    from src import stages
+    from src import estimates
 
     cli.quiet_libraries()
-    stages.estimate_subsets(args, STAGE_2)
+    estimates.estimate_subsets(args, STAGE_2)
 
 
 if __name__ == "__main__":

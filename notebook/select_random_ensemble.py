@@ -25,9 +25,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Score and select."""
-    from src import stages
+    from src import estimates
 
-    stages.random_ensemble(args)
+    estimates.random_ensemble(args)
 
 
 if __name__ == "__main__":

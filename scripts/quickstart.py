@@ -11,18 +11,15 @@ again. Stages that find their artifact there already do nothing, so a second run
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from src import cli
+from src.accuracy import linear_datamodeling_score
 from src.paths import (
     DATA,
     ESTIMATES_FIGURE,
@@ -41,7 +38,6 @@ from src.report import (
     VALIDATION_LOSS,
     columns_of,
     estimates_figure,
-    linear_datamodeling_score,
     mean_over_targets,
     parse_subset,
     read_table,
@@ -50,7 +46,6 @@ from src.report import (
 )
 from src.subsets import read_subsets
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_SHOWN_HALVES = 3
 """Random halves whose mean test loss the table shows; the correlation is over all that are fine-tuned."""
 SELECTIONS = ("random_ensemble", "forward_selection")
@@ -116,14 +111,8 @@ class Stages:
 
     def __call__(self, stage: str, command: str, *more: str) -> None:
         """Print a command, then run it."""
-        script, *arguments = [*shlex.split(command), *more]
-        print(f"\n\033[1m$ {shlex.join(['python', script, *arguments])}\033[0m", flush=True)
-        spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses of the script look themselves up here
-        spec.loader.exec_module(module)
         started = time.perf_counter()
-        cli.run_stage(module.main, module.parse_args(arguments))
+        cli.run_command(command, *more)
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - started, 2)
 
 

@@ -4,12 +4,15 @@ The score is the linear datamodeling score (Park et al., 2023, arXiv:2303.14186)
 fine-tuned values over subsets. Errors stand beside the errors of a constant, because a constant comes close where
 values hardly differ (DESIGN section 2, "How an estimate is judged").
 
-Letters: m subsets, r runs.
+Letters: m subsets, k targets, r runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+import pandas as pd
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 
@@ -83,3 +86,60 @@ def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
         "relative_error": float(np.mean(np.abs(estimates - fine_tuned) / np.abs(fine_tuned))),
         "squared_relative_error": float(np.sum((estimates - fine_tuned) ** 2) / np.sum(fine_tuned**2)),
     }
+
+
+CONSTANT, INCLUSION = "constant", "own task in the subset"
+AVERAGE, MEAN = "(average)", "(mean over targets)"
+
+
+def comparison(
+    predictions: Mapping[str, np.ndarray],
+    fine_tuned: np.ndarray,
+    targets: Sequence[str],
+    inclusion: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Every figure of every predictor for every target, beside the noise ceiling and two predictors that know little.
+
+    Args:
+        predictions: Name -> (m, k).
+        fine_tuned: (m, k, r); the truth is the mean over runs.
+        targets: Names of the targets (k,).
+        inclusion: Whether a target's own task is in the subset, (m, k) bool; None where targets are no tasks.
+
+    Returns:
+        A row for each target and predictor: `target`, `predictor`, the figures of `judge`, `ceiling` (`noise_ceiling`), and
+        with `inclusion` `lds_given_inclusion` and `ceiling_given_inclusion`, the same after `given_inclusion`. Predictor
+        "constant" is the mean of the truth, "own task in the subset" knows nothing but that. With several targets,
+        target "(average)" has the mean of the targets' figures, "(mean over targets)" those of the mean value.
+    """
+    truth = fine_tuned.mean(axis=2)
+    predictors = {**predictions, CONSTANT: np.broadcast_to(truth.mean(axis=0), truth.shape)}
+    if inclusion is not None:
+        predictors[INCLUSION] = np.stack(
+            [truth[:, k] - given_inclusion(truth[:, k], inclusion[:, k]) for k in range(len(targets))], axis=1
+        )
+    records = []
+    for k, target in enumerate(targets):
+        shared = {"ceiling": noise_ceiling(fine_tuned[:, k])}
+        if inclusion is not None:
+            is_in = inclusion[:, k]
+            rest = given_inclusion(truth[:, k], is_in)
+            by_run = np.stack([given_inclusion(run, is_in) for run in fine_tuned[:, k].T], axis=1)
+            shared["ceiling_given_inclusion"] = noise_ceiling(by_run)
+        for name, values in predictors.items():
+            record = {"target": target, "predictor": name, **judge(values[:, k], truth[:, k]), **shared}
+            if inclusion is not None:
+                given = np.zeros(len(rest)) if name == INCLUSION else given_inclusion(values[:, k], is_in)
+                record["lds_given_inclusion"] = linear_datamodeling_score(given, rest)
+            records.append(record)
+    frame = pd.DataFrame(records)
+    if len(targets) == 1:
+        return frame
+    average = frame.groupby("predictor", sort=False).mean(numeric_only=True).reset_index()
+    average.insert(0, "target", AVERAGE)
+    ceiling = noise_ceiling(fine_tuned.mean(axis=1))
+    means = [
+        {"target": MEAN, "predictor": name, **judge(values.mean(axis=1), truth.mean(axis=1)), "ceiling": ceiling}
+        for name, values in predictors.items()
+    ]
+    return pd.concat([average, pd.DataFrame(means), frame], ignore_index=True)

@@ -7,18 +7,22 @@ takes the value that the previous stage stored.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
 from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run
 
+ROOT = Path(__file__).resolve().parents[1]
 LOG_INTERVAL_SECONDS = 15.0
 """How often a progress bar writes a line when nobody watches it move."""
 
@@ -290,6 +294,22 @@ def add_estimator(parser: argparse.ArgumentParser, estimators: Iterable[str], rh
                        "equally (default: sample)")  # fmt: skip
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What estimates are calibrated on."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--calibrate", metavar="CSV", help="results of a few really fine-tuned subsets (stage 1's script "
+                       "with --subset_file): also write calibrated estimates and their 90 %% prediction intervals")  # fmt: skip
+
+
+def add_comparison(parser: argparse.ArgumentParser) -> None:
+    """Estimates and what they are judged by."""
+    parser.add_argument("estimates", metavar="ESTIMATES.csv", help="table of stage 3")
+    parser.add_argument("truth", metavar="TRUTH.csv", help="fine-tuned values: results.csv of stage 1's script with "
+                        "--subset_file; with --runs 2 or more the noise ceiling is known")  # fmt: skip
+    parser.add_argument("--metric", default="validation_loss", help="columns of the truth to compare with, for example "
+                        "test_loss or test_accuracy (default: validation_loss)")  # fmt: skip
+
+
 def add_subsets(parser: argparse.ArgumentParser) -> None:
     """Which subsets are estimated."""
     group = parser.add_argument_group("subsets")
@@ -306,7 +326,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("selection")
     group.add_argument("--start_from", type=int, nargs="+", default=[], metavar="ID", help="tasks that are in from the "
                        "start (default: none)")  # fmt: skip
-    group.add_argument("--max_tasks", type=positive_int, help="stop at so many tasks (default: when nothing improves)")
+    group.add_argument("--direction", choices=("forward", "backward"), default="forward", help="add the best task again "
+                       "and again, or remove the worst (default: forward)")  # fmt: skip
+    group.add_argument("--max_tasks", type=positive_int, help="at most so many tasks (default: when nothing improves)")
+    group.add_argument("--budget_rows", type=positive_int, help="at most so many training rows (default: no limit)")
+    group.add_argument("--per_target", action="store_true", help="select for each target by itself: a subset for each, "
+                       "and how much each task alone helps each target")  # fmt: skip
     group.add_argument("--tolerance", type=float, default=0.0, help="smallest relative improvement that counts "
                        "(default: 0)")  # fmt: skip
     group.add_argument("--patience", type=int, default=0, help="steps without improvement before it stops (default: 0)")
@@ -453,10 +478,30 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def run_stage(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+def load_script(script: str) -> ModuleType:
+    """The module of a script of this project, named as a user types it; loaded once."""
+    name = "script_" + script.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / script)
+        if spec is None or not (ROOT / script).is_file():
+            raise FileNotFoundError(f"no script {ROOT / script}")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def run_command(command: str, *more: str) -> Any:
+    """`python <command> <more>` in this process, printed first: what benchmarks and the quickstart are made of."""
+    script, *arguments = [*shlex.split(command), *more]
+    print(f"\n\033[1m$ {shlex.join(['python', script, *arguments])}\033[0m", flush=True)
+    module = load_script(script)
+    return run_stage(module.main, module.parse_args(arguments))
+
+
+def run_stage(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     """Run a stage's `main`; an error that the user can mend is one line and exit status 1, not a traceback."""
     try:
-        main(args)
+        return main(args)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         if os.environ.get("GRADEX_TRACEBACK"):
             raise

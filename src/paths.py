@@ -27,6 +27,11 @@ DATA = Path("data")
 SAVED = Path("saved")
 TOKENS = Path("cache") / "tokens"
 
+BENCHMARK_DATA = DATA / "benchmark"
+BENCHMARK_ESTIMATES = "benchmark_estimates"
+BENCHMARK_TABLE = "table.csv"
+BENCHMARK_FIGURE = "figure.png"
+
 ALPACA_FILE = DATA / "alpaca_data" / "alpaca_final.pkl"
 FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
 ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
@@ -36,6 +41,10 @@ RESULTS_FILE = "results.csv"
 ESTIMATES_FILE = "estimates.csv"
 SUMMARY_FILE = "summary.json"
 ESTIMATES_FIGURE = "estimates.png"
+AFFINITY_FILE = "affinity.csv"
+AFFINITY_FIGURE = "affinity.png"
+COMPARISON_FILE = "comparison.csv"
+COMPARISON_FIGURE = "comparison.png"
 SELECTION_FILE = "selection.csv"
 SELECTION_FIGURE = "selection.png"
 SCORES_FILE = "scores.csv"

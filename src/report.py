@@ -16,8 +16,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
+from src.accuracy import AVERAGE, MEAN, linear_datamodeling_score
 from src.paths import atomic_write, check_manifest, write_json
 
 matplotlib.use("Agg")
@@ -42,7 +42,8 @@ plt.rcParams.update(
     }
 )
 
-ESTIMATE, VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "estimate", "validation_loss", "test_loss", "test_accuracy"
+ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
+VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "validation_loss", "test_loss", "test_accuracy"
 """Prefixes of the columns `<prefix>/<target>`."""
 
 
@@ -125,9 +126,29 @@ def mean_over_targets(frame: pd.DataFrame, prefix: str, targets: Sequence[str]) 
     return frame[[f"{prefix}/{target}" for target in targets]].to_numpy(float).mean(axis=1)
 
 
-def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
-    """Spearman correlation of estimates (m,) and fine-tuned values (m,) over subsets (Park et al., 2023)."""
-    return float(spearmanr(estimates, fine_tuned).statistic)
+def fine_tuned_values(truth: pd.DataFrame, metric: str, targets: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The fine-tuned values of every subset that all runs of a table have; lower is better.
+
+    Args:
+        truth: A results table: columns `subset`, `run`, `<metric>/<target>`.
+        metric: Prefix of the columns; of an accuracy, 1 - accuracy is taken.
+        targets: k names.
+
+    Returns:
+        The subsets' texts, and their values (subsets, k, runs). The empty subset is left out: nothing was trained.
+
+    Raises:
+        ValueError: the table has no such target, or no subset.
+    """
+    if unknown := [target for target in targets if target not in columns_of(truth, metric)]:
+        raise ValueError(f"no {metric} of {unknown[0]!r} in the table; it has {', '.join(columns_of(truth, metric))}")
+    columns = [f"{metric}/{target}" for target in targets]
+    tables = [rows.drop_duplicates("subset").set_index("subset")[columns] for _, rows in truth.groupby("run")]
+    subsets = [text for text in tables[0].index if text and all(text in table.index for table in tables)]
+    if not subsets:
+        raise ValueError("the table holds no fine-tuned subset (custom_train*.py --subset_file writes them)")
+    values = np.stack([table.loc[subsets].to_numpy(float) for table in tables], axis=2)
+    return subsets, 1 - values if metric.endswith("accuracy") else values
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
@@ -185,6 +206,64 @@ def estimates_figure(
     save_figure(figure, path)
 
 
+def comparison_figure(
+    estimates: np.ndarray, fine_tuned: np.ndarray, table: pd.DataFrame, predictor: str, path: Path
+) -> None:
+    """Estimates against fine-tuned values of the mean over targets, and the score of every target.
+
+    Args:
+        estimates: (m, k).
+        fine_tuned: (m, k), same unit.
+        table: What `accuracy.comparison` gives.
+        predictor: Which of its predictors the estimates are.
+        path: The PNG.
+    """
+    rows = table[(table["predictor"] == predictor) & ~table["target"].isin([AVERAGE, MEAN])].sort_values("lds")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, max(4.4, 0.19 * len(rows))), width_ratios=(1, 1.1))
+    means = estimates.mean(axis=1), fine_tuned.mean(axis=1)
+    left.scatter(*means, color=BLUE, s=28)
+    left.set_xlabel("estimated loss, no fine-tuning (nats per token)")
+    left.set_ylabel("loss after fine-tuning (nats per token)")
+    what = f"mean over {len(rows)} targets" if len(rows) > 1 else rows["target"].iloc[0]
+    left.set_title(f"{what}: Spearman {linear_datamodeling_score(*means):.2f}")
+    positions = np.arange(len(rows))
+    interval = np.abs(rows[["lds_low", "lds_high"]].to_numpy(float).T - rows["lds"].to_numpy(float))
+    right.errorbar(rows["lds"], positions, xerr=interval, fmt="o", color=BLUE, ecolor=GREY, markersize=4,
+                   label="score, 90 % bootstrap interval")  # fmt: skip
+    if rows["ceiling"].notna().any():
+        right.scatter(rows["ceiling"], positions, marker="|", color=ORANGE, s=60, label="another seed's values")
+    right.axvline(0, color=GREY, linewidth=0.8)
+    right.set_yticks(positions, rows["target"], fontsize=7)
+    right.set_xlabel("linear datamodeling score (Spearman over subsets)")
+    right.legend(fontsize=8, loc="lower left")
+    save_figure(figure, path)
+
+
+def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
+    """The score of every estimator in every world, beside how well another seed's values predict the truth.
+
+    Args:
+        table: Columns `world`, `estimator`, `lds`, `lds_low`, `ceiling`.
+        path: The PNG.
+    """
+    worlds, estimators = (table[column].drop_duplicates().tolist() for column in ("world", "estimator"))
+    figure, axes = plt.subplots(figsize=(8.4, 1.2 + 0.62 * len(worlds)))
+    markers, colors = "osD^vP*X<>", (ORANGE, BLUE, GREEN, GREY, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    positions = np.arange(len(worlds))
+    for index, estimator in enumerate(estimators):
+        scores = table[table["estimator"] == estimator].set_index("world")["lds"].reindex(worlds).astype(float)
+        axes.scatter(scores, positions, marker=markers[index % len(markers)], color=colors[index % len(colors)],
+                     s=46, alpha=0.85, label=estimator)  # fmt: skip
+    ceilings = table.groupby("world")["ceiling"].first().reindex(worlds).astype(float)
+    axes.scatter(ceilings, positions, marker="|", s=420, color="black", label="one seed against another")
+    axes.set_yticks(positions, worlds, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.02)
+    axes.set_xlabel("linear datamodeling score (Spearman over random half-size subsets)")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save_figure(figure, path)
+
+
 def selection_figure(steps: pd.DataFrame, names: Sequence[str], path: Path) -> None:
     """The estimate along forward selection, each step labelled with the task it took.
 
@@ -204,6 +283,29 @@ def selection_figure(steps: pd.DataFrame, names: Sequence[str], path: Path) -> N
     axes.set_ylabel("estimated loss (nats per token)")
     axes.set_xlabel("task taken at each step")
     axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def affinity_figure(affinity: np.ndarray, tasks: Sequence[str], targets: Sequence[str], path: Path) -> None:
+    """How much each task alone lowers each target's loss, as a heat map around zero.
+
+    Args:
+        affinity: (n, k), in nats per token.
+        tasks: Names (n,).
+        targets: Names (k,).
+        path: The PNG.
+    """
+    size = (max(5.0, 0.28 * len(targets) + 3.2), max(3.6, 0.2 * len(tasks) + 1.4))
+    figure, axes = plt.subplots(figsize=size)
+    limit = float(np.abs(affinity).max()) or 1.0
+    image = axes.imshow(affinity, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(targets)), targets, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
+    axes.grid(visible=False)
+    axes.set_xlabel("target")
+    axes.set_ylabel("task trained on")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("estimated fall of the target's loss (nats per token)")
     save_figure(figure, path)
 
 

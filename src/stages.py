@@ -1,4 +1,4 @@
-"""The stages, from parsed arguments to artifacts: what the scripts of the two tracks share.
+"""Stages 1, 2 and 5, from parsed arguments to artifacts: what the scripts of the two tracks share.
 
 A stage script parses its flags, loads its track's data and calls one function of this module.
 """
@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 
 from src.cli import Hardware, hardware_from, instruction_files, progress, run_from, say_notices
 from src.cot import load_cot, parse_preset, save_predictions
 from src.data import TaskData
 from src.datamodule import TaskDataModule
-from src.estimation import Part, estimate, first_order_error, ridge_solutions, zero_order_error
 from src.finetune import (
     Checkpoints,
     FitProgress,
     SavePredictions,
     TrainingPlan,
-    evaluate,
     fine_tune_on_subset,
     fit,
-    target_metrics,
 )
 from src.gradients import (
     PROJECTION_SIGNS,
@@ -36,22 +31,13 @@ from src.gradients import (
     StoreWriter,
     collect_gradients,
     open_store,
-    outputs_of,
     save_projection_signs,
 )
 from src.instruction import load_instruction
-from src.models import LanguageModel, LoraShape, displaced, load_checkpoint, load_model, model_kind
+from src.models import LanguageModel, LoraShape, load_checkpoint, load_model, model_kind
 from src.paths import (
-    APPROXIMATION_FIGURE,
-    APPROXIMATION_FILE,
-    ESTIMATES_FILE,
     MANIFEST,
-    RESULTS,
     RESULTS_FILE,
-    SCORES_FIGURE,
-    SCORES_FILE,
-    SELECTION_FIGURE,
-    SELECTION_FILE,
     TOKENS,
     Run,
     atomic_write,
@@ -62,25 +48,13 @@ from src.paths import (
     read_manifest,
     resolve_checkpoint,
     results_dir,
-    subset_file,
     write_manifest,
 )
 from src.projection import make_projection
 from src.report import (
-    ESTIMATE,
     ResultsTable,
-    approximation_figure,
-    columns_of,
-    mean_over_targets,
-    parse_subset,
-    read_table,
-    scores_figure,
-    selection_figure,
-    subset_text,
-    write_table,
 )
-from src.selection import SelectionPath, forward_selection, random_ensemble_scores, select_by_score
-from src.subsets import cluster_samples, load_or_draw_subsets, membership_matrix, read_subsets, write_subsets
+from src.subsets import cluster_samples, read_subsets
 
 
 def lora_shape(args: argparse.Namespace) -> LoraShape | None:
@@ -397,7 +371,7 @@ def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) 
         )
 
 
-# --- stages 3 and 4: estimates and selection -----------------------------------------------------------------
+# --- clusters as tasks ---------------------------------------------------------------------------------------
 
 
 def cluster_tasks(
@@ -420,257 +394,3 @@ def cluster_tasks(
     if clusters.shape != training.shape or not np.array_equal(clusters >= 0, training):
         raise ValueError(f"{path} does not fit the rows of {store}; remove it, and it is made anew")
     return clusters, [f"cluster_{number:04d}" for number in range(num_clusters)]
-
-
-def own_targets(targets: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    """The targets that are no training task (the tasks of `--target_files`), or all where there is none."""
-    return [name for name in targets if name not in tasks] or list(targets)
-
-
-class Estimator:
-    """Estimates from a run's store: what stages 3 and 4 compute with.
-
-    Args:
-        args: Flags of `add_model`, a data group, `add_meta_init`, `add_projection`, `add_estimator`.
-        stage_2: The script that makes the store, for messages.
-    """
-
-    def __init__(self, args: argparse.Namespace, stage_2: str) -> None:
-        self.run = run_from(args)
-        self.stored: list[StoredPart] = open_store(store_dir(args, self.run), args.load_model_dir, stage_2)
-        self.targets = self.stored[0].targets
-        self.tasks: list[str] = self.stored[0].manifest["tasks"]
-        self.division: str | None = None  # names another division into tasks than the data's own
-        task_of_row = None
-        if getattr(args, "load_clusters", False):
-            store = store_dir(args, self.run)
-            task_of_row, self.tasks = cluster_tasks(store, self.stored, args.num_clusters, args.run)
-            self.division = f"clusters_{len(self.tasks)}"
-        manifest = self.stored[0].manifest
-        if args.estimator == "logistic" and manifest["output_function"] != "margin":
-            raise ValueError("--estimator logistic is of margins; take the gradients with --output_function margin too")
-        # fewer rows than dimensions: their kernel is the smaller matrix
-        by_rows = args.estimator in ("logistic", "kernel") or manifest["num_rows"] <= manifest["dim"]
-        self.parts: list[Part] = [
-            part.estimation_part(
-                task_of_row,
-                len(self.tasks),
-                self.division or "tasks",
-                by_rows=by_rows,
-                represented=args.estimator == "representation",
-            )
-            for part in self.stored
-        ]
-        self.options = {"estimator": args.estimator, "rho": args.rho, "weight_by": args.weight_by}
-
-    def __call__(self, membership: np.ndarray, targets: Sequence[int] | None = None) -> np.ndarray:
-        """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only."""
-        return estimate(self.parts, membership, targets=targets, **self.options)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the estimates depend on, for the tables made of them."""
-        shown = ("model_key", "data_fingerprint", "projection", "dim", "seed", "output_function")
-        manifest = self.stored[0].manifest
-        return {
-            **{name: manifest[name] for name in shown},
-            "tasks": self.tasks,
-            "checkpoints": [part.manifest["checkpoint_fingerprint"] for part in self.stored],
-            **self.options,
-        }
-
-    def chosen_targets(self, names: Sequence[str] | None) -> list[int]:
-        """Ids of the targets that `--target_task` names.
-
-        Default: those that are no training task (the tasks of `--target_files`), else all.
-
-        Raises:
-            ValueError: no such target.
-        """
-        if names is None:
-            names = own_targets(self.targets, self.tasks)
-        if unknown := [name for name in names if name not in self.targets]:
-            raise ValueError(f"--target_task {unknown[0]}: the targets are {', '.join(self.targets)}")
-        return [self.targets.index(name) for name in names]
-
-
-def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
-    """Stage 3: the estimated loss of every target for every subset, one row each."""
-    started = time.perf_counter()
-    estimator = Estimator(args, stage_2)
-    path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
-    subsets = load_or_draw_subsets(
-        path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
-    )
-    columns = estimator.chosen_targets(args.target_task) if args.target_task else range(len(estimator.targets))
-    values = estimator(membership_matrix(subsets, len(estimator.tasks)), columns)
-    frame = pd.DataFrame(values, columns=[f"{ESTIMATE}/{estimator.targets[column]}" for column in columns])
-    frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
-    frame.insert(1, "run", estimator.run.run)
-    if args.evaluate == "displaced":
-        frame = pd.concat([frame, displaced_values(args, estimator, subsets)], axis=1)
-    folder = results_dir(estimator.run.results_name)
-    write_manifest(folder, {**estimator.facts, "targets": estimator.targets, "subsets": str(path)})
-    write_table(folder / ESTIMATES_FILE, frame)
-    print(
-        f"Wrote {folder / ESTIMATES_FILE}: estimates of {len(subsets):,} subsets ({path}) for {len(columns)} targets in "
-        f"{time.perf_counter() - started:.1f} s. Next: python notebook/select_random_ensemble.py {folder}"
-    )
-
-
-class ModelAtPart:
-    """The model at a stored part's checkpoint, the data as the store saw them, and the projection of its rows.
-
-    Args:
-        args: Flags of the data, model and hardware groups.
-        run: The run of the store.
-        part: One of its parts.
-
-    Raises:
-        ValueError: the data are not those of the store.
-    """
-
-    def __init__(self, args: argparse.Namespace, run: Run, part: StoredPart) -> None:
-        self.part, self.hardware, self.data = part, hardware_from(args), load_data(args)
-        expected = {"data_fingerprint": self.data.fingerprint}
-        check_manifest(part.folder, part.manifest, expected, "Give the data flags that the gradients were taken with.")
-        folder = next(path for path in checkpoint_folders(args, run) if path.name == part.folder.name)
-        self.model = model_at(args, folder).to(self.hardware.device)
-        self.datamodule = make_datamodule(args, self.data, self.model)
-        manifest, shapes = part.manifest, self.model.layout.shapes
-        self.projection = make_projection(manifest["projection"], manifest["dim"], manifest["seed"], shapes=shapes)
-        self.norm = norm_of(self.model.trainable_state())
-
-    def displacement(self, solution: np.ndarray, scale: float | None) -> tuple[dict[str, torch.Tensor], float]:
-        """lift(x) and the factor that gives it `scale` times the norm of the trained weights (1 without a scale)."""
-        lifted = self.projection.lift(torch.as_tensor(solution, dtype=torch.float32), self.model.layout.shapes)
-        factor = scale * self.norm / max(norm_of(lifted), np.finfo(float).tiny) if scale else 1.0
-        return {name: factor * change for name, change in lifted.items()}, factor
-
-
-def displaced_values(
-    args: argparse.Namespace, estimator: Estimator, subsets: Sequence[tuple[int, ...]]
-) -> pd.DataFrame:
-    """Validation metrics of the model at w* + lift(x_S), a row per subset: columns `displaced_loss/<target>` and,
-    where answers are judged, `displaced_accuracy/<target>`.
-
-    w* is the last checkpoint of the store, or the one that `--load_model_dir` names. With `--scale` the
-    displacement has that length, relative to the norm of the trained weights.
-    """
-    at = ModelAtPart(args, estimator.run, estimator.stored[-1])
-    membership = membership_matrix(subsets, len(estimator.tasks))
-    solutions = ridge_solutions(estimator.parts[-1], membership, rho=args.rho, weight_by=args.weight_by)
-    plan = TrainingPlan(epochs=1, lr=1.0, **generation_options(args))
-    records = []
-    for solution in progress(solutions, desc="displaced models", unit="subset"):
-        displacement, _ = at.displacement(solution, args.scale)
-        with displaced(at.model, displacement):
-            evaluation = evaluate(at.model, at.datamodule, at.hardware, plan, ("validation",))
-        metrics = target_metrics(at.data, evaluation, ("validation",))
-        records.append({name.replace("validation_", "displaced_"): value for name, value in metrics.items()})
-    return pd.DataFrame(records)
-
-
-def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
-    """How far outputs at displaced weights are from their first-order approximation, by length of the displacement.
-
-    Directions are random in the projected space, where the stored rows give g.δ exactly; outputs are those of the
-    validation rows at the last checkpoint of the store, or the one that `--load_model_dir` names.
-    """
-    run = run_from(args)
-    part = open_store(store_dir(args, run), args.load_model_dir, stage_2)[-1]
-    at = ModelAtPart(args, run, part)
-    validation = part.samples["target"] >= 0
-    indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]
-    output_function = part.manifest["output_function"]
-    records = []
-    settings = [(seed, scale) for seed in args.seed for scale in args.scale]
-    for seed, scale in progress(settings, desc="displaced models", unit="model"):
-        solution = np.random.default_rng(seed).standard_normal(rows.shape[1])
-        displacement, factor = at.displacement(solution, scale)
-        with displaced(at.model, displacement):
-            moved = outputs_of(at.model, at.datamodule, indices, output_function)
-        errors = (first_order_error(start, rows, factor * solution, moved), zero_order_error(start, moved))
-        records.append({"scale": scale, "seed": seed, "first_order": errors[0], "zero_order": errors[1]})
-    folder = results_dir(run.results_name)
-    write_table(folder / APPROXIMATION_FILE, frame := pd.DataFrame(records))
-    approximation_figure(frame, folder / APPROXIMATION_FIGURE)
-    means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
-    for scale, row in means.iterrows():
-        print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
-    print(f"Wrote {folder / APPROXIMATION_FILE} and {folder / APPROXIMATION_FIGURE}. Next: estimates (stage 3).")
-
-
-def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
-    """Euclidean norm of all the numbers together."""
-    return float(torch.stack([tensor.double().square().sum() for tensor in tensors.values()]).sum().sqrt())
-
-
-def select(args: argparse.Namespace, stage_2: str) -> SelectionPath:
-    """Stage 4: forward selection on the estimates; writes the subset, the path and a figure."""
-    estimator = Estimator(args, stage_2)
-    columns = estimator.chosen_targets(args.target_task)
-    num_tasks = len(estimator.tasks)
-    path = forward_selection(
-        lambda membership: estimator(membership, columns).mean(axis=1),
-        num_tasks,
-        start_from=valid_subset(args.start_from, num_tasks),
-        max_tasks=args.max_tasks,
-        tolerance=args.tolerance,
-        patience=args.patience,
-        progress=progress,
-    )
-    name = estimator.run.results_name
-    folder = results_dir(name)
-    steps = pd.DataFrame(
-        {
-            "step": range(1, len(path.steps) + 1),
-            "task": [step.task for step in path.steps],
-            "name": [estimator.tasks[step.task] for step in path.steps],
-            "estimate": [step.estimate for step in path.steps],
-            "selected": [set(step.subset) <= set(path.selected) for step in path.steps],
-            "subset": [subset_text(step.subset) for step in path.steps],
-        }
-    )
-    write_table(folder / SELECTION_FILE, steps)
-    selection_figure(steps, estimator.tasks, folder / SELECTION_FIGURE)
-    chosen = subset_file(f"{name}_forward_selection")
-    targets = ", ".join(estimator.targets[column] for column in columns)
-    write_subsets(chosen, [path.selected], comment=f"forward selection for {targets}")
-    print(
-        f"Selected {len(path.selected)} of {num_tasks} tasks for {targets}: "
-        f"{', '.join(estimator.tasks[task] for task in path.selected)}\n"
-        f"Wrote {chosen}, {folder / SELECTION_FILE}, {folder / SELECTION_FIGURE}. Next: fine-tune the base model on it "
-        f"with stage 1's script and --subset_file {chosen}"
-    )
-    return path
-
-
-def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
-    """Stage 4: score each task by the mean estimate of the subsets that hold it, and keep the best-scoring tasks.
-
-    Reads the estimates of stage 3 (`args.results`, a folder below `results/`); writes the subset, the scores and
-    a figure.
-    """
-    folder = results_dir(
-        str(Path(args.results).relative_to(RESULTS) if Path(args.results).is_relative_to(RESULTS) else args.results)
-    )
-    manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
-    tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE)
-    targets = args.target_task or own_targets(columns_of(frame, ESTIMATE), tasks)
-    membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))
-    scores, errors = random_ensemble_scores(membership, mean_over_targets(frame, ESTIMATE, targets))
-    selected = select_by_score(scores, top_k=args.top_k, ratio=args.ratio, threshold=args.threshold)
-    table = pd.DataFrame({"task": range(len(tasks)), "name": tasks, "score": scores, "standard_error": errors})
-    table["selected"] = table["task"].isin(selected)
-    write_table(folder / SCORES_FILE, table.sort_values("score"))
-    scores_figure(scores, errors, selected, tasks, folder / SCORES_FIGURE)
-    chosen = subset_file(f"{folder.relative_to(RESULTS)}_random_ensemble")
-    write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}")
-    print(
-        f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: "
-        f"{', '.join(tasks[task] for task in selected)}\n"
-        f"Wrote {chosen}, {folder / SCORES_FILE}, {folder / SCORES_FIGURE}. Next: fine-tune the base model on it with "
-        f"stage 1's script and --subset_file {chosen}"
-    )
-    return selected

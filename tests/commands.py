@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+from src.cli import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ["ROOT", "STAGES", "load_script", "run_script"]
 
 STAGES = (
     "custom_train.py",
@@ -18,17 +15,8 @@ STAGES = (
     "fast_estimate_linear_regression_alpaca.py",
     "fast_estimate_forward_selection.py",
     "notebook/select_random_ensemble.py",
+    "notebook/compare_estimates.py",
 )
-
-
-def load_script(path: str) -> ModuleType:
-    """The module of a script, without running it."""
-    name = "script_" + path.removesuffix(".py").replace("/", "_")
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def run_script(path: str, *arguments: str) -> object:

@@ -23,12 +23,14 @@ ORDER = [
     "finetune",
     "projection",
     "estimation",
+    "calibration",
     "gradients",
     "subsets",
     "selection",
     "accuracy",
     "report",
     "stages",
+    "estimates",
 ]
 SOURCE = sorted((ROOT / "src").glob("*.py"))
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "notebook").glob("*.py"))]

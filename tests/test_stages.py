@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from peft import PeftModel
+from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
 from src.datamodule import tokenize, tokenize_once
@@ -164,6 +165,40 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
         "results/toy/results.csv",
         "results/toy/results.json",
     }
+
+
+def test_estimates_are_compared_and_calibrated(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Every pair of tasks estimated and fine-tuned: the table holds what the library says of the two columns."""
+    pairs = ["0 1", "0 2", "0 3", "1 2", "1 3", "2 3"]
+    Path("pairs.txt").write_text("\n".join(pairs) + "\n")
+    training = ["--epochs", "1", "--batch_size", "8", "--lr", "1e-2", "--save_name", "judged", "--runs", "2"]
+    run_script("custom_train_alpaca.py", *here, *training, "--subset_file", "pairs.txt")
+    run_script("custom_train_alpaca.py", *here, *training, "--task_idxes")
+    stage_3 = ["fast_estimate_linear_regression_alpaca.py", *here, "--project_dim", "32", "--save_name", "judged"]
+    stage_3 += ["--sampled_tasks", "pairs.txt"]
+    run_script(*stage_3, "--calibrate", "results/judged/results.csv")
+    truth = pd.read_csv("results/judged/results.csv", dtype={"subset": str}, keep_default_na=False)
+    estimates = pd.read_csv("results/judged/estimates.csv", dtype={"subset": str})
+    calibrated = estimates["calibrated/goal"]
+    assert ((estimates["low/goal"] < calibrated) & (calibrated < estimates["high/goal"])).all()
+    means = truth[truth["subset"] != ""].groupby("subset")["validation_loss/goal"].mean().loc[pairs]
+    assert calibrated.mean() == pytest.approx(means.mean(), rel=1e-6)  # least squares goes through the mean
+
+    run_script("notebook/compare_estimates.py", "results/judged/estimates.csv", "results/judged/results.csv")
+    assert "comparison.png" in capsys.readouterr().out
+    table = pd.read_csv("results/judged/comparison.csv").set_index(["target", "predictor"])
+    assert set(table.index.get_level_values("predictor")) == {"estimate", "calibrated", "base model", "constant"}
+    found = table.loc[("goal", "estimate")]
+    assert found["lds"] == pytest.approx(spearmanr(estimates["estimate/goal"], means).statistic)
+    assert found["subsets"] == 6 and np.isfinite(found["ceiling"])
+    base = truth[truth["subset"] == ""]["validation_loss/goal"].mean()
+    assert table.loc[("goal", "base model"), "relative_error"] == pytest.approx((abs(base - means) / means).mean())
+    with pytest.raises(ValueError, match="no target in common"):
+        run_script("notebook/compare_estimates.py", "results/judged/estimates.csv", "results/judged/results.csv",
+                   "--metric", "test_accuracy", "--target_task", "goal")  # fmt: skip
+    with pytest.raises(ValueError, match="at least 5 fine-tuned subsets, found 3"):
+        Path("few.csv").write_text("subset,run,validation_loss/goal\n0,0,1.0\n1,0,1.1\n2,0,1.2\n")
+        run_script(*stage_3, "--target_task", "goal", "--calibrate", "few.csv")
 
 
 def test_a_truth_run_goes_on_at_the_next_missing_line(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,454 @@
+"""Stages 3 and 4, from parsed arguments to artifacts: estimates, how good they are, and the subset to train on.
+
+What the scripts of both tracks share, as `stages` is for training and gradients.
+
+Letters: m subsets, n tasks, k targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from src.accuracy import AVERAGE, MEAN, comparison
+from src.calibration import CALIBRATION_RHOS, calibrate
+from src.cli import hardware_from, progress, run_from
+from src.estimation import Part, estimate, first_order_error, ridge_solutions, zero_order_error
+from src.finetune import (
+    TrainingPlan,
+    evaluate,
+    target_metrics,
+)
+from src.gradients import (
+    StoredPart,
+    open_store,
+    outputs_of,
+)
+from src.models import displaced
+from src.paths import (
+    AFFINITY_FIGURE,
+    AFFINITY_FILE,
+    APPROXIMATION_FIGURE,
+    APPROXIMATION_FILE,
+    COMPARISON_FIGURE,
+    COMPARISON_FILE,
+    ESTIMATES_FILE,
+    MANIFEST,
+    RESULTS,
+    SCORES_FIGURE,
+    SCORES_FILE,
+    SELECTION_FIGURE,
+    SELECTION_FILE,
+    Run,
+    check_manifest,
+    read_manifest,
+    results_dir,
+    subset_file,
+    write_manifest,
+)
+from src.projection import make_projection
+from src.report import (
+    CALIBRATED,
+    ESTIMATE,
+    HIGH,
+    LOW,
+    VALIDATION_LOSS,
+    affinity_figure,
+    approximation_figure,
+    columns_of,
+    comparison_figure,
+    fine_tuned_values,
+    mean_over_targets,
+    parse_subset,
+    read_table,
+    scores_figure,
+    selection_figure,
+    subset_text,
+    write_table,
+)
+from src.selection import SelectionPath, forward_selection, random_ensemble_scores, select_by_score
+from src.stages import (
+    checkpoint_folders,
+    cluster_tasks,
+    generation_options,
+    load_data,
+    make_datamodule,
+    model_at,
+    store_dir,
+    valid_subset,
+)
+from src.subsets import load_or_draw_subsets, membership_matrix, write_subsets
+
+
+def own_targets(targets: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The targets that are no training task (the tasks of `--target_files`), or all where there is none."""
+    return [name for name in targets if name not in tasks] or list(targets)
+
+
+class Estimator:
+    """Estimates from a run's store: what stages 3 and 4 compute with.
+
+    Args:
+        args: Flags of `add_model`, a data group, `add_meta_init`, `add_projection`, `add_estimator`.
+        stage_2: The script that makes the store, for messages.
+    """
+
+    def __init__(self, args: argparse.Namespace, stage_2: str) -> None:
+        self.run = run_from(args)
+        self.stored: list[StoredPart] = open_store(store_dir(args, self.run), args.load_model_dir, stage_2)
+        self.targets = self.stored[0].targets
+        self.tasks: list[str] = self.stored[0].manifest["tasks"]
+        self.division: str | None = None  # names another division into tasks than the data's own
+        task_of_row = None
+        if getattr(args, "load_clusters", False):
+            store = store_dir(args, self.run)
+            task_of_row, self.tasks = cluster_tasks(store, self.stored, args.num_clusters, args.run)
+            self.division = f"clusters_{len(self.tasks)}"
+        manifest = self.stored[0].manifest
+        if args.estimator == "logistic" and manifest["output_function"] != "margin":
+            raise ValueError("--estimator logistic is of margins; take the gradients with --output_function margin too")
+        # fewer rows than dimensions: their kernel is the smaller matrix
+        by_rows = args.estimator in ("logistic", "kernel") or manifest["num_rows"] <= manifest["dim"]
+        self.parts: list[Part] = [
+            part.estimation_part(
+                task_of_row,
+                len(self.tasks),
+                self.division or "tasks",
+                by_rows=by_rows,
+                represented=args.estimator == "representation",
+            )
+            for part in self.stored
+        ]
+        self.options = {"estimator": args.estimator, "rho": args.rho, "weight_by": args.weight_by}
+
+    def __call__(
+        self, membership: np.ndarray, targets: Sequence[int] | None = None, rho: float | None = None
+    ) -> np.ndarray:
+        """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only; at another rho."""
+        options = self.options if rho is None else {**self.options, "rho": rho}
+        return estimate(self.parts, membership, targets=targets, **options)
+
+    def calibrated(
+        self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
+    ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Estimates calibrated on really fine-tuned subsets.
+
+        Args:
+            truth: A results table; its validation losses are used, the mean over runs.
+            membership: Subsets to estimate (m, n).
+            targets: Ids of the targets (k,).
+
+        Returns:
+            The ridge strength that leave-one-out chose; calibrated estimates, lower and upper ends, each (m, k).
+        """
+        subsets, values = fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
+        known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
+        by_rho = {rho: self(known, targets, rho) for rho in CALIBRATION_RHOS}
+        rho, calibration = calibrate(by_rho, values.mean(axis=2))
+        return rho, calibration(self(membership, targets, rho))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the estimates depend on, for the tables made of them."""
+        shown = ("model_key", "data_fingerprint", "projection", "dim", "seed", "output_function")
+        manifest = self.stored[0].manifest
+        return {
+            **{name: manifest[name] for name in shown},
+            "tasks": self.tasks,
+            "checkpoints": [part.manifest["checkpoint_fingerprint"] for part in self.stored],
+            **self.options,
+        }
+
+    def chosen_targets(self, names: Sequence[str] | None) -> list[int]:
+        """Ids of the targets that `--target_task` names.
+
+        Default: those that are no training task (the tasks of `--target_files`), else all.
+
+        Raises:
+            ValueError: no such target.
+        """
+        if names is None:
+            names = own_targets(self.targets, self.tasks)
+        if unknown := [name for name in names if name not in self.targets]:
+            raise ValueError(f"--target_task {unknown[0]}: the targets are {', '.join(self.targets)}")
+        return [self.targets.index(name) for name in names]
+
+
+def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
+    """Stage 3: the estimated loss of every target for every subset, one row each."""
+    started = time.perf_counter()
+    estimator = Estimator(args, stage_2)
+    path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
+    subsets = load_or_draw_subsets(
+        path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
+    )
+    columns = estimator.chosen_targets(args.target_task) if args.target_task else range(len(estimator.targets))
+    membership = membership_matrix(subsets, len(estimator.tasks))
+    tables = {ESTIMATE: estimator(membership, columns)}
+    if args.calibrate:
+        rho, values = estimator.calibrated(read_table(Path(args.calibrate)), membership, columns)
+        tables |= dict(zip((CALIBRATED, LOW, HIGH), values, strict=True))
+        print(f"Calibrated on {args.calibrate}: rho {rho:g} has the smallest leave-one-out error.")
+    names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]
+    frame = pd.DataFrame(np.concatenate(list(tables.values()), axis=1), columns=names)
+    frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
+    frame.insert(1, "run", estimator.run.run)
+    if args.evaluate == "displaced":
+        frame = pd.concat([frame, displaced_values(args, estimator, subsets)], axis=1)
+    folder = results_dir(estimator.run.results_name)
+    facts = {**estimator.facts, "targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate}
+    write_manifest(folder, facts)
+    write_table(folder / ESTIMATES_FILE, frame)
+    print(
+        f"Wrote {folder / ESTIMATES_FILE}: estimates of {len(subsets):,} subsets ({path}) for {len(columns)} targets in "
+        f"{time.perf_counter() - started:.1f} s. Next: python notebook/select_random_ensemble.py {folder}"
+    )
+
+
+def compare(args: argparse.Namespace) -> pd.DataFrame:
+    """How good estimates are: a table and a figure beside them.
+
+    Every target that both tables have is judged over the subsets that both have. The base model and training on all
+    tasks, where the truth has them, stand as predictors: they give every subset the same value.
+    """
+    path, truth = Path(args.estimates), read_table(Path(args.truth))
+    estimates = read_table(path).drop_duplicates("subset").set_index("subset")
+    available = [name for name in columns_of(estimates, ESTIMATE) if name in columns_of(truth, args.metric)]
+    targets = args.target_task or available
+    if unknown := [name for name in targets if name not in available]:
+        raise ValueError(
+            f"--target_task {unknown[0]}: both tables have {', '.join(available) or 'no target in common'}"
+        )
+    subsets, values = fine_tuned_values(truth, args.metric, targets)
+    common = [position for position, text in enumerate(subsets) if text in estimates.index]
+    if len(common) < 3:
+        raise ValueError(f"{path} and {args.truth} have {len(common)} subsets in common; a rank correlation needs 3")
+    subsets, values = [subsets[position] for position in common], values[common]
+    predictions = {
+        prefix: estimates.loc[subsets, [f"{prefix}/{name}" for name in targets]].to_numpy(float)
+        for prefix in (ESTIMATE, CALIBRATED)
+        if columns_of(estimates, prefix)
+    }
+    tasks = read_manifest(path.parent, "stage 3")["tasks"] if (path.parent / MANIFEST).is_file() else []
+    known = {"base model": "", "all tasks": subset_text(range(len(tasks)))} if tasks else {"base model": ""}
+    for name, text in known.items():
+        if (truth["subset"] == text).any():
+            rows = truth.loc[truth["subset"] == text, [f"{args.metric}/{target}" for target in targets]]
+            predictions[name] = np.broadcast_to(rows.to_numpy(float).mean(axis=0), predictions[ESTIMATE].shape)
+    inclusion = None
+    if set(targets) <= set(tasks):
+        membership = membership_matrix([parse_subset(text) for text in subsets], len(tasks)) > 0
+        inclusion = membership[:, [tasks.index(name) for name in targets]]
+    table = comparison(predictions, values, targets, inclusion)
+    table.insert(2, "subsets", len(subsets))
+    write_table(path.with_name(COMPARISON_FILE), table)
+    figure = path.with_name(COMPARISON_FIGURE)
+    comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, figure)
+    shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
+    print(shown.round(3).to_string(index=False))
+    print(f"Wrote {path.with_name(COMPARISON_FILE)} and {figure}: {len(subsets)} subsets, {len(targets)} targets.")
+    return table
+
+
+class ModelAtPart:
+    """The model at a stored part's checkpoint, the data as the store saw them, and the projection of its rows.
+
+    Args:
+        args: Flags of the data, model and hardware groups.
+        run: The run of the store.
+        part: One of its parts.
+
+    Raises:
+        ValueError: the data are not those of the store.
+    """
+
+    def __init__(self, args: argparse.Namespace, run: Run, part: StoredPart) -> None:
+        self.part, self.hardware, self.data = part, hardware_from(args), load_data(args)
+        expected = {"data_fingerprint": self.data.fingerprint}
+        check_manifest(part.folder, part.manifest, expected, "Give the data flags that the gradients were taken with.")
+        folder = next(path for path in checkpoint_folders(args, run) if path.name == part.folder.name)
+        self.model = model_at(args, folder).to(self.hardware.device)
+        self.datamodule = make_datamodule(args, self.data, self.model)
+        manifest, shapes = part.manifest, self.model.layout.shapes
+        self.projection = make_projection(manifest["projection"], manifest["dim"], manifest["seed"], shapes=shapes)
+        self.norm = norm_of(self.model.trainable_state())
+
+    def displacement(self, solution: np.ndarray, scale: float | None) -> tuple[dict[str, torch.Tensor], float]:
+        """lift(x) and the factor that gives it `scale` times the norm of the trained weights (1 without a scale)."""
+        lifted = self.projection.lift(torch.as_tensor(solution, dtype=torch.float32), self.model.layout.shapes)
+        factor = scale * self.norm / max(norm_of(lifted), np.finfo(float).tiny) if scale else 1.0
+        return {name: factor * change for name, change in lifted.items()}, factor
+
+
+def displaced_values(
+    args: argparse.Namespace, estimator: Estimator, subsets: Sequence[tuple[int, ...]]
+) -> pd.DataFrame:
+    """Validation metrics of the model at w* + lift(x_S), a row per subset: columns `displaced_loss/<target>` and,
+    where answers are judged, `displaced_accuracy/<target>`.
+
+    w* is the last checkpoint of the store, or the one that `--load_model_dir` names. With `--scale` the
+    displacement has that length, relative to the norm of the trained weights.
+    """
+    at = ModelAtPart(args, estimator.run, estimator.stored[-1])
+    membership = membership_matrix(subsets, len(estimator.tasks))
+    solutions = ridge_solutions(estimator.parts[-1], membership, rho=args.rho, weight_by=args.weight_by)
+    plan = TrainingPlan(epochs=1, lr=1.0, **generation_options(args))
+    records = []
+    for solution in progress(solutions, desc="displaced models", unit="subset"):
+        displacement, _ = at.displacement(solution, args.scale)
+        with displaced(at.model, displacement):
+            evaluation = evaluate(at.model, at.datamodule, at.hardware, plan, ("validation",))
+        metrics = target_metrics(at.data, evaluation, ("validation",))
+        records.append({name.replace("validation_", "displaced_"): value for name, value in metrics.items()})
+    return pd.DataFrame(records)
+
+
+def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
+    """How far outputs at displaced weights are from their first-order approximation, by length of the displacement.
+
+    Directions are random in the projected space, where the stored rows give g.δ exactly; outputs are those of the
+    validation rows at the last checkpoint of the store, or the one that `--load_model_dir` names.
+    """
+    run = run_from(args)
+    part = open_store(store_dir(args, run), args.load_model_dir, stage_2)[-1]
+    at = ModelAtPart(args, run, part)
+    validation = part.samples["target"] >= 0
+    indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]
+    output_function = part.manifest["output_function"]
+    records = []
+    settings = [(seed, scale) for seed in args.seed for scale in args.scale]
+    for seed, scale in progress(settings, desc="displaced models", unit="model"):
+        solution = np.random.default_rng(seed).standard_normal(rows.shape[1])
+        displacement, factor = at.displacement(solution, scale)
+        with displaced(at.model, displacement):
+            moved = outputs_of(at.model, at.datamodule, indices, output_function)
+        errors = (first_order_error(start, rows, factor * solution, moved), zero_order_error(start, moved))
+        records.append({"scale": scale, "seed": seed, "first_order": errors[0], "zero_order": errors[1]})
+    folder = results_dir(run.results_name)
+    write_table(folder / APPROXIMATION_FILE, frame := pd.DataFrame(records))
+    approximation_figure(frame, folder / APPROXIMATION_FIGURE)
+    means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
+    for scale, row in means.iterrows():
+        print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
+    print(f"Wrote {folder / APPROXIMATION_FILE} and {folder / APPROXIMATION_FIGURE}. Next: estimates (stage 3).")
+
+
+def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
+    """Euclidean norm of all the numbers together."""
+    return float(torch.stack([tensor.double().square().sum() for tensor in tensors.values()]).sum().sqrt())
+
+
+def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int]) -> SelectionPath:
+    """Forward or backward selection for the mean over some targets."""
+    num_tasks = len(estimator.tasks)
+    return forward_selection(
+        lambda membership: estimator(membership, columns).mean(axis=1),
+        num_tasks,
+        start_from=valid_subset(args.start_from, num_tasks),
+        max_tasks=args.max_tasks,
+        budget_rows=args.budget_rows,
+        rows_of_task=estimator.parts[0].train.counts,
+        tolerance=args.tolerance,
+        patience=args.patience,
+        direction=args.direction,
+        progress=progress,
+    )
+
+
+def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
+    """Stage 4: forward selection on the estimates, for the targets together or for each; writes the subsets, the
+    paths and a figure."""
+    estimator = Estimator(args, stage_2)
+    columns = estimator.chosen_targets(args.target_task)
+    name = estimator.run.results_name
+    folder, method = results_dir(name), f"{args.direction}_selection"
+    groups = [[column] for column in columns] if args.per_target else [columns]
+    paths = [search(args, estimator, group) for group in groups]
+    labels = [", ".join(estimator.targets[column] for column in group) for group in groups]
+    write_table(folder / SELECTION_FILE, pd.concat(map(path_table, paths, labels, [estimator] * len(paths))))
+    chosen = subset_file(f"{name}_{method}")
+    selected = [path.selected for path in paths]
+    comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
+    write_subsets(chosen, selected, comment=comment)
+    written = [chosen, folder / SELECTION_FILE]
+    if args.per_target:
+        write_affinity(estimator, columns, folder)
+        written += [folder / AFFINITY_FILE, folder / AFFINITY_FIGURE]
+    else:
+        selection_figure(path_table(paths[0], labels[0], estimator), estimator.tasks, folder / SELECTION_FIGURE)
+        written.append(folder / SELECTION_FIGURE)
+    for subset, label in zip(selected, labels, strict=True):
+        print(
+            f"Selected {len(subset)} of {len(estimator.tasks)} tasks for {label}: "
+            f"{', '.join(estimator.tasks[task] for task in subset)}"
+        )
+    print(
+        f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it with stage 1's script and "
+        f"--subset_file {chosen}"
+    )
+    return selected
+
+
+def path_table(path: SelectionPath, label: str, estimator: Estimator) -> pd.DataFrame:
+    """A search as a table, a row per step."""
+    kept = set(path.selected)
+    forward = len(path.steps) < 2 or len(path.steps[1].subset) > len(path.steps[0].subset)
+    return pd.DataFrame(
+        {
+            "target": label,
+            "step": range(1, len(path.steps) + 1),
+            "task": [step.task for step in path.steps],
+            "name": [estimator.tasks[step.task] for step in path.steps],
+            "estimate": [step.estimate for step in path.steps],
+            "selected": [set(step.subset) <= kept if forward else set(step.subset) >= kept for step in path.steps],
+            "subset": [subset_text(step.subset) for step in path.steps],
+        }
+    )
+
+
+def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -> None:
+    """How much each task alone is estimated to lower each target's loss: a table and a heat map."""
+    alone = np.vstack([np.zeros(len(estimator.tasks), bool), np.eye(len(estimator.tasks), dtype=bool)])
+    estimates = estimator(alone, columns)
+    targets = [estimator.targets[column] for column in columns]
+    frame = pd.DataFrame(estimates[0] - estimates[1:], columns=targets)
+    affinity_figure(frame.to_numpy(), estimator.tasks, targets, folder / AFFINITY_FIGURE)
+    frame.insert(0, "task", estimator.tasks)
+    write_table(folder / AFFINITY_FILE, frame)
+
+
+def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
+    """Stage 4: score each task by the mean estimate of the subsets that hold it, and keep the best-scoring tasks.
+
+    Reads the estimates of stage 3 (`args.results`, a folder below `results/`); writes the subset, the scores and
+    a figure.
+    """
+    folder = results_dir(
+        str(Path(args.results).relative_to(RESULTS) if Path(args.results).is_relative_to(RESULTS) else args.results)
+    )
+    manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
+    tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE)
+    targets = args.target_task or own_targets(columns_of(frame, ESTIMATE), tasks)
+    membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))
+    scores, errors = random_ensemble_scores(membership, mean_over_targets(frame, ESTIMATE, targets))
+    selected = select_by_score(scores, top_k=args.top_k, ratio=args.ratio, threshold=args.threshold)
+    table = pd.DataFrame({"task": range(len(tasks)), "name": tasks, "score": scores, "standard_error": errors})
+    table["selected"] = table["task"].isin(selected)
+    write_table(folder / SCORES_FILE, table.sort_values("score"))
+    scores_figure(scores, errors, selected, tasks, folder / SCORES_FIGURE)
+    chosen = subset_file(f"{folder.relative_to(RESULTS)}_random_ensemble")
+    write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}")
+    print(
+        f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: "
+        f"{', '.join(tasks[task] for task in selected)}\n"
+        f"Wrote {chosen}, {folder / SCORES_FILE}, {folder / SCORES_FIGURE}. Next: fine-tune the base model on it with "
+        f"stage 1's script and --subset_file {chosen}"
+    )
+    return selected
