@@ -37,10 +37,7 @@ from transformers import PreTrainedTokenizerFast
 
 from src import cli
 
-try:  # run as a script, data/ is on the path; imported from the root, the root is
-    import make_base_model as base
-except ModuleNotFoundError:
-    from data import make_base_model as base
+base = cli.load_script("data/make_base_model.py")
 
 TARGET = "target"
 LETTERS = string.ascii_lowercase

@@ -37,10 +37,7 @@ from src.cot import TEACHER
 from src.datamodule import IGNORED
 from src.paths import write_json
 
-try:  # run as a script, data/ is on the path; imported from the root, the root is
-    import make_base_model as base
-except ModuleNotFoundError:
-    from data import make_base_model as base
+base = cli.load_script("data/make_base_model.py")
 
 DATASET_KEY = "addsub"  # an existing key, as it decides how answers are read
 NUM_DIGITS = 3  # of both numbers, always, so that all questions have the same length
