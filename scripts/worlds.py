@@ -1,0 +1,181 @@
+"""Worlds to measure on: what benchmarks share, from a world's name to finished gradients.
+
+A world is `synthetic:SEED` or `cot:SEED`, with settings of its own after commas (`synthetic:1,num_tasks=12,noise=0/0.5`,
+`epochs=2`, `lr=1e-3`), or a jsonl file in the FLAN layout, whose every task is a target. Everything is kept, so that a
+second run goes on where the first one ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from src import cli
+from src.estimates import Estimator
+from src.paths import BENCHMARK_DATA, clusters_file, slug
+from src.stages import store_dir
+
+SUITE = (
+    "synthetic:0",
+    "synthetic:1,num_tasks=12,noise=0/0.5",
+    "synthetic:2,num_tasks=30,noise=0/0.3/0.6,epochs=2",
+    "synthetic:3,num_tasks=16,noise=0/1,epochs=8,lr=1e-3",
+    "synthetic:4,num_tasks=24,noise=0/0.25/0.5/0.75",
+)
+"""12 to 30 sources, mild to strong noise, short and long fine-tuning; fixed before any of them was run."""
+TRAINING = ("epochs", "lr")
+
+
+@dataclass
+class World:
+    """Where a world's data are and how its stages are called.
+
+    Attributes:
+        name: As typed.
+        folder: Its data.
+        data: Data and model flags of every stage.
+        tasks: Flags that say what a task is, for stages 3 and 5.
+        training: Hyperparameters.
+        scripts: Of training, gradients and regression.
+        made_by: The command that writes the data, where they are not the user's.
+    """
+
+    name: str
+    folder: Path
+    data: str
+    training: str
+    tasks: str = ""
+    scripts: tuple[str, str, str] = (
+        "custom_train_alpaca.py",
+        "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs",
+        "fast_estimate_linear_regression_alpaca.py",
+    )
+    made_by: str | None = None
+
+    def save_name(self, benchmark: str) -> str:
+        """Folder of a benchmark's fine-tuned values, below `results/`."""
+        return f"{benchmark}/{self.folder.name}"
+
+
+def parse_world(name: str, args: argparse.Namespace) -> World:
+    """A world from its name and the flags.
+
+    Raises:
+        ValueError: neither a known kind with a seed nor a jsonl file with `--model_key`.
+    """
+    first, *settings = name.split(",")
+    options = dict(setting.partition("=")[::2] for setting in settings)
+    training = {flag: options.pop(flag, getattr(args, flag)) for flag in TRAINING}
+    flags = " ".join(f"--{flag} {value}" for flag, value in training.items()) + f" --batch_size {args.batch_size}"
+    key = slug("_".join([first, *(f"{k}={v}" for k, v in {**options, **training}.items())]))
+    folder = BENCHMARK_DATA / key
+    kind, _, seed = first.partition(":")
+    made = " ".join(f"--{option} {value.replace('/', ' ')}" for option, value in options.items())
+    if kind == "synthetic" and seed.isdigit():
+        data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl --model_key {folder}/model"
+        command = f"data/make_synthetic.py --seed {seed} --output_dir {folder} {made}"
+        return World(name, folder, f"{data} --train_lora", flags, made_by=command)
+    if kind == "cot" and seed.isdigit():
+        data = f"--dataset_key addsub --preset_key ft_cot_t70_4aug --data_dir {folder}/data --saved_dir {folder}/saved"
+        scripts = ("custom_train.py", "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py")
+        command = f"data/make_synthetic_cot.py --seed {seed} --output_dir {folder} {made}"
+        flags += " --inference_batch_size 128 --max_new_tokens 40"
+        return World(
+            name, folder, f"{data} --model_key {folder}/model --train_lora", flags,
+            f"--load_clusters --num_clusters {args.num_clusters}", scripts, command,
+        )  # fmt: skip
+    if Path(first).suffix == ".jsonl" and args.model_key:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = shorten(Path(first), folder / "flan.jsonl", args.rows_per_task, args.max_characters)
+        print(f"{first}: {rows} rows of at most {args.max_characters} characters")
+        data = f"--data_files {folder}/flan.jsonl --model_key {args.model_key} --data_key {key} --heldout_share 0.2"
+        return World(name, folder, f"{data} --max_length 256 --train_lora", flags)
+    raise ValueError(
+        f"--world {name}: expected synthetic:SEED, cot:SEED, or a .jsonl file together with --model_key FOLDER"
+    )
+
+
+def shorten(source: Path, path: Path, rows_per_task: int, max_characters: int) -> int:
+    """The first short rows of each task that has enough of them; how many rows that are."""
+    if not source.is_file():
+        raise FileNotFoundError(f"--world {source}: no such file")
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [row for row in rows if len(row["inputs"]) + len(row["targets"]) <= max_characters]
+    sizes, taken, kept = Counter(row["_task_name"] for row in rows), Counter(), []
+    for row in rows:
+        task = row["_task_name"]
+        if sizes[task] >= rows_per_task and taken[task] < rows_per_task:
+            taken[task] += 1
+            kept.append(row)
+    if len(taken) < 2:
+        raise ValueError(
+            f"{source}: {len(taken)} tasks have {rows_per_task} rows of {max_characters} characters or less"
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return len(kept)
+
+
+def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
+    """Run the stages up to the gradients where they are missing: of losses, with representations, and of margins."""
+    train, gradients, _ = world.scripts
+    if world.made_by:
+        cli.run_command(world.made_by)
+    cli.run_command(f"{train} {world.data} {world.training}")
+    stage_2 = f"{gradients} {world.data} --project_dim {args.project_dim}"
+    cli.run_command(f"{stage_2} --representations")
+    if margins:
+        cli.run_command(f"{stage_2} --output_function margin")
+        share_clusters(world, args)
+
+
+def fine_tuning(world: World, args: argparse.Namespace, benchmark: str) -> str:
+    """The command that fine-tunes on subsets, without them."""
+    store = f"--project_dim {args.project_dim}" if world.tasks else ""
+    return f"{world.scripts[0]} {world.data} {world.tasks} {store} {world.training} --save_name {world.save_name(benchmark)}"
+
+
+def regression_args(world: World, args: argparse.Namespace, estimator: str) -> argparse.Namespace:
+    """Stage 3's arguments for an estimator."""
+    function = "margin" if estimator == "logistic" else "loss"
+    flags = f"{world.data} {world.tasks} --project_dim {args.project_dim} --estimator {estimator} --output_function {function}"
+    return cli.load_script(world.scripts[2]).parse_args(flags.split())
+
+
+def estimator_of(world: World, args: argparse.Namespace, estimator: str) -> Estimator:
+    """An estimator on the world's store."""
+    return Estimator(regression_args(world, args, estimator), world.scripts[1])
+
+
+def share_clusters(world: World, args: argparse.Namespace) -> None:
+    """Where clusters make the tasks, both stores have those of the losses' gradients."""
+    if not world.tasks:
+        return
+    run = estimator_of(world, args, "constant").run
+    paths = [
+        clusters_file(store_dir(regression_args(world, args, name), run), args.num_clusters)
+        for name in ("constant", "logistic")
+    ]
+    shutil.copyfile(*paths)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Which worlds, and how they are trained."""
+    parser.add_argument(
+        "--world", nargs="+", default=list(SUITE), metavar="WORLD", help="see above (default: the suite)"
+    )
+    parser.add_argument("--model_key", help="base model of a .jsonl world")
+    parser.add_argument("--runs", type=cli.positive_int, default=2, help="fine-tunings of each subset, with other seeds; "
+                        "the truth is their mean (default: 2)")  # fmt: skip
+    parser.add_argument("--epochs", type=cli.positive_int, default=4, help="of every fine-tuning (default: 4)")
+    parser.add_argument("--lr", type=cli.positive_float, default=2e-3, help="learning rate (default: 0.002)")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=16, help="rows of a batch (default: 16)")
+    parser.add_argument("--project_dim", type=cli.positive_int, default=400, help="d (default: 400)")
+    parser.add_argument("--num_clusters", type=cli.positive_int, default=20, help="tasks of a cot world (default: 20)")
+    parser.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="of a .jsonl world (default: 80)")
+    parser.add_argument("--max_characters", type=cli.positive_int, default=450, help="longer rows of a .jsonl world are "
+                        "left out (default: 450)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="only the lines of JSON")
