@@ -29,6 +29,7 @@ TOKENS = Path("cache") / "tokens"
 
 BENCHMARK_DATA = DATA / "benchmark"
 BENCHMARK_ESTIMATES = "benchmark_estimates"
+BENCHMARK_SELECTION = "benchmark_selection"
 BENCHMARK_TABLE = "table.csv"
 BENCHMARK_FIGURE = "figure.png"
 

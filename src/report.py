@@ -45,6 +45,8 @@ plt.rcParams.update(
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
 VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "validation_loss", "test_loss", "test_accuracy"
 """Prefixes of the columns `<prefix>/<target>`."""
+OURS = ("forward selection", "backward elimination", "random ensemble", "forward selection, refined")
+"""Methods of this project in the selection benchmark; the others are baselines."""
 
 
 def subset_text(subset: Sequence[int]) -> str:
@@ -261,6 +263,31 @@ def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
     axes.set_xlim(right=1.02)
     axes.set_xlabel("linear datamodeling score (Spearman over random half-size subsets)")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save_figure(figure, path)
+
+
+def regret_figure(table: pd.DataFrame, path: Path) -> None:
+    """What each method's selection costs in test loss over the oracle's, by world, as a share of the gap from the oracle
+    to training on all tasks.
+
+    Args:
+        table: Columns `world`, `method`, `regret`.
+        path: The PNG.
+    """
+    worlds, methods = (table[column].drop_duplicates().tolist() for column in ("world", "method"))
+    regrets = table.pivot(index="method", columns="world", values="regret").loc[methods, worlds]
+    figure, axes = plt.subplots(figsize=(8.4, 1.2 + 0.32 * len(methods)))
+    positions = np.arange(len(methods))
+    axes.barh(positions, regrets.mean(axis=1), color=[BLUE if m in OURS else GREY for m in methods], alpha=0.55)
+    for marker, world in zip("osD^vP*X", worlds, strict=False):
+        axes.scatter(regrets[world], positions, marker=marker, s=26, color="black", label=world, zorder=2)
+    axes.axvline(0, color=ORANGE, linewidth=1.2)
+    axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_yticks(positions, methods, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlabel("regret: 0 = oracle (orange), 1 = all tasks; bars are means over worlds")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
 

@@ -1,0 +1,240 @@
+"""What a selection is worth: the target's test loss after the one real fine-tuning, for this project's and other methods.
+
+For each world every method selects tasks for the target from validation data alone; the base model is then fine-tuned on
+each selection and its test loss taken. Regret is the distance to the oracle (forward selection by really fine-tuning every
+candidate) as a share of the gap from the oracle to training on all tasks. Cost is in passes: samples that go forward and
+backward, one for each, all training and gradients counted.
+
+    python scripts/benchmark_selection.py
+    python scripts/benchmark_selection.py --world synthetic:7 --no_oracle --json
+
+`scripts/worlds.py` says what a world is.
+
+Writes  results/benchmark_selection/table.csv and figure.png; one line of JSON for each world and method
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from src import cli
+from src.estimates import Estimator
+from src.paths import BENCHMARK_FIGURE, BENCHMARK_SELECTION, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
+from src.report import (
+    TEST_LOSS,
+    VALIDATION_LOSS,
+    mean_over_targets,
+    read_table,
+    regret_figure,
+    subset_text,
+    write_table,
+)
+from src.selection import forward_selection, random_ensemble_scores, select_by_score
+from src.subsets import draw_subsets, membership_matrix, write_subsets
+
+worlds = cli.load_script("scripts/worlds.py")
+
+Subset = tuple[int, ...]
+NUM_ENSEMBLE_SUBSETS, NUM_RANDOM, NUM_REFINED = 1000, 3, 5
+
+
+class Selecting:
+    """One world's estimates, real fine-tunings and selections.
+
+    Args:
+        world: Of `worlds.parse_world`.
+        args: The script's flags.
+    """
+
+    def __init__(self, world: Any, args: argparse.Namespace) -> None:
+        self.world, self.args = world, args
+        worlds.prepare(world, args, margins=False)
+        self.estimators = {
+            name: worlds.estimator_of(world, args, name) for name in ("ridge", "alignment", "representation")
+        }
+        self.estimator: Estimator = self.estimators["ridge"]
+        self.columns = self.estimator.chosen_targets(None)
+        self.targets = [self.estimator.targets[column] for column in self.columns]
+        self.num_tasks = len(self.estimator.tasks)
+        self.rows_of_task = self.estimator.parts[0].train.counts
+        self.name = world.save_name(BENCHMARK_SELECTION)
+
+    def estimates(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
+        """An estimator's mean over the targets, as searches take it."""
+        return lambda membership: self.estimators[name](membership, self.columns).mean(axis=1)
+
+    def fine_tuned(self, subsets: Sequence[Subset], metric: str) -> np.ndarray:
+        """Really fine-tuned mean losses of the subsets, the mean over runs; the empty one is the base model."""
+        command = worlds.fine_tuning(self.world, self.args, BENCHMARK_SELECTION)
+        wanted = sorted({subset for subset in subsets if subset})
+        if wanted:
+            file = subset_file(self.name)
+            write_subsets(file, wanted)
+            cli.run_command(f"{command} --runs {self.args.runs} --subset_file {file}")
+        if () in subsets:
+            cli.run_command(f"{command} --runs {self.args.runs} --task_idxes")
+        table = read_table(results_dir(self.name) / RESULTS_FILE)
+        table["mean"] = mean_over_targets(table, metric, self.targets)
+        means = table.groupby("subset")["mean"].mean()
+        return means.loc[[subset_text(subset) for subset in subsets]].to_numpy(float)
+
+    def passes(self, subsets: Sequence[Subset]) -> int:
+        """Training passes of one fine-tuning on each subset, in the benchmark's epochs."""
+        return int(sum(self.rows_of_task[list(subset)].sum() for subset in subsets) * self.epochs)
+
+    @property
+    def epochs(self) -> int:
+        """Of one fine-tuning in this world."""
+        words = self.world.training.split()
+        return int(words[words.index("--epochs") + 1])
+
+    @property
+    def estimation_passes(self) -> int:
+        """Meta-training and gradients: what estimates cost before the first of them."""
+        stored = self.estimator.stored
+        return self.passes([tuple(range(self.num_tasks))]) + len(stored) * int(stored[0].manifest["num_rows"])
+
+    # --- methods: each gives its subsets (their mean counts) and its passes, the last fine-tuning left out ------
+
+    def forward(self, direction: str = "forward") -> tuple[list[Subset], int]:
+        path = forward_selection(self.estimates("ridge"), self.num_tasks, direction=direction)
+        return [path.selected], self.estimation_passes
+
+    def refined(self) -> tuple[list[Subset], int]:
+        """The subsets on forward selection's way with the best estimates, the best of them by real fine-tuning."""
+        steps = forward_selection(self.estimates("ridge"), self.num_tasks, patience=2).steps
+        candidates = [step.subset for step in sorted(steps, key=lambda step: step.estimate)[:NUM_REFINED]]
+        values = self.fine_tuned(candidates, VALIDATION_LOSS)
+        cost = self.estimation_passes + self.passes(candidates) * self.args.runs
+        return [candidates[int(np.argmin(values))]], cost
+
+    def random_ensemble(self) -> tuple[list[Subset], int]:
+        try:
+            drawn = draw_subsets(NUM_ENSEMBLE_SUBSETS, self.num_tasks, 0.5, seed=0)
+        except ValueError:  # fewer halves exist: all of them
+            drawn = draw_subsets(None, self.num_tasks, 0.5, seed=0)
+        membership = membership_matrix(drawn, self.num_tasks)
+        scores, _ = random_ensemble_scores(membership, self.estimates("ridge")(membership))
+        return [select_by_score(scores)], self.estimation_passes
+
+    def top_k(self, estimator: str, k: int) -> tuple[list[Subset], int]:
+        """The k tasks that score best alone."""
+        scores = self.estimates(estimator)(np.eye(self.num_tasks, dtype=bool))
+        return [select_by_score(scores, top_k=k)], self.estimation_passes
+
+    def mean_matching(self, k: int) -> tuple[list[Subset], int]:
+        """Kernel mean matching: k tasks whose mean gradient comes nearest to the targets', added greedily."""
+        goals, sums, counts = [], [], []
+        for part in self.estimator.parts:
+            target = part.target.sums[self.columns] / part.target.counts[self.columns, None]
+            goals.append(target.mean(axis=0))
+            sums.append(part.train.sums)
+            counts.append(part.train.counts)
+
+        def distance(membership: np.ndarray) -> np.ndarray:
+            total = np.zeros(len(membership))
+            for goal, of_task, rows in zip(goals, sums, counts, strict=True):
+                means = membership @ of_task / np.maximum(membership @ rows, 1)[:, None]
+                total += ((means - goal) ** 2).sum(axis=1) / (goal @ goal)
+            return total
+
+        path = forward_selection(distance, self.num_tasks, max_tasks=k, patience=self.num_tasks)
+        return [path.steps[k - 1].subset], self.estimation_passes
+
+    def oracle(self) -> tuple[list[Subset], int]:
+        """Forward selection by really fine-tuning every candidate."""
+        tried: set[Subset] = set()
+
+        def really(membership: np.ndarray) -> np.ndarray:
+            subsets = [tuple(np.flatnonzero(row).tolist()) for row in membership]
+            tried.update(subsets)
+            return self.fine_tuned(subsets, VALIDATION_LOSS)
+
+        path = forward_selection(really, self.num_tasks)
+        return [path.selected], self.passes(sorted(tried)) * self.args.runs
+
+    def select(self) -> pd.DataFrame:
+        """A row for every method."""
+        forward, _ = self.forward()
+        k = len(forward[0])
+        methods: dict[str, Callable[[], tuple[list[Subset], int]]] = {
+            "forward selection": self.forward,
+            "forward selection, refined": self.refined,
+            "backward elimination": lambda: self.forward("backward"),
+            "random ensemble": self.random_ensemble,
+            "alignment, top k": lambda: self.top_k("alignment", k),
+            "representation, top k": lambda: self.top_k("representation", k),
+            "mean matching, k tasks": lambda: self.mean_matching(k),
+            "random k tasks": lambda: (draw_subsets(NUM_RANDOM, self.num_tasks, k, seed=1), 0),
+            "random halves": lambda: (draw_subsets(NUM_RANDOM, self.num_tasks, 0.5, seed=1), 0),
+            "all tasks": lambda: ([tuple(range(self.num_tasks))], 0),
+            "base model": lambda: ([()], 0),
+        }
+        if not self.args.no_oracle:
+            methods["oracle"] = self.oracle
+        records = []
+        for method, choose in methods.items():
+            started = time.perf_counter()
+            subsets, passes = choose()
+            seconds = time.perf_counter() - started
+            records.append(
+                {
+                    "world": self.world.name,
+                    "method": method,
+                    "tasks": float(np.mean([len(subset) for subset in subsets])),
+                    "test_loss": float(self.fine_tuned(subsets, TEST_LOSS).mean()),
+                    "selection_seconds": seconds,
+                    "passes": passes + self.passes(subsets) // len(subsets),
+                    "selected": "; ".join(subset_text(subset) for subset in subsets),
+                }
+            )
+        table = pd.DataFrame(records)
+        losses = table.set_index("method")["test_loss"]
+        best = losses.get("oracle", losses.min())
+        table.insert(4, "regret", (table["test_loss"] - best) / (losses["all tasks"] - best))
+        return table
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The script's flags."""
+    parser = cli.parser(__doc__)
+    worlds.add_flags(parser)
+    parser.add_argument(
+        "--no_oracle", action="store_true", help="leave the oracle out; regret is then to the best method"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Every world, the table, the figure, the lines."""
+    cli.quiet_libraries()
+    frames = []
+    for name in args.world:
+        with redirect_stdout(sys.stderr) if args.json else nullcontext():
+            frames.append(Selecting(worlds.parse_world(name, args), args).select())
+    table = pd.concat(frames, ignore_index=True)
+    folder = results_dir(BENCHMARK_SELECTION)
+    write_table(folder / BENCHMARK_TABLE, table)
+    regret_figure(table, folder / BENCHMARK_FIGURE)
+    if not args.json:
+        print(table.drop(columns="selected").round(3).to_string(index=False))
+        means = table.groupby("method", sort=False)[["test_loss", "regret", "passes"]].mean()
+        print(f"\nMean over {len(args.world)} worlds:\n{means.round(3).to_string()}")
+        print(f"Wrote {folder / BENCHMARK_TABLE} and {folder / BENCHMARK_FIGURE}.")
+    for record in table.to_dict("records"):
+        print(
+            json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in record.items()})
+        )
+
+
+if __name__ == "__main__":
+    cli.run_stage(main, parse_args())
