@@ -71,8 +71,9 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
         seconds = time.perf_counter() - started
         found, values = fine_tuned_values(truth, VALIDATION_LOSS, targets)
         values = values[[found.index(text) for text in texts]]
-        by_rho = {rho: estimator(membership[:first], columns, rho) for rho in CALIBRATION_RHOS}
-        rho, calibration = calibrate(by_rho, values[:first].mean(axis=2))
+        default = estimator.options["rho"]
+        by_rho = {rho: estimator(membership[:first], columns, rho) for rho in {*CALIBRATION_RHOS, default}}
+        rho, calibration = calibrate(by_rho, values[:first].mean(axis=2), default)
         calibrated, low, high = calibration(estimator(membership[first:], columns, rho))
         inclusion = None
         if set(targets) <= set(estimator.tasks):

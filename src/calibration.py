@@ -16,6 +16,10 @@ from scipy.stats import t as student
 
 CALIBRATION_RHOS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Ridge strengths that leave-one-out chooses from."""
+CLEARLY = 0.5
+"""Another ridge strength is taken where it at least halves the error. With six fine-tuned subsets, taking the smallest
+error whatever the difference made calibrated estimates worse on all five worlds of the benchmark (mean relative error
+0.156 against 0.143) and their 90 % intervals hold 83 % instead of 89 %."""
 MIN_SUBSETS = 4
 """With fewer, a line through them says nothing about its own error."""
 
@@ -91,17 +95,22 @@ def leave_one_out_error(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
     return float(((errors**2).mean(axis=0) / np.where(variances > 0, variances, 1.0)).mean())
 
 
-def calibrate(estimates_by_rho: Mapping[float, np.ndarray], fine_tuned: np.ndarray) -> tuple[float, Calibration]:
-    """The ridge strength of the smallest leave-one-out error, and the map fitted to its estimates.
+def calibrate(
+    estimates_by_rho: Mapping[float, np.ndarray], fine_tuned: np.ndarray, default: float
+) -> tuple[float, Calibration]:
+    """The default ridge strength, or one whose leave-one-out error is clearly smaller; and the map fitted to its estimates.
 
     Args:
         estimates_by_rho: rho -> estimates (c, k) of the fine-tuned subsets.
         fine_tuned: (c, k).
+        default: The rho to keep unless another is better by the factor `CLEARLY`.
 
     Raises:
         ValueError: fewer than `MIN_SUBSETS` + 1 subsets.
     """
     if len(fine_tuned) <= MIN_SUBSETS:
         raise ValueError(f"--calibrate needs at least {MIN_SUBSETS + 1} fine-tuned subsets, found {len(fine_tuned)}")
-    rho = min(estimates_by_rho, key=lambda strength: leave_one_out_error(estimates_by_rho[strength], fine_tuned))
+    errors = {rho: leave_one_out_error(estimates, fine_tuned) for rho, estimates in estimates_by_rho.items()}
+    best = min(errors, key=errors.__getitem__)
+    rho = best if errors[best] < CLEARLY * errors[default] else default
     return rho, fit_calibration(estimates_by_rho[rho], fine_tuned)

@@ -73,7 +73,7 @@ from src.report import (
     subset_text,
     write_table,
 )
-from src.selection import SelectionPath, forward_selection, random_ensemble_scores, select_by_score
+from src.selection import SelectionPath, forward_selection, random_ensemble_scores, ranking_convergence, select_by_score
 from src.stages import (
     checkpoint_folders,
     cluster_tasks,
@@ -146,12 +146,13 @@ class Estimator:
             targets: Ids of the targets (k,).
 
         Returns:
-            The ridge strength that leave-one-out chose; calibrated estimates, lower and upper ends, each (m, k).
+            The ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and upper ends, each (m, k).
         """
         subsets, values = fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
         known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
-        by_rho = {rho: self(known, targets, rho) for rho in CALIBRATION_RHOS}
-        rho, calibration = calibrate(by_rho, values.mean(axis=2))
+        default = self.options["rho"]
+        by_rho = {rho: self(known, targets, rho) for rho in {*CALIBRATION_RHOS, default}}
+        rho, calibration = calibrate(by_rho, values.mean(axis=2), default)
         return rho, calibration(self(membership, targets, rho))
 
     @property
@@ -195,7 +196,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     if args.calibrate:
         rho, values = estimator.calibrated(read_table(Path(args.calibrate)), membership, columns)
         tables |= dict(zip((CALIBRATED, LOW, HIGH), values, strict=True))
-        print(f"Calibrated on {args.calibrate}: rho {rho:g} has the smallest leave-one-out error.")
+        print(f"Calibrated on {args.calibrate}, with rho {rho:g}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]
     frame = pd.DataFrame(np.concatenate(list(tables.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
@@ -437,12 +438,14 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE)
     targets = args.target_task or own_targets(columns_of(frame, ESTIMATE), tasks)
     membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))
-    scores, errors = random_ensemble_scores(membership, mean_over_targets(frame, ESTIMATE, targets))
+    values = mean_over_targets(frame, ESTIMATE, targets)
+    scores, errors = random_ensemble_scores(membership, values)
     selected = select_by_score(scores, top_k=args.top_k, ratio=args.ratio, threshold=args.threshold)
     table = pd.DataFrame({"task": range(len(tasks)), "name": tasks, "score": scores, "standard_error": errors})
     table["selected"] = table["task"].isin(selected)
     write_table(folder / SCORES_FILE, table.sort_values("score"))
-    scores_figure(scores, errors, selected, tasks, folder / SCORES_FIGURE)
+    settling = ranking_convergence(membership, values)
+    scores_figure(scores, errors, selected, tasks, settling, folder / SCORES_FIGURE)
     chosen = subset_file(f"{folder.relative_to(RESULTS)}_random_ensemble")
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}")
     print(

@@ -337,26 +337,37 @@ def affinity_figure(affinity: np.ndarray, tasks: Sequence[str], targets: Sequenc
 
 
 def scores_figure(
-    scores: np.ndarray, errors: np.ndarray, selected: Sequence[int], names: Sequence[str], path: Path
+    scores: np.ndarray,
+    errors: np.ndarray,
+    selected: Sequence[int],
+    names: Sequence[str],
+    convergence: tuple[np.ndarray, np.ndarray],
+    path: Path,
 ) -> None:
-    """Sorted random-ensemble scores with their standard errors, selected tasks in colour.
+    """Sorted random-ensemble scores with their standard errors, selected tasks in colour, and how soon they settle.
 
     Args:
         scores: T_j (n,), lower is better.
         errors: Standard errors (n,).
         selected: Task ids.
         names: Task names by id.
+        convergence: Of `selection.ranking_convergence`.
         path: The PNG.
     """
     order = np.argsort(scores)
     colors = [ORANGE if task in set(selected) else GREY for task in order]
-    figure, axes = plt.subplots(figsize=(6.4, max(3.0, 0.2 * len(order))))
-    axes.errorbar(scores[order], np.arange(len(order)), xerr=errors[order], fmt="none", ecolor=GREY, zorder=1)
-    axes.scatter(scores[order], np.arange(len(order)), c=colors, s=22, zorder=2)
-    axes.set_yticks(np.arange(len(order)), [names[task] for task in order], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("mean estimated loss of the subsets with the task (nats per token)")
-    axes.set_title("Random ensemble scores (orange: selected)")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, max(3.2, 0.2 * len(order))), width_ratios=(1.5, 1))
+    left.errorbar(scores[order], np.arange(len(order)), xerr=errors[order], fmt="none", ecolor=GREY, zorder=1)
+    left.scatter(scores[order], np.arange(len(order)), c=colors, s=22, zorder=2)
+    left.set_yticks(np.arange(len(order)), [names[task] for task in order], fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel("mean estimated loss of the subsets with the task (nats per token)")
+    left.set_title("Random ensemble scores (orange: selected)")
+    right.plot(*convergence, color=BLUE, marker="o", markersize=4)
+    right.set_xscale("log")
+    right.set_xlabel("subsets")
+    right.set_ylabel("Spearman with the ranking by all subsets")
+    right.set_title("How soon the ranking settles")
     save_figure(figure, path)
 
 

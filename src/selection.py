@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 DIRECTIONS = ("forward", "backward")
 
@@ -188,6 +189,24 @@ def random_ensemble_scores(membership: np.ndarray, values: np.ndarray) -> tuple[
     squares = (((values[:, None] - scores) * membership) ** 2).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return scores, np.sqrt(squares / (counts - 1) / counts)
+
+
+def ranking_convergence(membership: np.ndarray, values: np.ndarray, points: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """How soon the ranking of the tasks settles: Spearman of the scores of the first m' subsets with those of all.
+
+    Args:
+        membership: (m, n) bool.
+        values: (m,).
+        points: how many m' are tried, evenly spaced by ratio; those that leave a task in no subset are passed over.
+
+    Returns:
+        The m' (points or fewer,), ascending, and the correlations.
+    """
+    final, _ = random_ensemble_scores(membership, values)
+    covered = np.flatnonzero(np.logical_or.accumulate(np.asarray(membership, bool)).all(axis=1))
+    sizes = np.unique(np.geomspace(covered[0] + 1, len(values), points).round().astype(int))
+    scores = [random_ensemble_scores(membership[:size], values[:size])[0] for size in sizes]
+    return sizes, np.array([spearmanr(of_first, final).statistic for of_first in scores])
 
 
 def select_by_score(

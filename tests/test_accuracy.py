@@ -115,7 +115,10 @@ def test_leave_one_out_chooses_the_ridge_that_predicts() -> None:
     by_rho = {
         rho: fine_tuned + noise * rng.standard_normal((8, 3)) for rho, noise in ((0.1, 2.0), (0.2, 0.1), (0.3, 1.0))
     }
-    rho, calibration = calibrate(by_rho, fine_tuned)
+    assert calibrate({rho: by_rho[rho] for rho in (0.1, 0.3)}, fine_tuned, 0.1)[0] in (0.1, 0.3)
+    nearly = {0.1: by_rho[0.2], 0.2: by_rho[0.2] + 0.01 * rng.standard_normal((8, 3))}
+    assert all(calibrate(nearly, fine_tuned, default)[0] == default for default in nearly)
+    rho, calibration = calibrate(by_rho, fine_tuned, 0.1)
     assert rho == 0.2 and (calibration.errors < 0.3).all()
     direct = []
     for left_out in range(8):
@@ -128,6 +131,6 @@ def test_leave_one_out_chooses_the_ridge_that_predicts() -> None:
 
 def test_too_few_subsets_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 5 fine-tuned subsets, found 4"):
-        calibrate({0.1: np.zeros((4, 1))}, np.zeros((4, 1)))
+        calibrate({0.1: np.zeros((4, 1))}, np.zeros((4, 1)), 0.1)
     with pytest.raises(ValueError, match="at least 4 fine-tuned subsets, found 3"):
         fit_calibration(np.zeros((3, 1)), np.zeros((3, 1)))

@@ -6,8 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
-from src.selection import SelectionPath, forward_selection, random_ensemble_scores, select_by_score
+from src.selection import (
+    SelectionPath,
+    forward_selection,
+    random_ensemble_scores,
+    ranking_convergence,
+    select_by_score,
+)
 
 Estimate = Callable[[np.ndarray], np.ndarray]
 
@@ -182,6 +189,20 @@ def test_scores_rank_planted_tasks() -> None:
     scores, _ = random_ensemble_scores(membership, planted(values)(membership))
     assert np.argsort(scores).tolist() == [0, 2, 4, 1, 3]
     assert select_by_score(scores, top_k=2) == (0, 2)
+
+
+def test_the_ranking_settles_with_more_subsets() -> None:
+    """The last point is the ranking itself; the first has a subset for every task and no more."""
+    rng = np.random.default_rng(0)
+    membership = rng.random((400, 8)) < 0.5
+    values = planted([-4, -3, -2, -1, 1, 2, 3, 4])(membership) + 4 * rng.standard_normal(400)
+    sizes, correlations = ranking_convergence(membership, values)
+    assert sizes[-1] == 400 and correlations[-1] == pytest.approx(1)
+    assert membership[: sizes[0]].any(axis=0).all() and not membership[: sizes[0] - 1].any(axis=0).all()
+    assert correlations[-3:].mean() > correlations[:3].mean()
+    half, _ = random_ensemble_scores(membership[: sizes[5]], values[: sizes[5]])
+    full, _ = random_ensemble_scores(membership, values)
+    assert correlations[5] == pytest.approx(spearmanr(half, full).statistic)
 
 
 def test_scores_need_a_subset_for_every_task() -> None:

@@ -17,6 +17,7 @@ from src.gradients import open_store
 from src.instruction import load_instruction
 from src.models import load_base_model
 from src.stages import load_data
+from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
@@ -223,6 +224,30 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(here: list[str], monkeypat
     assert calls == [(0,), (1,), (1,), (2, 3)]
     whole, cut = (pd.read_csv(f"results/{name}/results.csv").drop(columns="seconds") for name in ("whole", "cut"))
     pd.testing.assert_frame_equal(whole, cut)
+
+
+def test_selection_for_each_target_and_backward(here: list[str]) -> None:
+    """A subset for each target, the same as when that target is asked for alone; rows are kept within a budget."""
+    select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32"]
+    run_script(*select, "--save_name", "each", "--per_target", "--target_task", "goal", "down")
+    subsets = read_subsets(Path("sampled_tasks/each_forward_selection.txt"), 4)
+    for target, subset in zip(("goal", "down"), subsets, strict=True):
+        run_script(*select, "--save_name", "one", "--target_task", target)
+        assert read_subsets(Path("sampled_tasks/one_forward_selection.txt"), 4) == [subset]
+    affinity = pd.read_csv("results/each/affinity.csv")
+    assert list(affinity.columns) == ["task", "goal", "down"] and affinity["task"][affinity["down"].argmax()] in (
+        "down",
+        "down/2",
+    )
+    assert Path("results/each/affinity.png").is_file()
+    run_script(*select, "--save_name", "one", "--direction", "backward", "--budget_rows", "40")
+    (backward,) = read_subsets(Path("sampled_tasks/one_backward_selection.txt"), 4)
+    assert 1 <= len(backward) <= 2  # of 16 rows each
+    path = pd.read_csv("results/one/selection.csv", dtype={"subset": str})
+    sizes = path["subset"].str.split().str.len().tolist()
+    assert sizes == sorted(sizes, reverse=True) and path["selected"].tolist() == [
+        size >= len(backward) for size in sizes
+    ]
 
 
 def test_margins_representations_signs_and_checkpointing(here: list[str]) -> None:
