@@ -28,7 +28,16 @@ import pandas as pd
 
 from src import cli
 from src.estimates import Estimator
-from src.paths import BENCHMARK_FIGURE, BENCHMARK_SELECTION, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
+from src.estimation import mixture_weights
+from src.paths import (
+    BENCHMARK_FIGURE,
+    BENCHMARK_SELECTION,
+    BENCHMARK_TABLE,
+    RESULTS_FILE,
+    results_dir,
+    subset_file,
+    weights_file,
+)
 from src.report import (
     TEST_LOSS,
     VALIDATION_LOSS,
@@ -39,7 +48,7 @@ from src.report import (
     write_table,
 )
 from src.selection import forward_selection, random_ensemble_scores, select_by_score
-from src.subsets import draw_subsets, membership_matrix, write_subsets
+from src.subsets import draw_subsets, membership_matrix, write_subsets, write_task_weights
 
 worlds = cli.load_script("scripts/worlds.py")
 
@@ -116,6 +125,29 @@ class Selecting:
         values = self.fine_tuned(candidates, VALIDATION_LOSS)
         cost = self.estimation_passes + self.passes(candidates) * self.args.runs
         return [candidates[int(np.argmin(values))]], cost
+
+    def mixture(self) -> dict[str, Any]:
+        """The row of training on rows drawn in the shares that the estimates find best."""
+        started = time.perf_counter()
+        shares, _ = mixture_weights(self.estimator.parts, self.columns, rho=self.estimator.options["rho"])
+        seconds = time.perf_counter() - started
+        file = weights_file(self.name)
+        write_task_weights(file, self.estimator.tasks, shares)
+        command = worlds.fine_tuning(self.world, self.args, f"{BENCHMARK_SELECTION}_mixture")
+        cli.run_command(f"{command} --runs {self.args.runs} --task_weights {file}")
+        name = self.world.save_name(f"{BENCHMARK_SELECTION}_mixture")
+        table = read_table(results_dir(name) / RESULTS_FILE)
+        drawn = 1 / np.sum(shares**2 / np.maximum(self.rows_of_task, 1))
+        used = tuple(np.flatnonzero(shares > 0.1 / self.num_tasks).tolist())
+        return {
+            "world": self.world.name,
+            "method": "mixture weights",
+            "tasks": float(len(used)),
+            "test_loss": float(mean_over_targets(table, TEST_LOSS, self.targets).mean()),
+            "selection_seconds": seconds,
+            "passes": self.estimation_passes + int(drawn * self.epochs),
+            "selected": subset_text(used),
+        }
 
     def random_ensemble(self) -> tuple[list[Subset], int]:
         try:
@@ -197,7 +229,7 @@ class Selecting:
                     "selected": "; ".join(subset_text(subset) for subset in subsets),
                 }
             )
-        table = pd.DataFrame(records)
+        table = pd.DataFrame([*records, self.mixture()])
         losses = table.set_index("method")["test_loss"]
         best = losses.get("oracle", losses.min())
         table.insert(4, "regret", (table["test_loss"] - best) / (losses["all tasks"] - best))

@@ -181,6 +181,8 @@ def add_truth(parser: argparse.ArgumentParser) -> None:
     chosen = group.add_mutually_exclusive_group()
     chosen.add_argument("--subset_file", metavar="FILE", help="fine-tune the base model once for each line of a "
                         "sampled_tasks file and append a row of losses for each")  # fmt: skip
+    chosen.add_argument("--task_weights", metavar="FILE", help="fine-tune the base model once on rows drawn from the "
+                        "tasks in these shares (fast_estimate_forward_selection.py --weights writes them)")  # fmt: skip
     chosen.add_argument("--task_idxes", type=int, nargs="*", metavar="ID", help="fine-tune once on these tasks; "
                         "without numbers, only evaluate the base model")  # fmt: skip
 
@@ -330,6 +332,8 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
                        "and again, or remove the worst (default: forward)")  # fmt: skip
     group.add_argument("--max_tasks", type=positive_int, help="at most so many tasks (default: when nothing improves)")
     group.add_argument("--budget_rows", type=positive_int, help="at most so many training rows (default: no limit)")
+    group.add_argument("--weights", action="store_true", help="also find how much to draw from each task, for "
+                       "--task_weights of stage 1's script")  # fmt: skip
     group.add_argument("--per_target", action="store_true", help="select for each target by itself: a subset for each, "
                        "and how much each task alone helps each target")  # fmt: skip
     group.add_argument("--tolerance", type=float, default=0.0, help="smallest relative improvement that counts "

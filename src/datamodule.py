@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
 from src.data import TaskData
 from src.paths import atomic_write
@@ -197,10 +197,19 @@ class TaskDataModule(pl.LightningDataModule):
         self.tokens = tokenize_once(token_cache, data, tokenizer, kind, **lengths)
         self.select_training_rows(train_indices, seed)
 
-    def select_training_rows(self, train_indices: np.ndarray | None, seed: int) -> None:
-        """Train on these rows from now on, in the order that `seed` draws; tokens are kept."""
+    def select_training_rows(
+        self, train_indices: np.ndarray | None, seed: int, shares: np.ndarray | None = None
+    ) -> None:
+        """Train on these rows from now on, in the order that `seed` draws; tokens are kept.
+
+        Args:
+            train_indices: Sample indices; None = every training row.
+            seed: Seed of the order.
+            shares: How often each of them is drawn (rows,), summing to 1, with replacement. An epoch then has as many
+                rows as the shares are worth: 1 over the sum of their squares, all of them where shares are equal.
+        """
         self.train_indices = self.data.indices("train") if train_indices is None else np.asarray(train_indices)
-        self.seed = seed
+        self.seed, self.shares = seed, shares
 
     # --- collating ---------------------------------------------------------------------------------------
 
@@ -269,7 +278,12 @@ class TaskDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows; under several processes each sees its own share."""
         rows = self.train_indices
-        if self.trainer is not None and self.trainer.world_size > 1:
+        if self.shares is not None:
+            world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+            count = max(1, round(1 / float(np.square(self.shares).sum()) / world))
+            generator = torch.Generator().manual_seed(self.seed * world + rank)
+            sampler = WeightedRandomSampler(self.shares.tolist(), count, replacement=True, generator=generator)
+        elif self.trainer is not None and self.trainer.world_size > 1:
             sampler = DistributedSampler(
                 rows, self.trainer.world_size, self.trainer.global_rank, shuffle=True, seed=self.seed
             )

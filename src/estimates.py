@@ -20,7 +20,7 @@ import torch
 from src.accuracy import AVERAGE, MEAN, comparison
 from src.calibration import CALIBRATION_RHOS, calibrate
 from src.cli import hardware_from, progress, run_from
-from src.estimation import Part, estimate, first_order_error, ridge_solutions, zero_order_error
+from src.estimation import Part, estimate, first_order_error, mixture_weights, ridge_solutions, zero_order_error
 from src.finetune import (
     TrainingPlan,
     evaluate,
@@ -51,6 +51,7 @@ from src.paths import (
     read_manifest,
     results_dir,
     subset_file,
+    weights_file,
     write_manifest,
 )
 from src.projection import make_projection
@@ -84,7 +85,7 @@ from src.stages import (
     store_dir,
     valid_subset,
 )
-from src.subsets import load_or_draw_subsets, membership_matrix, write_subsets
+from src.subsets import load_or_draw_subsets, membership_matrix, write_subsets, write_task_weights
 
 
 def own_targets(targets: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -385,6 +386,13 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     else:
         selection_figure(path_table(paths[0], labels[0], estimator), estimator.tasks, folder / SELECTION_FIGURE)
         written.append(folder / SELECTION_FIGURE)
+    if args.weights:
+        shares, course = mixture_weights(
+            estimator.parts, columns, rho=args.rho, weight_by=args.weight_by, progress=progress
+        )
+        written.append(weights_file(name))
+        write_task_weights(written[-1], estimator.tasks, shares)
+        print(f"Mixture weights: estimate {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
     for subset, label in zip(selected, labels, strict=True):
         print(
             f"Selected {len(subset)} of {len(estimator.tasks)} tasks for {label}: "

@@ -226,6 +226,56 @@ def ridge_solutions(
     return _over_chunks(part, weights, _ridge_solver(part, strength), None)
 
 
+def mixture_weights(
+    parts: Sequence[Part],
+    targets: Sequence[int],
+    *,
+    rho: float = DEFAULT_RHO,
+    weight_by: str = "sample",
+    steps: int = 300,
+    progress: Callable[..., Any] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much to draw from each task for the lowest mean estimate of some targets.
+
+    The estimates of "ridge" are a smooth function of row weights, so that the weights of the tasks, positive and of fixed
+    sum, follow its gradient (Adam on their logarithms) from equal weights on. A local minimum, as with any selection.
+
+    Args:
+        parts: As in `estimate`.
+        targets: Ids of the targets whose mean is minimised.
+        rho, weight_by: As in `estimate`.
+        steps: Steps of the descent; the best of them counts.
+        progress: As in `estimate`.
+
+    Returns:
+        Share of the rows to draw from each task (n,), summing to 1; the mean estimate at every step (steps,).
+    """
+    parts = [_with_targets(part, targets) for part in parts]
+    num_tasks = len(parts[0].train.counts)
+    everything = np.ones((1, num_tasks))
+    models = []
+    for part in parts:
+        of_row, strength = _row_weights(part, everything, rho, weight_by)
+        models.append((of_row, _ridge(part, strength)))
+    logits = torch.zeros(1, num_tasks, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    course, best = [], None
+    with progress(desc="mixture weights", total=steps, unit="step") if progress else nullcontext() as bar:
+        for _ in range(steps):
+            weights = num_tasks * logits.softmax(1)
+            value = torch.stack([estimates_of(weights * of_row).mean() for of_row, estimates_of in models]).mean()
+            if best is None or value < min(course):
+                best = weights.detach()[0]
+            course.append(float(value.detach()))
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            if bar is not None:
+                bar.update(1)
+    rows = (best * models[0][0][0]).numpy() * parts[0].train.counts
+    return rows / rows.sum(), np.array(course)
+
+
 def first_order_error(
     outputs_at_start: np.ndarray, rows: np.ndarray, solution: np.ndarray, outputs_displaced: np.ndarray
 ) -> float:

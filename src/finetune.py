@@ -292,6 +292,7 @@ def fine_tune_on_subset(
     hardware: Hardware,
     *,
     seed: int,
+    task_shares: np.ndarray | None = None,
     callbacks: Callable[[], Sequence[pl.Callback]] = tuple,
 ) -> dict[str, float]:
     """The fine-tuned value of a subset: train from `start` on its tasks, then evaluate.
@@ -304,6 +305,7 @@ def fine_tune_on_subset(
         plan: The training.
         hardware: Where it runs.
         seed: Seed of order and dropout.
+        task_shares: Share of the rows to draw from each task (n,); None = every row of the subset once an epoch.
         callbacks: Makes the callbacks of this one fit.
 
     Returns:
@@ -312,7 +314,12 @@ def fine_tune_on_subset(
     model.load_trainable_state(start)
     rows = datamodule.data.indices("train", subset)
     if len(subset):
-        datamodule.select_training_rows(rows, seed)
+        shares = None
+        if task_shares is not None:
+            task_of_row = datamodule.data.task_of_sample[rows]
+            shares = (task_shares / np.maximum(np.bincount(task_of_row, minlength=len(task_shares)), 1))[task_of_row]
+            shares = shares / shares.sum()
+        datamodule.select_training_rows(rows, seed, shares)
         fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks())
     splits = ("validation", "test")
     evaluation = evaluate(model, datamodule, hardware, plan, splits)

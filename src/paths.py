@@ -117,6 +117,11 @@ def subset_file(name: str) -> Path:
     return SAMPLED_TASKS / f"{slug(name)}.txt"
 
 
+def weights_file(name: str) -> Path:
+    """`sampled_tasks/<name>_weights.csv`: how much to draw from each task."""
+    return SAMPLED_TASKS / f"{slug(name)}_weights.csv"
+
+
 def prediction_file(
     saved_dir: str,
     model_key: str,

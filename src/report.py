@@ -45,7 +45,7 @@ plt.rcParams.update(
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
 VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "validation_loss", "test_loss", "test_accuracy"
 """Prefixes of the columns `<prefix>/<target>`."""
-OURS = ("forward selection", "backward elimination", "random ensemble", "forward selection, refined")
+OURS = ("forward selection", "forward selection, refined", "backward elimination", "random ensemble", "mixture weights")
 """Methods of this project in the selection benchmark; the others are baselines."""
 
 

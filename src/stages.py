@@ -54,7 +54,7 @@ from src.projection import make_projection
 from src.report import (
     ResultsTable,
 )
-from src.subsets import cluster_samples, read_subsets
+from src.subsets import cluster_samples, read_subsets, read_task_weights
 
 
 def lora_shape(args: argparse.Namespace) -> LoraShape | None:
@@ -116,15 +116,19 @@ def train(args: argparse.Namespace) -> None:
     plan = TrainingPlan(args.epochs, args.lr, args.weight_decay, args.accumulate, **generation_options(args))
     if getattr(args, "load_clusters", False):
         data = clusters_as_tasks(args, data)
+    shares = None
     if args.subset_file is not None:
         subsets = read_subsets(Path(args.subset_file), len(data.tasks))
+    elif args.task_weights is not None:
+        shares = read_task_weights(Path(args.task_weights), data.tasks)
+        subsets = [tuple(np.flatnonzero(shares).tolist())]
     elif args.task_idxes is not None:
         subsets = [valid_subset(args.task_idxes, len(data.tasks))]
     else:
         for run_index in range(args.runs):
             meta_train(args, data, plan, hardware, run_index)
         return
-    fine_tune_subsets(args, data, plan, hardware, subsets)
+    fine_tune_subsets(args, data, plan, hardware, subsets, shares)
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, int]:
@@ -253,6 +257,7 @@ def fine_tune_subsets(
     plan: TrainingPlan,
     hardware: Hardware,
     subsets: Sequence[tuple[int, ...]],
+    task_shares: np.ndarray | None = None,
 ) -> None:
     """Stage 5 and ground truth: fine-tune once for each subset and seed, and append a row of losses for each.
 
@@ -260,7 +265,10 @@ def fine_tune_subsets(
     are not trained again, so that a killed run goes on at the next line.
     """
     path = results_dir(run_from(args, 0).results_name) / RESULTS_FILE
-    table = ResultsTable(path, training_facts(args, data), "Choose another --save_name, or remove the file.")
+    facts = training_facts(args, data)
+    if task_shares is not None:
+        facts["task_shares"] = task_shares.round(6).tolist()
+    table = ResultsTable(path, facts, "Choose another --save_name, or remove the file.")
     todo = [(run, subset) for run in range(args.runs) for subset in subsets if not table.has(subset, run)]
     model = datamodule = start = None
     loaded_run = None
@@ -272,7 +280,9 @@ def fine_tune_subsets(
                 start = model.trainable_state()
                 datamodule = datamodule or make_datamodule(args, data, model)
             started = time.perf_counter()
-            values = fine_tune_on_subset(model, start, datamodule, subset, plan, hardware, seed=run)
+            values = fine_tune_on_subset(
+                model, start, datamodule, subset, plan, hardware, seed=run, task_shares=task_shares
+            )
             table.append(subset, run, {**values, "seconds": round(time.perf_counter() - started, 3)})
             bar.update(1)
     print(f"Wrote {path}: {len(table.frame)} fine-tuned values, losses of {len(data.targets)} targets each.")

@@ -14,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans
 
 from src.paths import atomic_write
@@ -120,6 +121,39 @@ def write_subsets(path: Path, subsets: Iterable[Subset], comment: str = "") -> N
         lines.append(" ".join(map(str, sorted(subset))))
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_task_weights(path: Path, tasks: Sequence[str], shares: np.ndarray) -> None:
+    """Write the share of the rows to draw from each task, (n,), as `read_task_weights` reads them."""
+    frame = pd.DataFrame({"task": range(len(tasks)), "name": list(tasks), "share": shares})
+    with atomic_write(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def read_task_weights(path: Path, tasks: Sequence[str]) -> np.ndarray:
+    """The share of the rows to draw from each task (n,), summing to 1; a task that the file does not name has none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no columns `name` and `share`, a task that the data does not have or that stands there twice, or
+            shares that are negative, not finite or all zero.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--task_weights {path}: no such file; fast_estimate_forward_selection.py --weights writes one"
+        )
+    frame = pd.read_csv(path, dtype={"name": str}, keep_default_na=False)
+    if missing := {"name", "share"} - set(frame.columns):
+        raise ValueError(f"{path}: no column {sorted(missing)[0]!r}; expected columns name and share")
+    if unknown := [name for name in frame["name"] if name not in tasks]:
+        raise ValueError(f"{path}: task {unknown[0]!r} is not among the data's {len(tasks)} tasks")
+    if frame["name"].duplicated().any():
+        raise ValueError(f"{path}: task {frame['name'][frame['name'].duplicated()].iloc[0]!r} stands there twice")
+    shares = np.zeros(len(tasks))
+    shares[[list(tasks).index(name) for name in frame["name"]]] = pd.to_numeric(frame["share"], errors="coerce")
+    if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
+        raise ValueError(f"{path}: shares must be numbers, not negative and not all 0")
+    return shares / shares.sum()
 
 
 def load_or_draw_subsets(

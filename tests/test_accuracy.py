@@ -115,7 +115,6 @@ def test_leave_one_out_chooses_the_ridge_that_predicts() -> None:
     by_rho = {
         rho: fine_tuned + noise * rng.standard_normal((8, 3)) for rho, noise in ((0.1, 2.0), (0.2, 0.1), (0.3, 1.0))
     }
-    assert calibrate({rho: by_rho[rho] for rho in (0.1, 0.3)}, fine_tuned, 0.1)[0] in (0.1, 0.3)
     nearly = {0.1: by_rho[0.2], 0.2: by_rho[0.2] + 0.01 * rng.standard_normal((8, 3))}
     assert all(calibrate(nearly, fine_tuned, default)[0] == default for default in nearly)
     rho, calibration = calibrate(by_rho, fine_tuned, 0.1)

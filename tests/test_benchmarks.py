@@ -50,7 +50,7 @@ def test_every_method_selects(here: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(here)
     run_script("scripts/benchmark_selection.py", *TINY)
     records = {record["method"]: record for record in lines_of_json(capsys.readouterr().out)}
-    assert len(records) == 12
+    assert len(records) == 13
     assert records["oracle"]["regret"] == 0 and records["all tasks"]["regret"] == 1
     assert records["base model"]["tasks"] == 0 and records["base model"]["passes"] == 0
     k = records["forward selection"]["tasks"]

@@ -17,6 +17,7 @@ from src.estimation import (
     Rows,
     estimate,
     first_order_error,
+    mixture_weights,
     ridge_solutions,
     task_moments,
     zero_order_error,
@@ -373,3 +374,24 @@ def test_rows_that_are_not_finite_are_refused(rows: Rows, part: Part, membership
     bad[3] = np.inf
     with pytest.raises(ValueError, match="task 3 has outputs"):
         estimate([replace(part, train=replace(part.train, squares=bad))], membership)
+
+
+@pytest.mark.parametrize("with_outers", [True, False])
+def test_mixture_weights_find_the_lowest_estimate(part: Part, rows: Rows, with_outers: bool) -> None:
+    """As low as a general minimiser gets from the same start, and the shares are what the estimates were of."""
+    if not with_outers:
+        part = replace(part, train=replace(part.train, outers=None), target=replace(part.target, outers=None))
+    shares, course = mixture_weights([part], [1], rho=RHO)
+
+    def mean_estimate(logits: np.ndarray) -> float:
+        weights = NUM_TASKS * np.exp(logits) / np.exp(logits).sum()
+        return float(estimate([part], weights[None], rho=RHO, targets=[1])[0, 0])
+
+    assert course[0] == pytest.approx(mean_estimate(np.zeros(NUM_TASKS)), rel=1e-6)
+    found = minimize(mean_estimate, np.zeros(NUM_TASKS), method="Nelder-Mead", options={"maxiter": 4000})
+    assert course[0] - course.min() > 0.99 * (course[0] - found.fun) > 0.1
+    counts = np.bincount(rows.task_of_row[rows.task_of_row >= 0])
+    assert shares.sum() == pytest.approx(1)
+    assert estimate([part], (shares / counts)[None], rho=RHO, targets=[1])[0, 0] == pytest.approx(
+        course.min(), rel=1e-3
+    )

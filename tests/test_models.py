@@ -43,6 +43,25 @@ def make_datamodule(model: LanguageModel, path: Path, **options: object) -> Task
     return TaskDataModule(data, model.tokenizer, model.kind, **options)
 
 
+def test_rows_are_drawn_in_their_shares(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """An epoch has as many rows as the shares are worth; over many epochs each row comes up as often as its share says."""
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path, batch_size=4)
+    rows = datamodule.data.indices("train")
+    shares = np.arange(1.0, len(rows) + 1)
+    shares /= shares.sum()
+    worth = round(1 / np.square(shares).sum())
+    counts = np.zeros(len(datamodule.data))
+    for seed in range(300):
+        datamodule.select_training_rows(rows, seed, shares)
+        drawn = np.concatenate([batch["sample_index"].numpy() for batch in datamodule.train_dataloader()])
+        assert len(drawn) == worth < len(rows)
+        np.add.at(counts, drawn, 1)
+    np.testing.assert_allclose(counts[rows] / counts.sum(), shares, atol=0.01)
+    datamodule.select_training_rows(rows, 0, np.full(len(rows), 1 / len(rows)))
+    assert sum(len(batch["sample_index"]) for batch in datamodule.train_dataloader()) == len(rows)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
     """Selecting hidden states before the output layer gives the loss that transformers computes from everything."""

@@ -250,6 +250,26 @@ def test_selection_for_each_target_and_backward(here: list[str]) -> None:
     ]
 
 
+def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
+    select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--save_name", "mixed"]
+    run_script(*select, "--weights", "--target_task", "goal")
+    weights = pd.read_csv("sampled_tasks/mixed_weights.csv")
+    assert weights["name"].tolist() == ["down", "down/2", "up a", "up b"] and weights["share"].sum() == pytest.approx(1)
+    training = ["--epochs", "1", "--batch_size", "8", "--lr", "1e-2", "--save_name", "mixed"]
+    run_script("custom_train_alpaca.py", *here, *training, "--task_weights", "sampled_tasks/mixed_weights.csv")
+    result = pd.read_csv("results/mixed/results.csv", dtype={"subset": str})
+    assert len(result) == 1 and np.isfinite(result["test_loss/goal"]).all()
+    for text, message in (
+        ("name,share\nup a,1\nup c,1\n", "task 'up c' is not among the data's 4 tasks"),
+        ("name,share\nup a,1\nup a,1\n", "'up a' stands there twice"),
+        ("name,share\nup a,-1\n", "must be numbers, not negative"),
+        ("name\nup a\n", "no column 'share'"),
+    ):
+        Path("bad.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run_script("custom_train_alpaca.py", *here, *training, "--task_weights", "bad.csv")
+
+
 def test_margins_representations_signs_and_checkpointing(here: list[str]) -> None:
     """The flags of stage 2: what each leaves, and the estimators that live on it."""
     margins = ["--output_function", "margin", "--project_dim", "16"]
