@@ -360,6 +360,7 @@ def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int
         tolerance=args.tolerance,
         patience=args.patience,
         direction=args.direction,
+        try_at_most=args.try_at_most,
         progress=progress,
     )
 

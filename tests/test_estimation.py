@@ -395,3 +395,20 @@ def test_mixture_weights_find_the_lowest_estimate(part: Part, rows: Rows, with_o
     assert estimate([part], (shares / counts)[None], rho=RHO, targets=[1])[0, 0] == pytest.approx(
         course.min(), rel=1e-3
     )
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "any", "with empty"])
+def test_neighbours_are_estimated_as_they_are_alone(part: Part, direction: str) -> None:
+    """Subsets one task apart share their sums; the estimates are those of each subset by itself."""
+    near = np.zeros((NUM_TASKS, NUM_TASKS), bool)
+    near[:, [0, 2]] = True
+    np.fill_diagonal(near, True)
+    membership = {
+        "forward": near,
+        "backward": ~np.eye(NUM_TASKS, dtype=bool),
+        "any": np.random.default_rng(0).random((9, NUM_TASKS)) + 0.1,
+        "with empty": np.vstack([near, np.zeros(NUM_TASKS, bool)]),
+    }[direction]
+    together = estimate([part], membership, weight_by="task")
+    alone = np.concatenate([estimate([part], row[None], weight_by="task") for row in membership])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)

@@ -151,6 +151,23 @@ def test_candidates_come_in_one_batch() -> None:
     assert sizes == [1, 4, 3, 2, 1]
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_trying_only_the_promising(direction: str) -> None:
+    """All tasks at the first step, so many after it; without interactions the path is that of trying all."""
+    estimate, sizes = planted([3, -2, -5, 1, -1, 4, -3, 2]), []
+
+    def counted(membership: np.ndarray) -> np.ndarray:
+        sizes.append(len(membership))
+        return estimate(membership)
+
+    every = forward_selection(estimate, 8, direction=direction, patience=8)
+    some = forward_selection(counted, 8, direction=direction, patience=8, try_at_most=2)
+    assert some == every
+    assert sizes[:5] == [1, 8, 2, 2, 2]
+    with pytest.raises(ValueError, match="try_at_most must be at least 1"):
+        forward_selection(estimate, 8, try_at_most=0)
+
+
 def test_bad_searches_are_refused() -> None:
     """One clear error each."""
     estimate = planted([1, 2, 3])
