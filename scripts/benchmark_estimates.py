@@ -32,7 +32,7 @@ from src import cli
 from src.accuracy import AVERAGE, INCLUSION, MEAN, comparison
 from src.calibration import CALIBRATION_RHOS, calibrate
 from src.estimates import own_targets
-from src.estimation import ESTIMATORS, Part, TaskMoments, estimate
+from src.estimation import ESTIMATORS, Part, estimate
 from src.paths import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
 from src.report import VALIDATION_LOSS, benchmark_figure, fine_tuned_values, read_table, subset_text, write_table
 from src.subsets import load_or_draw_subsets, membership_matrix
@@ -104,18 +104,10 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
     return pd.DataFrame(list(records.values()))
 
 
-def estimation_seconds(num_tasks: int = 100, dim: int = 400, num_subsets: int = 1000) -> float:
+def estimation_seconds(num_tasks: int = 100, num_subsets: int = 1000) -> float:
     """Seconds of `num_subsets` estimates of every task as a target from cached moments, however many rows they sum."""
-    rng = np.random.default_rng(0)
-
-    def moments() -> TaskMoments:
-        rows = rng.standard_normal((num_tasks, 3 * dim, dim), np.float32)
-        outers = rows.transpose(0, 2, 1) @ rows
-        squares = np.trace(outers, axis1=1, axis2=2).astype(float)
-        counts = np.full(num_tasks, 3 * dim)
-        return TaskMoments(counts, rng.random(num_tasks), rows.sum(axis=1, dtype=float), squares, outers)
-
-    part, membership = Part(moments(), moments()), rng.random((num_subsets, num_tasks)) < 0.5
+    part = Part(worlds.random_moments(num_tasks, 0), worlds.random_moments(num_tasks, 1))
+    membership = np.random.default_rng(0).random((num_subsets, num_tasks)) < 0.5
     estimate([part], membership[:10])
     started = time.perf_counter()
     estimate([part], membership)

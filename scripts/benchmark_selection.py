@@ -28,7 +28,7 @@ import pandas as pd
 
 from src import cli
 from src.estimates import Estimator
-from src.estimation import mixture_weights
+from src.estimation import Part, estimate, mixture_weights
 from src.paths import (
     BENCHMARK_FIGURE,
     BENCHMARK_SELECTION,
@@ -236,6 +236,18 @@ class Selecting:
         return table
 
 
+def search_seconds(num_tasks: int, try_at_most: int | None, num_parts: int = 3) -> dict[str, Any]:
+    """How long forward selection takes on `num_tasks` random tasks at d = 400, three checkpoints, one target."""
+    target = worlds.random_moments(1, 1)
+    parts = [Part(worlds.random_moments(num_tasks, 2 + part), target) for part in range(num_parts)]
+    started = time.perf_counter()
+    path = forward_selection(
+        lambda membership: estimate(parts, membership)[:, 0], num_tasks, try_at_most=try_at_most, progress=cli.progress
+    )
+    seconds = round(time.perf_counter() - started, 1)
+    return {"tasks": num_tasks, "try_at_most": try_at_most, "steps": len(path.steps), "seconds": seconds}
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.parser(__doc__)
@@ -243,12 +255,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no_oracle", action="store_true", help="leave the oracle out; regret is then to the best method"
     )
+    parser.add_argument("--search_tasks", type=cli.positive_int, help="instead of worlds, time forward selection over so "
+                        "many random tasks")  # fmt: skip
+    parser.add_argument("--try_at_most", type=cli.positive_int, help="as in fast_estimate_forward_selection.py, for "
+                        "--search_tasks")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Every world, the table, the figure, the lines."""
     cli.quiet_libraries()
+    if args.search_tasks:
+        print(json.dumps(search_seconds(args.search_tasks, args.try_at_most)))
+        return
     frames = []
     for name in args.world:
         with redirect_stdout(sys.stderr) if args.json else nullcontext():

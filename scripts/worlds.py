@@ -14,8 +14,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from src import cli
 from src.estimates import Estimator
+from src.estimation import TaskMoments
 from src.paths import BENCHMARK_DATA, clusters_file, slug
 from src.stages import store_dir
 
@@ -160,6 +163,15 @@ def share_clusters(world: World, args: argparse.Namespace) -> None:
         for name in ("constant", "logistic")
     ]
     shutil.copyfile(*paths)
+
+
+def random_moments(num_tasks: int, seed: int, dim: int = 400) -> TaskMoments:
+    """Moments of tasks of a few random rows each, to time what is computed from moments."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((num_tasks, 40, dim), np.float32) + rng.standard_normal((num_tasks, 1, dim), np.float32)
+    outers = rows.transpose(0, 2, 1) @ rows
+    squares = np.square(rows).sum(axis=(1, 2), dtype=float)
+    return TaskMoments(np.full(num_tasks, 40), rng.random(num_tasks), rows.sum(axis=1, dtype=float), squares, outers)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
