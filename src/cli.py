@@ -334,6 +334,8 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budget_rows", type=positive_int, help="at most so many training rows (default: no limit)")
     group.add_argument("--try_at_most", type=positive_int, help="after the first step try only so many tasks, those that "
                        "looked best when last tried; for thousands of tasks (default: all)")  # fmt: skip
+    group.add_argument("--refine", type=positive_int, metavar="K", help="really fine-tune the K best subsets on the way, "
+                       "with the training flags, and select the best of them (default: trust the estimates)")  # fmt: skip
     group.add_argument("--weights", action="store_true", help="also find how much to draw from each task, for "
                        "--task_weights of stage 1's script")  # fmt: skip
     group.add_argument("--per_target", action="store_true", help="select for each target by itself: a subset for each, "

@@ -254,10 +254,12 @@ def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
     positions = np.arange(len(worlds))
     for index, estimator in enumerate(estimators):
         scores = table[table["estimator"] == estimator].set_index("world")["lds"].reindex(worlds).astype(float)
+        if scores.isna().all():  # a constant has no ranking
+            continue
         axes.scatter(scores, positions, marker=markers[index % len(markers)], color=colors[index % len(colors)],
                      s=46, alpha=0.85, label=estimator)  # fmt: skip
     ceilings = table.groupby("world")["ceiling"].first().reindex(worlds).astype(float)
-    axes.scatter(ceilings, positions, marker="|", s=420, color="black", label="one seed against another")
+    axes.scatter(ceilings, positions, marker="|", s=160, color="black", label="one seed against another")
     axes.set_yticks(positions, worlds, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(right=1.02)

@@ -250,6 +250,19 @@ def test_selection_for_each_target_and_backward(here: list[str]) -> None:
     ]
 
 
+def test_candidates_are_really_fine_tuned(here: list[str]) -> None:
+    """--refine lets the truth decide among the best estimates."""
+    select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--save_name", "refined"]
+    run_script(*select, "--target_task", "goal", "--refine", "2", "--epochs", "1", "--batch_size", "8", "--lr", "1e-2")
+    candidates = read_subsets(Path("sampled_tasks/refined_candidates.txt"), 4)
+    path = pd.read_csv("results/refined/selection.csv", dtype={"subset": str})
+    assert len(candidates) == 2
+    assert {" ".join(map(str, subset)) for subset in candidates} == set(path.nsmallest(2, "estimate")["subset"])
+    results = pd.read_csv("results/refined/results.csv", dtype={"subset": str}).set_index("subset")
+    (chosen,) = read_subsets(Path("sampled_tasks/refined_forward_selection.txt"), 4)
+    assert results["validation_loss/goal"].idxmin() == " ".join(map(str, chosen))
+
+
 def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
     select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--save_name", "mixed"]
     run_script(*select, "--weights", "--target_task", "goal")
