@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     everything = subset_text(range(num_tasks))
     fine_tuning = f"{track.train} {data} {track.tasks} {track.training} --save_name {name}"
     run("base", f"{fine_tuning} --task_idxes")
-    run("all_tasks", f"{fine_tuning} --task_idxes {everything}")
+    run("all_tasks", f"{fine_tuning} --task_idxes all")
     for method in SELECTIONS:
         run(f"fine_tuning_{method}", f"{fine_tuning} --subset_file {subset_file(f'{name}_{method}')}")
     run("random_halves", f"{fine_tuning} --subset_file {halves}")

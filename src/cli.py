@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run
 
+ALL_TASKS = "all"
 ROOT = Path(__file__).resolve().parents[1]
 LOG_INTERVAL_SECONDS = 15.0
 """How often a progress bar writes a line when nobody watches it move."""
@@ -44,6 +45,11 @@ def positive_float(text: str) -> float:
     if not (value := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return value
+
+
+def task_or_all(text: str) -> int | str:
+    """A task id, or "all"."""
+    return ALL_TASKS if text == ALL_TASKS else int(text)
 
 
 def share(text: str) -> float:
@@ -183,8 +189,8 @@ def add_truth(parser: argparse.ArgumentParser) -> None:
                         "sampled_tasks file and append a row of losses for each")  # fmt: skip
     chosen.add_argument("--task_weights", metavar="FILE", help="fine-tune the base model once on rows drawn from the "
                         "tasks in these shares (fast_estimate_forward_selection.py --weights writes them)")  # fmt: skip
-    chosen.add_argument("--task_idxes", type=int, nargs="*", metavar="ID", help="fine-tune once on these tasks; "
-                        "without numbers, only evaluate the base model")  # fmt: skip
+    chosen.add_argument("--task_idxes", type=task_or_all, nargs="*", metavar="ID", help="fine-tune once on these tasks, "
+                        "or on all; without numbers, only evaluate the base model")  # fmt: skip
 
 
 def add_meta_init(parser: argparse.ArgumentParser) -> None:

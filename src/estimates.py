@@ -47,7 +47,6 @@ from src.paths import (
     SCORES_FILE,
     SELECTION_FIGURE,
     SELECTION_FILE,
-    Run,
     check_manifest,
     read_manifest,
     results_dir,
@@ -77,7 +76,6 @@ from src.report import (
 )
 from src.selection import SelectionPath, forward_selection, random_ensemble_scores, ranking_convergence, select_by_score
 from src.stages import (
-    checkpoint_folders,
     cluster_tasks,
     generation_options,
     load_data,
@@ -266,19 +264,24 @@ class ModelAtPart:
 
     Args:
         args: Flags of the data, model and hardware groups.
-        run: The run of the store.
         part: One of its parts.
 
     Raises:
         ValueError: the data are not those of the store.
+        FileNotFoundError: the checkpoint is gone.
     """
 
-    def __init__(self, args: argparse.Namespace, run: Run, part: StoredPart) -> None:
+    def __init__(self, args: argparse.Namespace, part: StoredPart) -> None:
         self.part, self.hardware, self.data = part, hardware_from(args), load_data(args)
         expected = {"data_fingerprint": self.data.fingerprint}
         check_manifest(part.folder, part.manifest, expected, "Give the data flags that the gradients were taken with.")
-        folder = next(path for path in checkpoint_folders(args, run) if path.name == part.folder.name)
-        self.model = model_at(args, folder).to(self.hardware.device)
+        checkpoint = Path(part.manifest["checkpoint_dir"])
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(
+                f"{part.folder} was taken at {checkpoint}, which is gone; train it again with custom_train.py or "
+                "custom_train_alpaca.py"
+            )
+        self.model = model_at(args, checkpoint).to(self.hardware.device)
         self.datamodule = make_datamodule(args, self.data, self.model)
         manifest, shapes = part.manifest, self.model.layout.shapes
         self.projection = make_projection(manifest["projection"], manifest["dim"], manifest["seed"], shapes=shapes)
@@ -300,7 +303,7 @@ def displaced_values(
     w* is the last checkpoint of the store, or the one that `--load_model_dir` names. With `--scale` the
     displacement has that length, relative to the norm of the trained weights.
     """
-    at = ModelAtPart(args, estimator.run, estimator.stored[-1])
+    at = ModelAtPart(args, estimator.stored[-1])
     membership = membership_matrix(subsets, len(estimator.tasks))
     solutions = ridge_solutions(estimator.parts[-1], membership, rho=args.rho, weight_by=args.weight_by)
     plan = TrainingPlan(epochs=1, lr=1.0, **generation_options(args))
@@ -322,7 +325,7 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
     """
     run = run_from(args)
     part = open_store(store_dir(args, run), args.load_model_dir, stage_2)[-1]
-    at = ModelAtPart(args, run, part)
+    at = ModelAtPart(args, part)
     validation = part.samples["target"] >= 0
     indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]
     output_function = part.manifest["output_function"]

@@ -30,6 +30,8 @@ TOKENS = Path("cache") / "tokens"
 BENCHMARK_DATA = DATA / "benchmark"
 BENCHMARK_ESTIMATES = "benchmark_estimates"
 BENCHMARK_SELECTION = "benchmark_selection"
+TABLE_MARKDOWN = "table.md"
+TABLE_CSV = "table.csv"
 BENCHMARK_TABLE = "table.csv"
 BENCHMARK_FIGURE = "figure.png"
 

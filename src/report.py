@@ -97,7 +97,7 @@ class ResultsTable:
 def write_table(path: Path, frame: pd.DataFrame) -> None:
     """Write a CSV atomically."""
     with atomic_write(path) as temporary:
-        frame.to_csv(temporary, index=False)
+        frame.to_csv(temporary, index=False, na_rep="nan")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -126,6 +126,14 @@ def mean_over_targets(frame: pd.DataFrame, prefix: str, targets: Sequence[str]) 
     if unknown := [target for target in targets if target not in available]:
         raise ValueError(f"no {prefix} of a target {unknown[0]!r} in the table; it has: {', '.join(available)}")
     return frame[[f"{prefix}/{target}" for target in targets]].to_numpy(float).mean(axis=1)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; numbers with four significant digits."""
+    cells = [[str(name) for name in frame.columns], ["---"] * len(frame.columns)]
+    for row in frame.itertuples(index=False):
+        cells.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def fine_tuned_values(truth: pd.DataFrame, metric: str, targets: Sequence[str]) -> tuple[list[str], np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from src.cli import Hardware, hardware_from, instruction_files, progress, run_from, say_notices
+from src.cli import ALL_TASKS, Hardware, hardware_from, instruction_files, progress, run_from, say_notices
 from src.cot import load_cot, parse_preset, save_predictions
 from src.data import TaskData
 from src.datamodule import TaskDataModule
@@ -123,7 +123,8 @@ def train(args: argparse.Namespace) -> None:
         shares = read_task_weights(Path(args.task_weights), data.tasks)
         subsets = [tuple(np.flatnonzero(shares).tolist())]
     elif args.task_idxes is not None:
-        subsets = [valid_subset(args.task_idxes, len(data.tasks))]
+        everything = args.task_idxes == [ALL_TASKS]
+        subsets = [valid_subset(range(len(data.tasks)) if everything else args.task_idxes, len(data.tasks))]
     else:
         for run_index in range(args.runs):
             meta_train(args, data, plan, hardware, run_index)
@@ -152,7 +153,7 @@ def valid_subset(tasks: Sequence[int], num_tasks: int) -> tuple[int, ...]:
     Raises:
         ValueError: an id out of range, or twice.
     """
-    if wrong := [task for task in tasks if not 0 <= task < num_tasks]:
+    if wrong := [task for task in tasks if task == ALL_TASKS or not 0 <= task < num_tasks]:
         raise ValueError(f"--task_idxes {wrong[0]}: this data has tasks 0 to {num_tasks - 1}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--task_idxes {' '.join(map(str, tasks))}: a task is named twice")
@@ -355,7 +356,7 @@ def collect(args: argparse.Namespace) -> None:
         )
         step = read_manifest(folder, "custom_train.py").get("step", -1)
         names = {"tasks": list(data.tasks), "targets": list(data.targets)}
-        writer.finish({**names, "step": step, "seconds": time.perf_counter() - started})
+        writer.finish({**names, "step": step, "checkpoint_dir": str(folder), "seconds": time.perf_counter() - started})
         if args.save_projection_matrix:
             save_projection_signs(writer.folder / PROJECTION_SIGNS, projection, model.layout.shapes)
     print(

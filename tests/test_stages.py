@@ -140,6 +140,8 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
     Path("sampled_tasks/toy.txt").write_text("0 1\n2 3\n1 2\n")
     run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled)
 
+    run_script("fast_estimate_eval_approximation_alpaca.py", *estimation, "--scale", "0.05")
+    assert Path("results/toy/approximation_error.png").is_file()
     run_script("fast_estimate_forward_selection.py", *estimation)
     run_script("notebook/select_random_ensemble.py", "results/toy", "--top_k", "2")
     training = ["--epochs", "1", "--batch_size", "8", "--lr", "1e-2", "--save_name", "toy"]
@@ -157,6 +159,8 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
         "sampled_tasks/toy.txt",
         "sampled_tasks/toy_forward_selection.txt",
         "sampled_tasks/toy_random_ensemble.txt",
+        "results/toy/approximation_error.csv",
+        "results/toy/approximation_error.png",
         "results/toy/estimates.csv",
         "results/toy/manifest.json",
         "results/toy/selection.csv",
