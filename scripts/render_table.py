@@ -22,11 +22,13 @@ from src.estimates import own_targets
 from src.paths import (
     APPROXIMATION_FILE,
     COMPARISON_FILE,
+    ESTIMATES_FILE,
     RESULTS_FILE,
     SCORES_FILE,
     TABLE_CSV,
     TABLE_MARKDOWN,
     atomic_write,
+    read_manifest,
     results_dir,
     subset_file,
 )
@@ -93,7 +95,28 @@ def fine_tuned(sets: dict[str, Path]) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-TABLES = {table.__name__: table for table in (approximation_error, correlation, fine_tuned)}
+def cost(sets: dict[str, Path]) -> pd.DataFrame:
+    """Seconds of everything behind the estimates of so many subsets, beside fine-tuning each of them."""
+    records = []
+    for name, folder in sets.items():
+        seconds, truth = read_manifest(folder, "stage 3")["seconds"], read_table(folder / RESULTS_FILE)
+        num_subsets = len(read_table(folder / ESTIMATES_FILE))
+        one = truth.loc[truth["subset"] != "", "seconds"].astype(float).mean()
+        estimating = sum(seconds.values())
+        records.append(
+            {
+                "data set": name,
+                "subsets": num_subsets,
+                **{f"{stage.replace('_', '-')} (s)": value for stage, value in seconds.items()},
+                "one fine-tuning (s)": one,
+                "all subsets fine-tuned (s)": one * num_subsets,
+                "times faster": one * num_subsets / estimating,
+            }
+        )
+    return pd.DataFrame(records)
+
+
+TABLES = {table.__name__: table for table in (approximation_error, correlation, fine_tuned, cost)}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -168,6 +168,14 @@ class Estimator:
             **self.options,
         }
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the estimates cost before the first of them: meta-training (where its folder is still there) and the
+        gradients of all parts."""
+        trained = Path(self.stored[0].manifest["checkpoint_dir"]).parent / MANIFEST
+        meta = {"meta_training": read_manifest(trained.parent, "")["seconds"]} if trained.is_file() else {}
+        return {**meta, "gradients": sum(part.manifest["seconds"] for part in self.stored)}
+
     def chosen_targets(self, names: Sequence[str] | None) -> list[int]:
         """Ids of the targets that `--target_task` names.
 
@@ -205,8 +213,9 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     if args.evaluate == "displaced":
         frame = pd.concat([frame, displaced_values(args, estimator, subsets)], axis=1)
     folder = results_dir(estimator.run.results_name)
-    facts = {**estimator.facts, "targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate}
-    write_manifest(folder, facts)
+    seconds = {**estimator.seconds, "estimation": round(time.perf_counter() - started, 2)}
+    facts = {"targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate, "seconds": seconds}
+    write_manifest(folder, {**estimator.facts, **facts})
     write_table(folder / ESTIMATES_FILE, frame)
     print(
         f"Wrote {folder / ESTIMATES_FILE}: estimates of {len(subsets):,} subsets ({path}) for {len(columns)} targets in "

@@ -14,6 +14,8 @@ COLUMNS = {
     "approximation_error": ["distance", "addsub", "instruction"],
     "correlation": ["data set", "target", "predictor", "subsets", "lds", "lds_low", "lds_high", "relative_error",
                     "squared_relative_error", "ceiling"],
+    "cost": ["data set", "subsets", "meta-training (s)", "gradients (s)", "estimation (s)", "one fine-tuning (s)",
+             "all subsets fine-tuned (s)", "times faster"],
     "fine_tuned": ["data set", "trained on", "tasks", "test loss", "test accuracy", "seconds"],
 }  # fmt: skip
 
