@@ -504,10 +504,18 @@ def load_script(script: str) -> ModuleType:
     return sys.modules[name]
 
 
+_typed: list[str] = []
+
+
+def command_typed() -> str:
+    """The command that is running, as a user types it: for manifests."""
+    return shlex.join(["python", *(_typed or sys.argv)])
+
+
 def run_command(command: str, *more: str) -> Any:
     """`python <command> <more>` in this process, printed first: what benchmarks and the quickstart are made of."""
-    script, *arguments = [*shlex.split(command), *more]
-    print(f"\n\033[1m$ {shlex.join(['python', script, *arguments])}\033[0m", flush=True)
+    script, *arguments = _typed[:] = [*shlex.split(command), *more]
+    print(f"\n\033[1m$ {command_typed()}\033[0m", flush=True)
     module = load_script(script)
     return run_stage(module.main, module.parse_args(arguments))
 

@@ -19,7 +19,7 @@ import torch
 
 from src.accuracy import AVERAGE, MEAN, comparison
 from src.calibration import CALIBRATION_RHOS, calibrate
-from src.cli import hardware_from, progress, run_from
+from src.cli import command_typed, hardware_from, progress, run_from
 from src.estimation import Part, estimate, first_order_error, mixture_weights, ridge_solutions, zero_order_error
 from src.finetune import (
     TrainingPlan,
@@ -169,12 +169,23 @@ class Estimator:
         }
 
     @property
+    def meta_training(self) -> dict[str, Any]:
+        """The manifest of the meta-training that the gradients were taken on; empty where its folder is gone."""
+        folder = Path(self.stored[0].manifest["checkpoint_dir"]).parent
+        return read_manifest(folder, "") if (folder / MANIFEST).is_file() else {}
+
+    @property
     def seconds(self) -> dict[str, float]:
-        """What the estimates cost before the first of them: meta-training (where its folder is still there) and the
-        gradients of all parts."""
-        trained = Path(self.stored[0].manifest["checkpoint_dir"]).parent / MANIFEST
-        meta = {"meta_training": read_manifest(trained.parent, "")["seconds"]} if trained.is_file() else {}
-        return {**meta, "gradients": sum(part.manifest["seconds"] for part in self.stored)}
+        """What the estimates cost before the first of them."""
+        trained = self.meta_training
+        gradients = sum(part.manifest["seconds"] for part in self.stored)
+        return ({"meta_training": trained["seconds"]} if trained else {}) | {"gradients": gradients}
+
+    @property
+    def commands(self) -> list[str]:
+        """What was typed to get here."""
+        manifests = [*filter(None, [self.meta_training]), self.stored[0].manifest]
+        return [manifest["command"] for manifest in manifests]
 
     def chosen_targets(self, names: Sequence[str] | None) -> list[int]:
         """Ids of the targets that `--target_task` names.
@@ -215,7 +226,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     folder = results_dir(estimator.run.results_name)
     seconds = {**estimator.seconds, "estimation": round(time.perf_counter() - started, 2)}
     facts = {"targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate, "seconds": seconds}
-    write_manifest(folder, {**estimator.facts, **facts})
+    write_manifest(folder, {**estimator.facts, **facts, "commands": [*estimator.commands, command_typed()]})
     write_table(folder / ESTIMATES_FILE, frame)
     print(
         f"Wrote {folder / ESTIMATES_FILE}: estimates of {len(subsets):,} subsets ({path}) for {len(columns)} targets in "
@@ -467,15 +478,18 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
     write_table(folder / AFFINITY_FILE, frame)
 
 
+def results_folder(typed: str) -> Path:
+    """The folder that `results/<name>`, or `<name>`, names."""
+    return results_dir(str(Path(typed).relative_to(RESULTS) if Path(typed).is_relative_to(RESULTS) else typed))
+
+
 def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     """Stage 4: score each task by the mean estimate of the subsets that hold it, and keep the best-scoring tasks.
 
     Reads the estimates of stage 3 (`args.results`, a folder below `results/`); writes the subset, the scores and
     a figure.
     """
-    folder = results_dir(
-        str(Path(args.results).relative_to(RESULTS) if Path(args.results).is_relative_to(RESULTS) else args.results)
-    )
+    folder = results_folder(args.results)
     manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
     tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE)
     targets = args.target_task or own_targets(columns_of(frame, ESTIMATE), tasks)

@@ -42,6 +42,7 @@ ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
 MANIFEST = "manifest.json"
 RESULTS_FILE = "results.csv"
 ESTIMATES_FILE = "estimates.csv"
+REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
 ESTIMATES_FIGURE = "estimates.png"
 AFFINITY_FILE = "affinity.csv"
@@ -55,7 +56,7 @@ SCORES_FIGURE = "scores.png"
 APPROXIMATION_FILE = "approximation_error.csv"
 APPROXIMATION_FIGURE = "approximation_error.png"
 
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 
 
 def slug(key: str) -> str:

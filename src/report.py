@@ -265,7 +265,7 @@ def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
         if scores.isna().all():  # a constant has no ranking
             continue
         axes.scatter(scores, positions, marker=markers[index % len(markers)], color=colors[index % len(colors)],
-                     s=46, alpha=0.85, label=estimator)  # fmt: skip
+                     s=46, alpha=0.85, label=estimator, zorder=2 + len(estimators) - index)  # fmt: skip
     ceilings = table.groupby("world")["ceiling"].first().reindex(worlds).astype(float)
     axes.scatter(ceilings, positions, marker="|", s=160, color="black", label="one seed against another")
     axes.set_yticks(positions, worlds, fontsize=8)

@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from src.cli import ALL_TASKS, Hardware, hardware_from, instruction_files, progress, run_from, say_notices
+from src.cli import (
+    ALL_TASKS,
+    Hardware,
+    command_typed,
+    hardware_from,
+    instruction_files,
+    progress,
+    run_from,
+    say_notices,
+)
 from src.cot import load_cot, parse_preset, save_predictions
 from src.data import TaskData
 from src.datamodule import TaskDataModule
@@ -227,6 +236,7 @@ def meta_train(
             "best_validation_loss": checkpoints.best_loss,
             "tasks": list(data.tasks),
             "seconds": time.perf_counter() - started,
+            "command": command_typed(),
         },
     )
     kept = ", ".join(
@@ -356,7 +366,9 @@ def collect(args: argparse.Namespace) -> None:
         )
         step = read_manifest(folder, "custom_train.py").get("step", -1)
         names = {"tasks": list(data.tasks), "targets": list(data.targets)}
-        writer.finish({**names, "step": step, "checkpoint_dir": str(folder), "seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        facts = {"step": step, "checkpoint_dir": str(folder), "seconds": seconds, "command": command_typed()}
+        writer.finish({**names, **facts})
         if args.save_projection_matrix:
             save_projection_signs(writer.folder / PROJECTION_SIGNS, projection, model.layout.shapes)
     print(

@@ -149,6 +149,10 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
         run_script("custom_train_alpaca.py", *here, *training, "--subset_file", file)
     run_script("custom_train_alpaca.py", *here, *training, "--task_idxes")
     run_script("custom_train_alpaca.py", *here, *training, "--task_idxes", "1", "3")
+    run_script("scripts/report.py", "results/toy")
+    page = Path("results/toy/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "not made yet" in page  # nothing was compared
+    assert "Selected for goal" in page and "python custom_train_alpaca.py" not in page.split("To make it again")[0]
     results = pd.read_csv("results/toy/results.csv", dtype={"subset": str}, keep_default_na=False)
     columns = [f"{split}_loss/{target}" for split in ("validation", "test") for target in targets]
     assert list(results.columns) == ["subset", "run", "num_rows", *columns, "seconds"]
@@ -169,6 +173,7 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
         "results/toy/scores.png",
         "results/toy/results.csv",
         "results/toy/results.json",
+        "results/toy/report.html",
     }
 
 
