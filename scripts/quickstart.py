@@ -11,6 +11,7 @@ again. Stages that find their artifact there already do nothing, so a second run
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def main(args: argparse.Namespace) -> None:
         **{m: [subset_text(read_subsets(subset_file(f"{name}_{m}"), num_tasks)[0])] for m in SELECTIONS},
     }
     summarise(track, name, subsets, estimates, run.seconds)
+    cli.run_command(f"scripts/report.py {results_dir(name)}")
 
 
 def summarise(
@@ -191,6 +193,7 @@ def summarise(
     folder = results_dir(track.name)
     marked = {"forward selection": (estimate, value)}
     estimates_figure(estimated, fine_tuned, folder / ESTIMATES_FIGURE, selected=marked, target=track.target)
+    shutil.copyfile(folder / ESTIMATES_FIGURE, results_dir(name) / ESTIMATES_FIGURE)  # for the run's page
     summary = {"seconds": seconds, "spearman": spearman, "selected_tasks": list(parse_subset(selected))}
     write_summary(folder / SUMMARY_FILE, {**measured, **summary})
 

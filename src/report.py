@@ -245,7 +245,9 @@ def comparison_figure(
     right.axvline(0, color=GREY, linewidth=0.8)
     right.set_yticks(positions, rows["target"], fontsize=7)
     right.set_xlabel("linear datamodeling score (Spearman over subsets)")
-    right.legend(fontsize=8, loc="lower left")
+    lowest = float(np.nanmin([rows["lds_low"].min(), rows["ceiling"].min(), 0.0]))
+    right.set_xlim(lowest - 0.05, 1.05)
+    right.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
     save_figure(figure, path)
 
 
@@ -295,8 +297,7 @@ def regret_figure(table: pd.DataFrame, path: Path) -> None:
     axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_yticks(positions, methods, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlabel("regret: 0 = oracle (orange), 1 = all tasks; bars are means over worlds")
+    axes.set_xlabel("regret: 0 = oracle (orange), 1 = all tasks (dashed); bars are means over worlds")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
