@@ -172,6 +172,8 @@ def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float,
     group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0, 0.08, 0.33], metavar="SHARE", help="keep "
                        "checkpoints at these shares of the optimizer steps, 0 for the start: where gradients are taken "
                        "(default: 0 0.08 0.33)")  # fmt: skip
+    group.add_argument("--stop_after_checkpoints", action="store_true", help="end meta-training with the last of them: "
+                       "estimates need no more (default: train to the end, for the model trained on everything)")  # fmt: skip
 
 
 def add_start(parser: argparse.ArgumentParser) -> None:

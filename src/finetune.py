@@ -132,12 +132,15 @@ class Checkpoints(pl.Callback):
 
     Args:
         folder: Where checkpoints go.
-        shares: Shares of all optimizer steps, in (0, 1].
+        shares: Shares of all optimizer steps, in [0, 1].
         describe: What every manifest says.
+        stop_after: End the training with the last of the shares.
     """
 
-    def __init__(self, folder: Path, shares: Sequence[float], describe: dict[str, Any]) -> None:
-        self.folder, self.shares, self.describe = folder, sorted(set(shares)), describe
+    def __init__(
+        self, folder: Path, shares: Sequence[float], describe: dict[str, Any], stop_after: bool = False
+    ) -> None:
+        self.folder, self.shares, self.describe, self.stop_after = folder, sorted(set(shares)), describe, stop_after
         self.trajectory: list[str] = []
         self.best: str | None = None
         self.best_loss = float("inf")
@@ -156,6 +159,8 @@ class Checkpoints(pl.Callback):
             name = step_checkpoint_name(step)
             self._save(trainer, module, name, step=step)
             self.trajectory.append(name)
+        if self.stop_after and not self.steps:
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
         loss = float(np.nanmean(module.losses))

@@ -212,7 +212,8 @@ def meta_train(
 ) -> None:
     """Stage 1: train on every task and keep checkpoints on the way and at the best validation loss."""
     folder = run_from(args, run_index).meta_initialization_dir
-    facts = {**training_facts(args, data), "checkpoint_at": args.checkpoint_at, "run": run_index}
+    ways = {"checkpoint_at": args.checkpoint_at, "stop_after_checkpoints": args.stop_after_checkpoints}
+    facts = {**training_facts(args, data), **ways, "run": run_index}
     repair = "Choose another --save_name, or remove the folder to train it again."
     if (folder / MANIFEST).is_file():
         check_manifest(folder, read_manifest(folder, "custom_train.py"), facts, repair)
@@ -222,7 +223,8 @@ def meta_train(
     model = starting_model(args, run_index)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
-    checkpoints = Checkpoints(folder, args.checkpoint_at, {"data_fingerprint": data.fingerprint, "run": run_index})
+    described = {"data_fingerprint": data.fingerprint, "run": run_index}
+    checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
         callbacks.append(SavePredictions(lambda epoch, completions: write_predictions(args, data, epoch, completions)))
@@ -239,9 +241,8 @@ def meta_train(
             "command": command_typed(),
         },
     )
-    kept = ", ".join(
-        [*checkpoints.trajectory, f"{checkpoints.best} (best validation loss {checkpoints.best_loss:.3f})"]
-    )
+    best = f"{checkpoints.best} (best validation loss {checkpoints.best_loss:.3f})"
+    kept = ", ".join([*checkpoints.trajectory, *([best] if checkpoints.best else [])])
     print(f"Wrote {folder}: {kept}. Next: the projected gradients there (stage 2), with the same data and model flags.")
 
 

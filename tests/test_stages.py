@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from peft import PeftModel
+from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
@@ -98,6 +100,19 @@ def test_training_again_does_nothing_and_other_flags_are_refused(
     assert "nothing to train" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"epochs: found 2, expected 3.*--save_name"):
         run_script("custom_train_alpaca.py", *here, *training, "--epochs", "3")
+
+
+def test_meta_training_can_end_with_its_checkpoints(here: list[str]) -> None:
+    """The same weights at the last checkpoint as in a training that goes on, and nothing after it."""
+    training = ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2", "--checkpoint_at", "0", "0.25"]
+    for name, stop in (("whole", []), ("stopped", ["--stop_after_checkpoints"])):
+        run_script("custom_train_alpaca.py", *here, *training, "--save_name", name, *stop)
+    whole, stopped = (next(Path("external_lightning_logs").glob(f"*_{name}_run_0")) for name in ("whole", "stopped"))
+    weights = [load_file(folder / "step_step=4" / "adapter_model.safetensors") for folder in (whole, stopped)]
+    for name, values in weights[0].items():
+        np.testing.assert_array_equal(values, weights[1][name])
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    assert manifest["trajectory"] == ["step_step=0", "step_step=4"]
 
 
 def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest.CaptureFixture) -> None:
