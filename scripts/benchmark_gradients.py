@@ -191,7 +191,8 @@ class Bench:
         samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             projection = make_projection(kind, self.dim, 0)
-            store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "")
+            groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
+            store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "", groups=groups)
             collect_gradients(
                 self.model, self.datamodule, projection, store, output_function="loss", autocast=self.autocast
             )

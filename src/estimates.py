@@ -28,6 +28,7 @@ from src.finetune import (
 )
 from src.gradients import (
     StoredPart,
+    kernel_is_smaller,
     open_store,
     outputs_of,
 )
@@ -115,14 +116,13 @@ class Estimator:
         manifest = self.stored[0].manifest
         if args.estimator == "logistic" and manifest["output_function"] != "margin":
             raise ValueError("--estimator logistic is of margins; take the gradients with --output_function margin too")
-        # fewer rows than dimensions: their kernel is the smaller matrix
-        by_rows = args.estimator in ("logistic", "kernel") or manifest["num_rows"] <= manifest["dim"]
+        use_rows = args.estimator in ("logistic", "kernel") or kernel_is_smaller(manifest["num_rows"], manifest["dim"])
         self.parts: list[Part] = [
             part.estimation_part(
                 task_of_row,
                 len(self.tasks),
                 self.division or "tasks",
-                by_rows=by_rows,
+                by_rows=use_rows,
                 represented=args.estimator == "representation",
             )
             for part in self.stored

@@ -90,6 +90,61 @@ class Part:
     output_function: str = "loss"
 
 
+class MomentSums:
+    """Moments of groups of rows while the rows come in, in any order.
+
+    Outer products are taken of some rows of a group together: one by one each would move d^2 numbers.
+
+    Args:
+        num_groups: n.
+        dim: d.
+        outers: Also sum the outer products.
+    """
+
+    TOGETHER = 64
+
+    def __init__(self, num_groups: int, dim: int, outers: bool) -> None:
+        self.counts = np.zeros(num_groups, np.int64)
+        self.output_sums, self.squares = np.zeros(num_groups), np.zeros(num_groups)
+        self.sums = np.zeros((num_groups, dim))
+        self.outers = np.zeros((num_groups, dim, dim)) if outers else None
+        self._waiting: list[list[np.ndarray]] = [[] for _ in range(num_groups)]
+
+    def add(self, rows: np.ndarray, outputs: np.ndarray, groups: np.ndarray) -> None:
+        """Add rows (B, d) and outputs (B,) to their groups (B,); -1 for rows of no group."""
+        chosen = np.flatnonzero(groups >= 0)
+        rows, outputs, groups = np.asarray(rows, np.float64)[chosen], outputs[chosen], groups[chosen]
+        np.add.at(self.counts, groups, 1)
+        np.add.at(self.output_sums, groups, np.asarray(outputs, np.float64))
+        np.add.at(self.squares, groups, np.square(rows).sum(axis=1))
+        np.add.at(self.sums, groups, rows)
+        if self.outers is None:
+            return
+        for row, group in zip(rows, groups.tolist(), strict=True):
+            self._waiting[group].append(row)
+            if len(self._waiting[group]) == self.TOGETHER:
+                self._take(group)
+
+    def _take(self, group: int) -> None:
+        if self._waiting[group]:
+            rows = np.stack(self._waiting[group])
+            self.outers[group] += rows.T @ rows
+            self._waiting[group] = []
+
+    def moments(self) -> TaskMoments:
+        """The moments of everything added.
+
+        Raises:
+            ValueError: a row was not finite.
+        """
+        for group in range(len(self._waiting)):
+            self._take(group)
+        outers = None if self.outers is None else self.outers.astype(np.float32)
+        moments = TaskMoments(self.counts, self.output_sums, self.sums, self.squares, outers)
+        _check_finite(moments, "task")
+        return moments
+
+
 def task_moments(
     rows: np.ndarray,
     outputs: np.ndarray,

@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.cli import progress
 from src.datamodule import Batch, TaskDataModule
-from src.estimation import Part, Rows, TaskMoments, task_moments
+from src.estimation import MomentSums, Part, Rows, TaskMoments, task_moments
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
 from src.paths import MANIFEST, atomic_write, check_manifest, read_manifest, write_json, write_manifest
 from src.projection import Projection
@@ -182,6 +182,8 @@ class StoreWriter:
         dim: d.
         repair: What to do about a mismatch, for the message.
         representation_size: H, where representations are kept too.
+        groups: Name -> group of each row (R,) and their number: whose moments are summed on the way, for
+            `StoredPart.estimation_part`.
 
     Raises:
         ValueError: the folder, finished or not, was made from something else.
@@ -195,6 +197,7 @@ class StoreWriter:
         dim: int,
         repair: str,
         representation_size: int | None = None,
+        groups: Mapping[str, tuple[np.ndarray, int]] | None = None,
     ) -> None:
         self.folder, self.request = folder, json.loads(json.dumps(request))
         self.samples = {name: np.asarray(values) for name, values in samples.items()}
@@ -223,6 +226,17 @@ class StoreWriter:
                 np.savez(temporary, **self.samples)
             # written last: arrays without a request are not resumed
             write_json(self.partial / REQUEST, self.request)
+        self._sums = {
+            name: (group_of_row, MomentSums(number, dim, outers=not kernel_is_smaller(*shape)))
+            for name, (group_of_row, number) in (groups or {}).items()
+        }
+        done = np.flatnonzero(self.done)
+        for start in range(0, len(done), 8192):
+            self._add_to_sums(done[start : start + 8192])
+
+    def _add_to_sums(self, positions: np.ndarray) -> None:
+        for group_of_row, sums in self._sums.values():
+            sums.add(self.rows[positions], self.outputs[positions], group_of_row[positions])
 
     def _array(self, name: str, mode: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
         if mode == "r+":
@@ -258,6 +272,7 @@ class StoreWriter:
             self.representations[positions] = representations
         # after the rows: a row counts as done only when it is there
         self.done[positions] = True
+        self._add_to_sums(positions)
 
     def flush(self) -> None:
         """Force what was written to disk, the done-mask after the rows it speaks for."""
@@ -270,11 +285,30 @@ class StoreWriter:
         if len(missing := self.missing()):
             raise ValueError(f"{len(missing)} of {len(self.done)} rows are missing in {self.partial}")
         self.flush()
+        for name, (group_of_row, sums) in self._sums.items():
+            save_moments(moments_file(self.partial, name, sums.outers is not None), group_of_row, sums.moments())
         (self.partial / DONE).unlink()
         (self.partial / REQUEST).unlink()
         write_manifest(self.partial, {**self.request, **facts})
         os.replace(self.partial, self.folder)
         self.complete = True
+
+
+def kernel_is_smaller(num_rows: int, dim: int) -> bool:
+    """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
+    return num_rows <= dim
+
+
+def moments_file(folder: Path, name: str, outers: bool) -> Path:
+    """Cached moments of a part: of a division into groups, with or without outer products."""
+    return folder / f"moments_{name}{'' if outers else '_sums'}.npz"
+
+
+def save_moments(path: Path, group_of_row: np.ndarray, moments: TaskMoments) -> None:
+    """Keep moments beside the rows they sum."""
+    kept = {field: values for field, values in vars(moments).items() if values is not None}
+    with atomic_write(path) as temporary:
+        np.savez(temporary, group_of_row=group_of_row, **kept)
 
 
 @dataclass(frozen=True)
@@ -342,25 +376,23 @@ class StoredPart:
         target_of_row = self.samples["target"]
         values = self.representations if represented else self.rows
         outers = not (by_rows or represented)
-        suffix = "_representations" if represented else "" if outers else "_sums"
-        train = self._cached_moments(f"{name}{suffix}", values, task_of_row, num_tasks, outers)
-        target = self._cached_moments(f"targets{suffix}", values, target_of_row, len(self.targets), outers)
+        of = "_represented" if represented else ""
+        train = self._cached_moments(f"{name}{of}", values, task_of_row, num_tasks, outers)
+        target = self._cached_moments(f"targets{of}", values, target_of_row, len(self.targets), outers)
         rows = Rows(values, self.outputs, task_of_row, target_of_row) if by_rows else None
         return Part(train, target, rows, self.manifest["output_function"])
 
     def _cached_moments(
         self, name: str, rows: np.ndarray, group_of_row: np.ndarray, num_groups: int, outers: bool
     ) -> TaskMoments:
-        path = self.folder / f"moments_{name}.npz"
+        path = moments_file(self.folder, name, outers)
         if path.is_file():
             with np.load(path) as arrays:
                 stored = dict(arrays)
             if np.array_equal(stored.pop("group_of_row"), group_of_row):
                 return TaskMoments(**({"outers": None} | stored))
         moments = task_moments(rows, self.outputs, group_of_row, num_groups, outers=outers)
-        kept = {field: values for field, values in vars(moments).items() if values is not None}
-        with atomic_write(path) as temporary:
-            np.savez(temporary, group_of_row=group_of_row, **kept)
+        save_moments(path, group_of_row, moments)
         return moments
 
 

@@ -352,7 +352,8 @@ def collect(args: argparse.Namespace) -> None:
         }
         repair = f"Remove {store / folder.name} to take the gradients again, or choose another --run or --save_name."
         hidden_size = model.network.get_output_embeddings().weight.shape[1] if args.representations else None
-        writer = StoreWriter(store / folder.name, request, samples, projection.dim, repair, hidden_size)
+        groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
+        writer = StoreWriter(store / folder.name, request, samples, projection.dim, repair, hidden_size, groups)
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
             continue

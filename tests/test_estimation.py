@@ -13,6 +13,7 @@ from sklearn.linear_model import Ridge
 from src import estimation as module
 from src.estimation import (
     ESTIMATORS,
+    MomentSums,
     Part,
     Rows,
     estimate,
@@ -280,6 +281,23 @@ def test_moments_are_sums_over_rows(rows: Rows, block_rows: int, tmp_path: Path)
         np.testing.assert_allclose(moments.outers[task], gradients.T @ gradients, rtol=1e-6)
         assert moments.squares[task] == pytest.approx(np.square(gradients).sum())
     assert task_moments(mapped, rows.outputs, rows.task_of_row, NUM_TASKS, outers=False).outers is None
+
+
+@pytest.mark.parametrize("with_outers", [True, False])
+def test_moments_of_rows_that_come_in_any_order(rows: Rows, with_outers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of a shuffled order, whether outer products are taken of few or many rows together."""
+    expected = task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS, outers=with_outers)
+    order = np.random.default_rng(0).permutation(len(rows.outputs))
+    for together in (1, 5, 1000):
+        monkeypatch.setattr(MomentSums, "TOGETHER", together)
+        sums = MomentSums(NUM_TASKS, DIM, with_outers)
+        for batch in np.array_split(order, 13):
+            sums.add(rows.rows[batch], rows.outputs[batch], rows.task_of_row[batch])
+        for name, values in vars(sums.moments()).items():
+            if values is None:
+                assert getattr(expected, name) is None
+            else:
+                np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
 def test_moments_add_up_over_a_finer_division(rows: Rows) -> None:

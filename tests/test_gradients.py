@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from src.estimation import task_moments
 from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store, save_projection_signs
 from src.models import OUTPUT_FUNCTIONS, LanguageModel, load_base_model
 from src.projection import make_projection
@@ -321,7 +322,8 @@ def test_interrupted_collection_goes_on_where_it_was(model_folders: dict[str, st
     projection = make_projection("sketch", 16, 0)
 
     def collect_into(name: str, stop_after: int | None) -> StoreWriter:
-        store = StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "")
+        groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
+        store = StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "", groups=groups)
         written = 0
         original = store.write
 
@@ -344,3 +346,11 @@ def test_interrupted_collection_goes_on_where_it_was(model_folders: dict[str, st
     whole, cut = np.load(tmp_path / "whole" / "projected.npy"), np.load(tmp_path / "cut" / "projected.npy")
     np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-6)
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["dim"] == 16
+    # moments were summed on the way, over the cut too: they are those of the rows
+    outputs = np.load(tmp_path / "cut" / "outputs.npy")
+    for name, number in (("task", len(data.tasks)), ("target", len(data.targets))):
+        expected = task_moments(cut, outputs, samples[name], number)
+        with np.load(tmp_path / "cut" / f"moments_{name}s.npz") as found:
+            np.testing.assert_array_equal(found["group_of_row"], samples[name])
+            for field, values in vars(expected).items():
+                np.testing.assert_allclose(found[field], values, rtol=1e-5, atol=1e-7)

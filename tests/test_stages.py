@@ -315,7 +315,7 @@ def test_margins_representations_signs_and_checkpointing(here: list[str]) -> Non
     run_script(*stage_2, *kept)
     (store,) = Path("gradients").glob("*_dim_16_margin_run_0")
     parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz", "representations.npy"}
-    parts |= {"projection_signs.npz"}
+    parts |= {"projection_signs.npz", "moments_tasks.npz", "moments_targets.npz"}
     assert files_below(store) == {f"{step}/{file}" for step in ("step_step=8", "step_step=16") for file in parts}
     representations = np.load(store / "step_step=8" / "representations.npy")
     np.testing.assert_allclose(np.linalg.norm(representations, axis=1), 1, rtol=1e-5)
