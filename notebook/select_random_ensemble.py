@@ -6,6 +6,7 @@ Writes  sampled_tasks/<name>_random_ensemble.txt, results/<name>/scores.csv and 
     python notebook/select_random_ensemble.py results/<name> --top_k 20
 """
 
+# %% arguments
 from __future__ import annotations
 
 import argparse
@@ -23,6 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+# %% scores and selection
 def main(args: argparse.Namespace) -> None:
     """Score and select."""
     from src import estimates

@@ -236,14 +236,15 @@ class Selecting:
         return table
 
 
-def search_seconds(num_tasks: int, try_at_most: int | None, num_parts: int = 3) -> dict[str, Any]:
-    """How long forward selection takes on `num_tasks` random tasks at d = 400, three checkpoints, one target."""
+def search_seconds(num_tasks: int, steps: int, try_at_most: int | None, num_parts: int = 3) -> dict[str, Any]:
+    """How long so many steps of forward selection take on random tasks at d = 400, three checkpoints, one target."""
     target = worlds.random_moments(1, 1)
     parts = [Part(worlds.random_moments(num_tasks, 2 + part), target) for part in range(num_parts)]
     started = time.perf_counter()
     path = forward_selection(
-        lambda membership: estimate(parts, membership)[:, 0], num_tasks, try_at_most=try_at_most, progress=cli.progress
-    )
+        lambda membership: estimate(parts, membership)[:, 0], num_tasks, max_tasks=steps, patience=num_tasks,
+        try_at_most=try_at_most, progress=cli.progress,
+    )  # fmt: skip
     seconds = round(time.perf_counter() - started, 1)
     return {"tasks": num_tasks, "try_at_most": try_at_most, "steps": len(path.steps), "seconds": seconds}
 
@@ -257,6 +258,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--search_tasks", type=cli.positive_int, help="instead of worlds, time forward selection over so "
                         "many random tasks")  # fmt: skip
+    parser.add_argument("--search_steps", type=cli.positive_int, default=50, help="steps of it, whether they improve or "
+                        "not (default: 50)")  # fmt: skip
     parser.add_argument("--try_at_most", type=cli.positive_int, help="as in fast_estimate_forward_selection.py, for "
                         "--search_tasks")  # fmt: skip
     return parser.parse_args(argv)
@@ -266,7 +269,7 @@ def main(args: argparse.Namespace) -> None:
     """Every world, the table, the figure, the lines."""
     cli.quiet_libraries()
     if args.search_tasks:
-        print(json.dumps(search_seconds(args.search_tasks, args.try_at_most)))
+        print(json.dumps(search_seconds(args.search_tasks, args.search_steps, args.try_at_most)))
         return
     frames = []
     for name in args.world:
