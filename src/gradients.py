@@ -33,6 +33,7 @@ from src.datamodule import Batch, TaskDataModule
 from src.estimation import MomentSums, Part, Rows, TaskMoments, task_moments
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
 from src.paths import MANIFEST, atomic_write, check_manifest, read_manifest, write_json, write_manifest
+from src.processes import Processes
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -199,7 +200,7 @@ class StoreWriter:
         representation_size: int | None = None,
         groups: Mapping[str, tuple[np.ndarray, int]] | None = None,
     ) -> None:
-        self.folder, self.request = folder, json.loads(json.dumps(request))
+        self.folder, self.request, self.repair = folder, json.loads(json.dumps(request)), repair
         self.samples = {name: np.asarray(values) for name, values in samples.items()}
         self.complete = folder.is_dir()
         if self.complete:
@@ -279,6 +280,35 @@ class StoreWriter:
         for array in (self.rows, self.outputs, self.representations, self.done):
             if array is not None:
                 array.flush()
+
+    def shard(self, rank: int, sample_index: np.ndarray) -> StoreWriter:
+        """A writer of its own for the process `rank`, for these samples (ascending); `absorb` takes its rows over."""
+        kept = np.isin(self.samples["sample_index"], sample_index)
+        samples = {name: values[kept] for name, values in self.samples.items()}
+        hidden_size = None if self.representations is None else self.representations.shape[1]
+        folder = self.folder.with_name(f"{self.folder.name}.rank_{rank}")
+        return StoreWriter(folder, self.request, samples, self.rows.shape[1], self.repair, hidden_size)
+
+    def absorb(self) -> None:
+        """Take over the rows that shards have finished, of this run or of one that was cut off, and remove the shards."""
+        for partial in sorted(self.folder.parent.glob(f".{self.folder.name}.rank_*.part")):
+            if (partial / REQUEST).is_file():
+                begun = json.loads((partial / REQUEST).read_text(encoding="utf-8"))
+                check_manifest(partial, begun, self.request, self.repair)
+                self._absorb(partial)
+            shutil.rmtree(partial)
+        self.flush()
+
+    def _absorb(self, partial: Path, block_rows: int = 8192) -> None:
+        with np.load(partial / SAMPLES) as arrays:
+            indices = arrays["sample_index"]
+        names = [PROJECTED, OUTPUTS, *([REPRESENTATIONS] if self.representations is not None else [])]
+        values = [np.load(partial / name, mmap_mode="r") for name in names]
+        done = np.flatnonzero(np.load(partial / DONE, mmap_mode="r"))
+        done = done[np.isin(indices[done], self.missing())]
+        for start in range(0, len(done), block_rows):
+            block = done[start : start + block_rows]
+            self.write(indices[block], *(array[block] for array in values))
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Make the part whole: manifest last, then its final name."""
@@ -447,8 +477,27 @@ def collect_gradients(
     output_function: str,
     autocast: str | None = None,
     desc: str = "gradients",
+    processes: Processes | None = None,
 ) -> None:
-    """Take the gradients that the store still misses, by length within the token budget."""
+    """Take the gradients that the store still misses, by length within the token budget.
+
+    With several processes each takes whole batches of its own into a shard beside the store, and the first takes the
+    shards over: every sample is computed once, and what a process that dies has finished is kept.
+    """
+    if processes is not None and processes.world > 1:
+        if processes.is_first:
+            store.absorb()
+        processes.wait()
+        batches = datamodule.budgeted(store.missing())[processes.rank :: processes.world]
+        if batches:
+            shard = store.shard(processes.rank, np.concatenate(batches))
+            options = {"output_function": output_function, "autocast": autocast}
+            collect_gradients(model, datamodule, projection, shard, desc=f"{desc}, own share", **options)
+            shard.flush()
+        processes.wait()
+        if processes.is_first:
+            store.absorb()
+        return
     missing, represent = store.missing(), store.representations is not None
     sign = -1.0 if output_function == "margin" else 1.0  # the store holds losses: lower is better
     with (

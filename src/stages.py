@@ -59,6 +59,7 @@ from src.paths import (
     results_dir,
     write_manifest,
 )
+from src.processes import launch
 from src.projection import make_projection
 from src.report import (
     ResultsTable,
@@ -321,6 +322,7 @@ def collect(args: argparse.Namespace) -> None:
     """Stage 2: projected gradients of every training and validation row, at each checkpoint."""
     data = load_data(args)
     hardware = hardware_from(args)
+    processes = launch(hardware)
     run = run_from(args)
     store = store_dir(args, run)
     rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
@@ -328,7 +330,7 @@ def collect(args: argparse.Namespace) -> None:
     datamodule = None
     for folder in checkpoint_folders(args, run):
         started = time.perf_counter()
-        model = model_at(args, folder).to(hardware.device)
+        model = model_at(args, folder).to(processes.device)
         check_adapter(args, model, folder)
         datamodule = datamodule or make_datamodule(args, data, model)
         dim = None if args.projection == "none" else args.project_dim
@@ -353,7 +355,13 @@ def collect(args: argparse.Namespace) -> None:
         repair = f"Remove {store / folder.name} to take the gradients again, or choose another --run or --save_name."
         hidden_size = model.network.get_output_embeddings().weight.shape[1] if args.representations else None
         groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
-        writer = StoreWriter(store / folder.name, request, samples, projection.dim, repair, hidden_size, groups)
+        described = (store / folder.name, request, samples, projection.dim, repair, hidden_size)
+        if processes.is_first:
+            writer = StoreWriter(*described, groups)
+        processes.wait()
+        if not processes.is_first:
+            writer = StoreWriter(*described)
+        processes.wait()
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
             continue
@@ -365,7 +373,11 @@ def collect(args: argparse.Namespace) -> None:
             output_function=args.output_function,
             autocast=hardware.autocast,
             desc=f"gradients at {folder.name}",
+            processes=processes,
         )
+        if not processes.is_first:
+            processes.wait()
+            continue
         step = read_manifest(folder, "custom_train.py").get("step", -1)
         names = {"tasks": list(data.tasks), "targets": list(data.targets)}
         seconds = time.perf_counter() - started
@@ -373,6 +385,7 @@ def collect(args: argparse.Namespace) -> None:
         writer.finish({**names, **facts})
         if args.save_projection_matrix:
             save_projection_signs(writer.folder / PROJECTION_SIGNS, projection, model.layout.shapes)
+        processes.wait()
     print(
         f"Wrote {store}: {len(rows):,} projected gradients (d = {projection.dim}, p = {model.layout.num_parameters:,}) "
         "at each checkpoint. Next: estimates (stage 3), with the same data and model flags."

@@ -14,6 +14,7 @@ from tests.commands import ROOT, STAGES
 ORDER = [
     "paths",
     "cli",
+    "processes",
     "data",
     "frames",
     "instruction",

@@ -1,0 +1,49 @@
+"""Several processes, on one machine or on many: which one this is, and waiting for the others.
+
+Processes are started by Lightning, or by torchrun or SLURM as Lightning understands them; they share a file system and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from src.cli import Hardware
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world` of them; `wait` returns when all have called it."""
+
+    rank: int
+    world: int
+    device: str
+    wait: Callable[[], None]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+
+def launch(hardware: Hardware) -> Processes:
+    """Start the processes that the hardware flags ask for, this one among them; only the first prints from then on.
+
+    Under the "ddp" launcher the others run the same command again from its beginning.
+    """
+    count = len(hardware.devices) if isinstance(hardware.devices, list) else hardware.devices
+    if count * hardware.num_nodes == 1:
+        return Processes(0, 1, hardware.device, lambda: None)
+    from lightning_fabric import Fabric
+
+    # every process has the whole model and its own samples: nothing is synchronised, whatever training does
+    fabric = Fabric(
+        accelerator=hardware.accelerator, devices=hardware.devices, strategy="ddp", num_nodes=hardware.num_nodes
+    )
+    fabric.launch()
+    if fabric.global_rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 for the rest of the process
+    return Processes(fabric.global_rank, fabric.world_size, str(fabric.device), fabric.barrier)

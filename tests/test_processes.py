@@ -1,0 +1,118 @@
+"""Gradients by several processes: the rows are those of one, and what a process that died has finished is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.gradients import StoreWriter, collect_gradients
+from src.processes import Processes
+from src.projection import make_projection
+from tests.commands import ROOT
+from tests.test_models import adapted, make_datamodule
+from tests.test_stages import track
+
+__all__ = ["track"]  # the fixture: a workspace in which stages 1 and 2 have run
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_rows_are_those_of_one_process(num_processes: int, track: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """The stage under DDP on the CPU (gloo), as a user starts it."""
+    folder, flags = track
+    workspace = tmp_path / "workspace"
+    shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients"))
+    devices = ["--accelerator", "cpu", "--devices", *map(str, range(num_processes))]
+    command = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *devices]
+    command += ["--project_dim", "32", "--max_tokens_per_batch", "200"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / command[0]), *command[1:]], cwd=workspace, env=environment, capture_output=True,
+        text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("Wrote gradients/") == 1  # one process speaks
+    (one,), (several,) = ((root / "gradients").iterdir() for root in (folder, workspace))
+    for part in ("step_step=8", "step_step=16"):
+        for name in ("projected.npy", "outputs.npy"):
+            expected, found = np.load(one / part / name), np.load(several / part / name)
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        with (
+            np.load(one / part / "moments_tasks.npz") as expected,
+            np.load(several / part / "moments_tasks.npz") as found,
+        ):
+            np.testing.assert_allclose(found["sums"], expected["sums"], rtol=1e-4, atol=1e-4)
+    assert not list(several.glob(".*"))
+
+
+def test_a_dead_process_leaves_what_it_has_finished(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Of two processes one dies in the middle; afterwards one process alone, or three, compute only what is missing."""
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=60)
+    data = datamodule.data
+    rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
+    samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+    projection = make_projection("sketch", 16, 0)
+
+    def writer(name: str) -> StoreWriter:
+        return StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "", representation_size=32)
+
+    def take(store: StoreWriter, rank: int, world: int) -> None:
+        """What one process does between two of its waits."""
+        batches = datamodule.budgeted(store.missing())[rank::world]
+        if batches:
+            shard = store.shard(rank, np.concatenate(batches))
+            collect_gradients(model, datamodule, projection, shard, output_function="loss")
+            shard.flush()
+
+    whole = writer("whole")
+    collect_gradients(model, datamodule, projection, whole, output_function="loss")
+    whole.finish({})
+    cut = writer("cut")
+    take(cut, 0, 2)
+    dead = cut.shard(1, np.concatenate(datamodule.budgeted(cut.missing())[1::2]))
+    collected = dead.missing()[:3]
+    for batch in datamodule.evaluation_batches(collected):  # three samples are done, then it dies
+        index = batch["sample_index"].numpy()
+        position = np.searchsorted(rows, index)
+        parts = (
+            np.load(tmp_path / "whole" / f"{name}.npy")[position]
+            for name in ("projected", "outputs", "representations")
+        )
+        dead.write(index, *parts)
+    dead.flush()
+
+    again = writer("cut")  # the same command, started again
+    again.absorb()
+    assert not set(collected) & set(again.missing()) and 0 < len(again.missing()) < len(rows) / 2
+    shares = [np.concatenate(datamodule.budgeted(again.missing())[rank::3]) for rank in range(3)]
+    assert sorted(np.concatenate(shares)) == sorted(again.missing())  # each sample once
+    for rank in range(3):
+        take(again, rank, 3)
+    again.absorb()
+    again.finish({})
+    for name in ("projected", "outputs", "representations"):
+        expected, found = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("whole", "cut"))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert not list(tmp_path.glob(".cut*"))
+
+
+def test_waiting_is_in_step(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """The first process takes shards over before and after; every process waits the same number of times."""
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path)
+    rows = datamodule.data.indices("train")
+    samples = {"sample_index": rows, "task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
+    waits = []
+    for rank in (1, 0):
+        store = StoreWriter(tmp_path / "store", {"dim": 8}, samples, 8, "")
+        processes = Processes(rank, 2, "cpu", lambda rank=rank: waits.append(rank))
+        collect_gradients(
+            model, datamodule, make_projection("sketch", 8, 0), store, output_function="loss", processes=processes
+        )
+    assert waits == [1, 1, 0, 0]
