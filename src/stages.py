@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pytorch_lightning.utilities import rank_zero_only
 
 from src.cli import (
     ALL_TASKS,
@@ -230,6 +231,8 @@ def meta_train(
     if data.judge is not None:
         callbacks.append(SavePredictions(lambda epoch, completions: write_predictions(args, data, epoch, completions)))
     fit(model, datamodule, plan, hardware, seed=run_index, callbacks=callbacks, validate=True)
+    if rank_zero_only.rank:  # of several processes the first writes, and speaks for all
+        return
     write_manifest(
         folder,
         {
@@ -296,9 +299,11 @@ def fine_tune_subsets(
             values = fine_tune_on_subset(
                 model, start, datamodule, subset, plan, hardware, seed=run, task_shares=task_shares
             )
-            table.append(subset, run, {**values, "seconds": round(time.perf_counter() - started, 3)})
+            if not rank_zero_only.rank:
+                table.append(subset, run, {**values, "seconds": round(time.perf_counter() - started, 3)})
             bar.update(1)
-    print(f"Wrote {path}: {len(table.frame)} fine-tuned values, losses of {len(data.targets)} targets each.")
+    if not rank_zero_only.rank:
+        print(f"Wrote {path}: {len(table.frame)} fine-tuned values, losses of {len(data.targets)} targets each.")
 
 
 def store_dir(args: argparse.Namespace, run: Run) -> Path:
