@@ -412,6 +412,11 @@ class Hardware:
         return f"cuda:{self.devices[0]}" if isinstance(self.devices, list) else "cpu"
 
     @property
+    def num_processes(self) -> int:
+        """On all nodes together."""
+        return (len(self.devices) if isinstance(self.devices, list) else self.devices) * self.num_nodes
+
+    @property
     def autocast(self) -> str | None:
         """dtype name of mixed precision outside a Trainer, or None."""
         return {"16-mixed": "float16", "bf16-mixed": "bfloat16"}.get(self.precision)
@@ -445,11 +450,7 @@ def hardware_from(args: argparse.Namespace) -> Hardware:
                 "No CUDA GPU here: everything runs on the CPU" + (", in 32-bit" if args.precision == "16" else "") + "."
             )
         precision = {"32": "32-true", "16": "32-true", "bf16": "bf16-mixed"}[args.precision]
-        strategy = args.strategy
-        if strategy == "fsdp":  # Lightning's fsdp refuses the CPU, and one process has nothing to shard
-            say_once("--strategy fsdp shards over GPUs; on the CPU the model stays whole.")
-            strategy = "auto"
-        return Hardware("cpu", processes, strategy, precision, args.num_nodes)
+        return Hardware("cpu", processes, args.strategy, precision, args.num_nodes)
     devices = args.devices or [0]
     if wrong := [device for device in devices if not 0 <= device < available]:
         raise ValueError(f"--devices {wrong[0]}: this machine has GPUs 0 to {available - 1}")

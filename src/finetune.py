@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from src.cli import Hardware, progress
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
-from src.models import LanguageModel, per_sample_loss, save_model
+from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
 from src.paths import epoch_checkpoint_name, step_checkpoint_name, write_manifest
 
 
@@ -49,6 +50,11 @@ class FineTuning(pl.LightningModule):
         self.model, self.data, self.plan = model, data, plan
         self.losses = np.full(len(data), np.nan)
         self.completions: dict[int, str] = {}
+
+    def configure_model(self) -> None:
+        """Under `--strategy fsdp`, spread the weights over the processes."""
+        if self.device_mesh is not None:
+            self.model.shard(self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits, labels, _ = self.model.target_logits(batch)
@@ -173,8 +179,10 @@ class Checkpoints(pl.Callback):
             shutil.rmtree(self.folder / replaced, ignore_errors=True)
 
     def _save(self, trainer: pl.Trainer, module: FineTuning, name: str, **facts: Any) -> None:
+        state = state_to_save(module.model) if module.device_mesh is not None else None
         if trainer.is_global_zero:
-            save_checkpoint(module.model, self.folder / name, {**self.describe, **facts})
+            save_checkpoint(module.model, self.folder / name, {**self.describe, **facts}, state)
+        trainer.strategy.barrier()
 
 
 class SavePredictions(pl.Callback):
@@ -188,11 +196,21 @@ class SavePredictions(pl.Callback):
             self.write(trainer.current_epoch, module.completions)
 
 
-def save_checkpoint(model: LanguageModel, folder: Path, facts: dict[str, Any]) -> None:
-    """Write a checkpoint folder anew, its manifest last."""
+def save_checkpoint(
+    model: LanguageModel, folder: Path, facts: dict[str, Any], state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint folder anew, its manifest last; `state` as in `save_model`."""
     shutil.rmtree(folder, ignore_errors=True)
-    save_model(model, folder)
+    save_model(model, folder, state)
     write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts})
+
+
+def strategy_of(hardware: Hardware) -> str | Strategy:
+    """Lightning's strategy: "fsdp" is its FSDP2, which also runs on the CPU."""
+    if hardware.strategy != "fsdp":
+        return hardware.strategy
+    backend = {"process_group_backend": "gloo"} if hardware.accelerator == "cpu" else {}
+    return ModelParallelStrategy(data_parallel_size=hardware.num_processes, tensor_parallel_size=1, **backend)
 
 
 def build_trainer(
@@ -212,7 +230,7 @@ def build_trainer(
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
-        strategy=hardware.strategy,
+        strategy=strategy_of(hardware),
         precision=hardware.precision,
         num_nodes=hardware.num_nodes,
         max_epochs=plan.epochs if plan else 1,

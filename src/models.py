@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from src.datamodule import IGNORED, Batch
@@ -149,10 +153,28 @@ class LanguageModel(nn.Module):
         self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return self
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are spread over processes."""
+        return any(isinstance(parameter, DTensor) for parameter in self.network.parameters())
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread the weights over the processes of a mesh (FSDP2): a group for each transformer block, one for the rest.
+
+        The base model is the root, not the adapter's wrapper, so that generation, which calls it directly, gathers too.
+        """
+        if self.is_sharded:
+            return
+        base = self.network.get_base_model() if self.has_adapter else self.network
+        for module in base.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # transformers' mark of a block
+                fully_shard(module, mesh=mesh)
+        fully_shard(base, mesh=mesh)
+
     def trainable_state(self) -> dict[str, Tensor]:
-        """A copy of every trainable parameter on the CPU."""
+        """A whole copy of every trainable parameter on the CPU; of sharded weights, every process must ask."""
         return {
-            name: parameter.detach().to("cpu", copy=True)
+            name: whole(parameter.detach()).to("cpu", copy=True)
             for name, parameter in self.network.named_parameters()
             if parameter.requires_grad
         }
@@ -162,7 +184,10 @@ class LanguageModel(nn.Module):
         parameters = dict(self.network.named_parameters())
         with torch.no_grad():
             for name, value in state.items():
-                parameters[name].copy_(value)
+                parameter = parameters[name]
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
 
     def target_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the target tokens only.
@@ -221,6 +246,8 @@ class LanguageModel(nn.Module):
             do_sample=False,
             num_beams=1,
             use_cache=True,
+            # every step gathers sharded weights, so that processes must make the same number of steps
+            synced_gpus=self.is_sharded,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         if self.kind == "decoder":
@@ -359,9 +386,28 @@ def load_model(
     return add_adapter(model, lora, seed) if lora else model
 
 
-def save_model(model: LanguageModel, folder: Path) -> None:
-    """Save a checkpoint: the adapter as `PeftModel.from_pretrained` opens it, or the whole model, as safetensors."""
-    model.network.save_pretrained(folder)
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over processes, gathered; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def state_to_save(model: LanguageModel) -> dict[str, Tensor]:
+    """What `save_model` writes, whole; of sharded weights, every process must ask."""
+    state = model.network.state_dict()
+    if model.has_adapter:
+        state = {name: value for name, value in state.items() if "lora_" in name}
+    return {name: whole(value) for name, value in state.items()}
+
+
+def save_model(model: LanguageModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Save a checkpoint: the adapter as `PeftModel.from_pretrained` opens it, or the whole model, as safetensors.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        state: Of `state_to_save`, where weights are sharded.
+    """
+    model.network.save_pretrained(folder, **({"state_dict": dict(state)} if state else {}))
     if not model.has_adapter:
         model.tokenizer.save_pretrained(folder)
 

@@ -34,8 +34,7 @@ def launch(hardware: Hardware) -> Processes:
 
     Under the "ddp" launcher the others run the same command again from its beginning.
     """
-    count = len(hardware.devices) if isinstance(hardware.devices, list) else hardware.devices
-    if count * hardware.num_nodes == 1:
+    if hardware.num_processes == 1:
         return Processes(0, 1, hardware.device, lambda: None)
     from lightning_fabric import Fabric
 

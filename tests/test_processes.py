@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from src.gradients import StoreWriter, collect_gradients
 from src.processes import Processes
@@ -21,6 +25,17 @@ from tests.test_stages import track
 __all__ = ["track"]  # the fixture: a workspace in which stages 1 and 2 have run
 
 
+def run_in(workspace: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`python <script> <arguments>` in a folder, as a user starts it."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        command, cwd=workspace, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished
+
+
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_rows_are_those_of_one_process(num_processes: int, track: tuple[Path, list[str]], tmp_path: Path) -> None:
     """The stage under DDP on the CPU (gloo), as a user starts it."""
@@ -30,12 +45,7 @@ def test_rows_are_those_of_one_process(num_processes: int, track: tuple[Path, li
     devices = ["--accelerator", "cpu", "--devices", *map(str, range(num_processes))]
     command = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *devices]
     command += ["--project_dim", "32", "--max_tokens_per_batch", "200"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *command[1:]], cwd=workspace, env=environment, capture_output=True,
-        text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    finished = run_in(workspace, *command)
     assert finished.stdout.count("Wrote gradients/") == 1  # one process speaks
     (one,), (several,) = ((root / "gradients").iterdir() for root in (folder, workspace))
     for part in ("step_step=8", "step_step=16"):
@@ -48,6 +58,47 @@ def test_rows_are_those_of_one_process(num_processes: int, track: tuple[Path, li
         ):
             np.testing.assert_allclose(found["sums"], expected["sums"], rtol=1e-4, atol=1e-4)
     assert not list(several.glob(".*"))
+
+
+def test_sharded_training_is_whole_training(track: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """--strategy fsdp (FSDP2, gloo) and --strategy ddp leave the same adapter, which peft opens, and the same truth."""
+    folder, flags = track
+    workspace = tmp_path / "workspace"
+    shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients", "external_lightning_logs"))
+    (workspace / "two.txt").write_text("0\n1 2\n")
+    training = [
+        *flags,
+        "--epochs",
+        "1",
+        "--batch_size",
+        "4",
+        "--lr",
+        "1e-2",
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "0",
+        "1",
+    ]
+    for strategy in ("ddp", "fsdp"):
+        options = ["--strategy", strategy, "--save_name", strategy]
+        for more in ([], ["--subset_file", "two.txt"]):
+            finished = run_in(workspace, "custom_train_alpaca.py", *training, *options, *more)
+            assert finished.stdout.count("\nWrote") + finished.stdout.startswith("Wrote") == 1, finished.stdout
+    whole, sharded = (next(workspace.glob(f"external_lightning_logs/*_{name}_run_0")) for name in ("ddp", "fsdp"))
+    names = {path.name for path in whole.iterdir()}
+    assert names == {path.name for path in sharded.iterdir()} and "step_step=0" in names
+    for checkpoint in sorted(names - {"manifest.json"}):
+        expected, found = (load_file(root / checkpoint / "adapter_model.safetensors") for root in (whole, sharded))
+        assert expected.keys() == found.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6)
+    model_key = flags[flags.index("--model_key") + 1]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_key), sharded / checkpoint)
+    truths = [
+        pd.read_csv(workspace / "results" / name / "results.csv").drop(columns="seconds") for name in ("ddp", "fsdp")
+    ]
+    pd.testing.assert_frame_equal(*truths, rtol=1e-4)
 
 
 def test_a_dead_process_leaves_what_it_has_finished(model_folders: dict[str, str], tmp_path: Path) -> None:
