@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from pytorch_lightning.utilities import rank_zero_only
 
 from src.cli import (
@@ -47,7 +48,9 @@ from src.instruction import load_instruction
 from src.models import LanguageModel, LoraShape, load_checkpoint, load_model, model_kind
 from src.paths import (
     MANIFEST,
+    MIXTURE_FILE,
     RESULTS_FILE,
+    SELECTED_ROWS,
     TOKENS,
     Run,
     atomic_write,
@@ -58,6 +61,7 @@ from src.paths import (
     read_manifest,
     resolve_checkpoint,
     results_dir,
+    write_json,
     write_manifest,
 )
 from src.processes import launch
@@ -127,20 +131,25 @@ def train(args: argparse.Namespace) -> None:
     plan = TrainingPlan(args.epochs, args.lr, args.weight_decay, args.accumulate, **generation_options(args))
     if getattr(args, "load_clusters", False):
         data = clusters_as_tasks(args, data)
-    shares = None
-    if args.subset_file is not None:
-        subsets = read_subsets(Path(args.subset_file), len(data.tasks))
-    elif args.task_weights is not None:
-        shares = read_task_weights(Path(args.task_weights), data.tasks)
-        subsets = [tuple(np.flatnonzero(shares).tolist())]
-    elif args.task_idxes is not None:
-        everything = args.task_idxes == [ALL_TASKS]
-        subsets = [valid_subset(range(len(data.tasks)) if everything else args.task_idxes, len(data.tasks))]
-    else:
-        for run_index in range(args.runs):
-            meta_train(args, data, plan, hardware, run_index)
+    chosen = chosen_subsets(args, data)
+    if chosen is not None:
+        fine_tune_subsets(args, data, plan, hardware, *chosen)
         return
-    fine_tune_subsets(args, data, plan, hardware, subsets, shares)
+    for run_index in range(args.runs):
+        meta_train(args, data, plan, hardware, run_index)
+
+
+def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple[int, ...]], np.ndarray | None] | None:
+    """The subsets that the flags of `add_truth` name, and the tasks' shares (n,) where they name those; None for neither."""
+    if args.subset_file is not None:
+        return read_subsets(Path(args.subset_file), len(data.tasks)), None
+    if args.task_weights is not None:
+        shares = read_task_weights(Path(args.task_weights), data.tasks)
+        return [tuple(np.flatnonzero(shares).tolist())], shares
+    if args.task_idxes is not None:
+        everything = args.task_idxes == [ALL_TASKS]
+        return [valid_subset(range(len(data.tasks)) if everything else args.task_idxes, len(data.tasks))], None
+    return None
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, int]:
@@ -304,6 +313,42 @@ def fine_tune_subsets(
             bar.update(1)
     if not rank_zero_only.rank:
         print(f"Wrote {path}: {len(table.frame)} fine-tuned values, losses of {len(data.targets)} targets each.")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the training rows of a subset, and how often each source is to be drawn, for other trainers.
+
+    Raises:
+        ValueError: no subset is named, or several.
+    """
+    data = load_data(args)
+    if args.load_clusters:
+        data = clusters_as_tasks(args, data)
+    subsets, shares = chosen_subsets(args, data) or ([], None)
+    if len(subsets) != 1 or not subsets[0]:
+        raise ValueError(
+            f"found {len(subsets)} subsets to export, expected one: name it with --subset_file, --task_weights or --task_idxes"
+        )
+    indices = data.indices("train", subsets[0])
+    examples = [data.examples[index] for index in indices.tolist()]
+    fields = ("prompt", "completion", "task", "sample_index")
+    rows = pd.DataFrame([{field: getattr(example, field) for field in fields} for example in examples])
+    counts = rows["task"].value_counts()
+    of_task = counts / counts.sum() if shares is None else pd.Series(shares, index=data.tasks)
+    folder = results_dir(run_from(args, args.run).results_name)
+    path = folder / f"{SELECTED_ROWS}.{args.format}"
+    with atomic_write(path) as temporary:
+        if args.format == "parquet":
+            rows.to_parquet(temporary, index=False)
+        else:
+            rows.to_json(temporary, orient="records", lines=True, force_ascii=False)
+    sources = [
+        {"source": name, "rows": int(counts[name]), "weight": float(of_task[name])}
+        for name in data.tasks
+        if name in counts.index
+    ]
+    write_json(folder / MIXTURE_FILE, {"file": path.name, "sources": sources})
+    print(f"Wrote {path} and {folder / MIXTURE_FILE}: {len(rows):,} rows of {len(sources)} sources.")
 
 
 def store_dir(args: argparse.Namespace, run: Run) -> Path:

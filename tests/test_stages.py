@@ -307,6 +307,28 @@ def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
             run_script("custom_train_alpaca.py", *here, *training, "--task_weights", "bad.csv")
 
 
+@pytest.mark.parametrize("format_", ["jsonl", "parquet"])
+def test_selected_rows_are_exported(here: list[str], format_: str) -> None:
+    """Every training row of the subset and nothing else, with the weights of the sources."""
+    export = ["scripts/export_selection.py", *here, "--save_name", "exported", "--format", format_]
+    run_script(*export, "--task_idxes", "1", "3")
+    path = f"results/exported/selected.{format_}"
+    rows = pd.read_json(path, lines=True) if format_ == "jsonl" else pd.read_parquet(path)
+    data = load_data(load_script("custom_train_alpaca.py").parse_args(here))
+    expected = [data.examples[index] for index in data.indices("train", [1, 3])]
+    assert rows["completion"].tolist() == [example.completion for example in expected]
+    assert rows["prompt"].tolist() == [example.prompt for example in expected]
+    assert set(rows["task"]) == {"down/2", "up b"}
+    mixture = json.loads(Path("results/exported/mixture.json").read_text())
+    assert mixture["sources"] == [{"source": name, "rows": 16, "weight": 0.5} for name in ("down/2", "up b")]
+    Path("shares.csv").write_text("name,share\nup a,3\nup b,1\n")
+    run_script(*export, "--task_weights", "shares.csv")
+    mixture = json.loads(Path("results/exported/mixture.json").read_text())
+    assert {source["source"]: source["weight"] for source in mixture["sources"]} == {"up a": 0.75, "up b": 0.25}
+    with pytest.raises(ValueError, match="found 0 subsets to export"):
+        run_script(*export)
+
+
 def test_margins_representations_signs_and_checkpointing(here: list[str]) -> None:
     """The flags of stage 2: what each leaves, and the estimators that live on it."""
     margins = ["--output_function", "margin", "--project_dim", "16"]
