@@ -107,39 +107,44 @@ class MomentSums:
         self.counts = np.zeros(num_groups, np.int64)
         self.output_sums, self.squares = np.zeros(num_groups), np.zeros(num_groups)
         self.sums = np.zeros((num_groups, dim))
-        self.outers = np.zeros((num_groups, dim, dim)) if outers else None
+        self.has_outers = outers
+        # one array for each group, so that memory goes back group by group when they become float32
+        self._outers = [np.zeros((dim, dim)) for _ in range(num_groups)] if outers else []
         self._waiting: list[list[np.ndarray]] = [[] for _ in range(num_groups)]
 
     def add(self, rows: np.ndarray, outputs: np.ndarray, groups: np.ndarray) -> None:
         """Add rows (B, d) and outputs (B,) to their groups (B,); -1 for rows of no group."""
         chosen = np.flatnonzero(groups >= 0)
-        rows, outputs, groups = np.asarray(rows, np.float64)[chosen], outputs[chosen], groups[chosen]
+        rows, outputs, groups = np.asarray(rows)[chosen], np.asarray(outputs, np.float64)[chosen], groups[chosen]
         np.add.at(self.counts, groups, 1)
-        np.add.at(self.output_sums, groups, np.asarray(outputs, np.float64))
-        np.add.at(self.squares, groups, np.square(rows).sum(axis=1))
-        np.add.at(self.sums, groups, rows)
-        if self.outers is None:
+        np.add.at(self.output_sums, groups, outputs)
+        np.add.at(self.squares, groups, np.square(rows, dtype=np.float64).sum(axis=1))
+        np.add.at(self.sums, groups, rows.astype(np.float64))
+        if not self.has_outers:
             return
         for row, group in zip(rows, groups.tolist(), strict=True):
-            self._waiting[group].append(row)
+            self._waiting[group].append(row.copy())  # a view would keep its whole batch
             if len(self._waiting[group]) == self.TOGETHER:
                 self._take(group)
 
     def _take(self, group: int) -> None:
         if self._waiting[group]:
-            rows = np.stack(self._waiting[group])
-            self.outers[group] += rows.T @ rows
+            rows = np.stack(self._waiting[group]).astype(np.float64)
+            self._outers[group] += rows.T @ rows
             self._waiting[group] = []
 
     def moments(self) -> TaskMoments:
-        """The moments of everything added.
+        """The moments of everything added; nothing can be added after it.
 
         Raises:
             ValueError: a row was not finite.
         """
-        for group in range(len(self._waiting)):
-            self._take(group)
-        outers = None if self.outers is None else self.outers.astype(np.float32)
+        outers = None
+        if self.has_outers:
+            outers = np.empty((len(self.sums), *[self.sums.shape[1]] * 2), np.float32)
+            for group in range(len(outers)):
+                self._take(group)
+                outers[group], self._outers[group] = self._outers[group], None
         moments = TaskMoments(self.counts, self.output_sums, self.sums, self.squares, outers)
         _check_finite(moments, "task")
         return moments

@@ -316,7 +316,7 @@ class StoreWriter:
             raise ValueError(f"{len(missing)} of {len(self.done)} rows are missing in {self.partial}")
         self.flush()
         for name, (group_of_row, sums) in self._sums.items():
-            save_moments(moments_file(self.partial, name, sums.outers is not None), group_of_row, sums.moments())
+            save_moments(moments_file(self.partial, name, sums.has_outers), group_of_row, sums.moments())
         (self.partial / DONE).unlink()
         (self.partial / REQUEST).unlink()
         write_manifest(self.partial, {**self.request, **facts})

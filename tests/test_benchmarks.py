@@ -86,3 +86,12 @@ def test_worlds_are_named_by_what_they_are(tmp_path: Path, monkeypatch: pytest.M
     args = script.parse_args(["--model_key", "m", "--rows_per_task", "4"])
     with pytest.raises(ValueError, match="0 tasks have 4 rows"):
         worlds.parse_world("rows.jsonl", args)
+
+
+def test_a_store_of_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The script at a small size: all rows are written, summed and estimated from, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--rows", "5000", "--dim", "16", "--tasks", "20", "--targets", "3", "--subsets", "7"]
+    run_script("scripts/benchmark_scale.py", *flags)
+    (figures,) = lines_of_json(capsys.readouterr().out)
+    assert figures["finite"] and figures["rows"] == 5000 and not list(tmp_path.iterdir())

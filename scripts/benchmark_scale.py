@@ -1,0 +1,111 @@
+"""A store of millions of rows: writing it with its moments, estimating from it, and the memory that takes.
+
+The rows are random, and written as the gradient stage writes them, in batches of a shuffled order; everything after the
+gradients themselves is real. Memory is anonymous memory: pages of the mapped rows belong to the file and can be dropped.
+
+    python scripts/benchmark_scale.py --rows 5000000 --dim 256 --tasks 2000 --subsets 1000
+
+Writes  a temporary store (rows x d x 4 bytes); one line of JSON on stdout
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from src import cli
+from src.estimation import estimate
+from src.gradients import StoredPart, StoreWriter
+from src.paths import read_manifest
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's (Linux)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+class PeakMemory:
+    """The highest anonymous memory while it is entered, above what there was."""
+
+    def __enter__(self) -> PeakMemory:
+        self.start, self.peak, self._over = anonymous_bytes(), 0, threading.Event()
+
+        def watch() -> None:
+            while not self._over.wait(0.05):
+                self.peak = max(self.peak, anonymous_bytes() - self.start)
+
+        self._watcher = threading.Thread(target=watch)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watcher.join()
+
+
+def write_store(folder: Path, args: argparse.Namespace) -> None:
+    """Random rows through the store's writer, every tenth a target's."""
+    rng = np.random.default_rng(0)
+    tasks = rng.integers(args.tasks, size=args.rows, dtype=np.int32)
+    is_target = np.arange(args.rows) % 10 == 0
+    samples = {
+        "sample_index": np.arange(args.rows),
+        "task": np.where(is_target, -1, tasks),
+        "target": np.where(is_target, tasks % args.targets, -1),
+    }
+    groups = {"tasks": (samples["task"], args.tasks), "targets": (samples["target"], args.targets)}
+    writer = StoreWriter(folder, {"dim": args.dim, "output_function": "loss"}, samples, args.dim, "", groups=groups)
+    means = rng.standard_normal((args.tasks, args.dim), np.float32)
+    order = rng.permutation(args.rows)
+    for start in cli.progress(range(0, args.rows, 4096), desc="rows", unit="batch"):
+        index = np.sort(order[start : start + 4096])
+        rows = rng.standard_normal((len(index), args.dim), np.float32) + means[tasks[index]]
+        writer.write(index, rows, rng.random(len(index), np.float32))
+    names = {"tasks": list(map(str, range(args.tasks))), "targets": list(map(str, range(args.targets)))}
+    writer.finish({**names, "step": 0})
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The script's flags."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--rows", type=cli.positive_int, default=5_000_000, help="(default: 5,000,000)")
+    parser.add_argument("--dim", type=cli.positive_int, default=256, help="d (default: 256)")
+    parser.add_argument("--tasks", type=cli.positive_int, default=2000, help="(default: 2,000)")
+    parser.add_argument("--targets", type=cli.positive_int, default=10, help="(default: 10)")
+    parser.add_argument("--subsets", type=cli.positive_int, default=1000, help="(default: 1,000)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write, estimate, report."""
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name) / "part"
+        started = time.perf_counter()
+        with PeakMemory() as writing:
+            write_store(folder, args)
+        written = time.perf_counter()
+        with PeakMemory() as estimating:
+            part = StoredPart(folder, read_manifest(folder, "")).estimation_part()
+            membership = np.random.default_rng(1).random((args.subsets, args.tasks)) < 0.5
+            estimates = estimate([part], membership)
+        figures = {
+            **{flag: getattr(args, flag) for flag in ("rows", "dim", "tasks", "targets", "subsets")},
+            "writing_seconds": round(written - started, 1),
+            "writing_gb": round(writing.peak / 1e9, 2),
+            "estimating_seconds": round(time.perf_counter() - written, 1),
+            "estimating_gb": round(estimating.peak / 1e9, 2),
+            "finite": bool(np.isfinite(estimates).all()),
+        }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    cli.run_stage(main, parse_args())
