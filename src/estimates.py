@@ -423,8 +423,7 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
         print(f"Mixture weights: estimate {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
     for subset, label in zip(selected, labels, strict=True):
         print(
-            f"Selected {len(subset)} of {len(estimator.tasks)} tasks for {label}: "
-            f"{', '.join(estimator.tasks[task] for task in subset)}"
+            f"Selected {len(subset)} of {len(estimator.tasks)} tasks for {label}: {names_of(subset, estimator.tasks)}"
         )
     print(
         f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it with stage 1's script and "
@@ -467,6 +466,12 @@ def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estim
     )
 
 
+def names_of(subset: Sequence[int], tasks: Sequence[str], shown: int = 15) -> str:
+    """Names of a subset's tasks, the first few of many."""
+    more = f" and {len(subset) - shown} more" if len(subset) > shown else ""
+    return ", ".join(tasks[task] for task in subset[:shown]) + more
+
+
 def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -> None:
     """How much each task alone is estimated to lower each target's loss: a table and a heat map."""
     alone = np.vstack([np.zeros(len(estimator.tasks), bool), np.eye(len(estimator.tasks), dtype=bool)])
@@ -506,7 +511,7 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}")
     print(
         f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: "
-        f"{', '.join(tasks[task] for task in selected)}\n"
+        f"{names_of(selected, tasks)}\n"
         f"Wrote {chosen}, {folder / SCORES_FILE}, {folder / SCORES_FIGURE}. Next: fine-tune the base model on it with "
         f"stage 1's script and --subset_file {chosen}"
     )
