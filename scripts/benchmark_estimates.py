@@ -29,8 +29,7 @@ import numpy as np
 import pandas as pd
 
 from src import cli
-from src.accuracy import AVERAGE, INCLUSION, MEAN, comparison
-from src.calibration import CALIBRATION_RHOS, calibrate
+from src.accuracy import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
 from src.estimates import own_targets
 from src.estimation import ESTIMATORS, Part, estimate
 from src.paths import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
@@ -71,13 +70,9 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
         seconds = time.perf_counter() - started
         found, values = fine_tuned_values(truth, VALIDATION_LOSS, targets)
         values = values[[found.index(text) for text in texts]]
-        default = estimator.options["rho"]
-        by_rho = {rho: estimator(membership[:first], columns, rho) for rho in {*CALIBRATION_RHOS, default}}
-        rho, calibration = calibrate(by_rho, values[:first].mean(axis=2), default)
-        calibrated, low, high = calibration(estimator(membership[first:], columns, rho))
-        inclusion = None
-        if set(targets) <= set(estimator.tasks):
-            inclusion = membership[first:][:, [estimator.tasks.index(target) for target in targets]] > 0
+        known = truth[truth["subset"].isin(texts[:first])]
+        _, (calibrated, low, high) = estimator.calibrated(known, membership[first:], columns)
+        inclusion = own_inclusion(membership[first:], targets, estimator.tasks)
         judged = comparison({name: estimates[first:], "calibrated": calibrated}, values[first:], targets, inclusion)
         kind = AVERAGE if len(targets) > 1 else targets[0]
         judged = judged.set_index(["target", "predictor"])

@@ -68,6 +68,14 @@ def given_inclusion(values: np.ndarray, is_in: np.ndarray) -> np.ndarray:
     return rest
 
 
+def own_inclusion(membership: np.ndarray, targets: Sequence[str], tasks: Sequence[str]) -> np.ndarray | None:
+    """Whether each target's own task is in each subset, (m, k) bool, from membership (m, n); None where a target is no
+    task."""
+    if not set(targets) <= set(tasks):
+        return None
+    return membership[:, [list(tasks).index(name) for name in targets]] > 0
+
+
 def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
     """Every figure for estimates (m,) of one target.
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.accuracy import AVERAGE, MEAN, comparison
+from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate
 from src.cli import command_typed, hardware_from, progress, run_from
 from src.estimation import Part, estimate, first_order_error, mixture_weights, ridge_solutions, zero_order_error
@@ -67,6 +67,7 @@ from src.report import (
     columns_of,
     comparison_figure,
     fine_tuned_values,
+    lower_is_better,
     mean_over_targets,
     parse_subset,
     read_table,
@@ -263,11 +264,12 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     for name, text in known.items():
         if (truth["subset"] == text).any():
             rows = truth.loc[truth["subset"] == text, [f"{args.metric}/{target}" for target in targets]]
-            predictions[name] = np.broadcast_to(rows.to_numpy(float).mean(axis=0), predictions[ESTIMATE].shape)
+            constant = lower_is_better(rows, args.metric).mean(axis=0)
+            predictions[name] = np.broadcast_to(constant, predictions[ESTIMATE].shape)
     inclusion = None
-    if set(targets) <= set(tasks):
-        membership = membership_matrix([parse_subset(text) for text in subsets], len(tasks)) > 0
-        inclusion = membership[:, [tasks.index(name) for name in targets]]
+    if tasks:
+        membership = membership_matrix([parse_subset(text) for text in subsets], len(tasks))
+        inclusion = own_inclusion(membership, targets, tasks)
     table = comparison(predictions, values, targets, inclusion)
     table.insert(2, "subsets", len(subsets))
     write_table(path.with_name(COMPARISON_FILE), table)
@@ -401,8 +403,10 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     paths = [search(args, estimator, group) for group in groups]
     labels = [", ".join(estimator.targets[column] for column in group) for group in groups]
     chosen = subset_file(f"{name}_{method}")
-    refine = refined if args.refine else lambda _args, _estimator, _columns, path: path.selected
-    selected = [refine(args, estimator, group, path) for group, path in zip(groups, paths, strict=True)]
+    selected = [
+        refined(args, estimator, group, path) if args.refine else path.selected
+        for group, path in zip(groups, paths, strict=True)
+    ]
     steps = [path_table(*of_path, estimator) for of_path in zip(paths, selected, labels, strict=True)]
     write_table(folder / SELECTION_FILE, pd.concat(steps))
     comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
@@ -452,7 +456,7 @@ def refined(
 def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estimator: Estimator) -> pd.DataFrame:
     """A search as a table, a row per step."""
     kept = set(selected)
-    forward = len(path.steps) < 2 or len(path.steps[1].subset) > len(path.steps[0].subset)
+    forward = not path.steps or len(path.steps[0].subset) > len(path.start)
     return pd.DataFrame(
         {
             "target": label,

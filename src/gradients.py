@@ -153,7 +153,8 @@ class GradientCollector:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         num_rows = len(batch["labels"])
         self._rows = torch.zeros(num_rows, self.projection.dim, device=device)
-        self._valid = self.model.valid_positions(batch)
+        if self.represent:
+            self._valid = self.model.valid_positions(batch)
         mixed = (
             torch.autocast(device.type, getattr(torch, self.autocast)) if self.autocast else contextlib.nullcontext()
         )

@@ -157,8 +157,13 @@ def fine_tuned_values(truth: pd.DataFrame, metric: str, targets: Sequence[str]) 
     subsets = [text for text in tables[0].index if text and all(text in table.index for table in tables)]
     if not subsets:
         raise ValueError("the table holds no fine-tuned subset (custom_train*.py --subset_file writes them)")
-    values = np.stack([table.loc[subsets].to_numpy(float) for table in tables], axis=2)
-    return subsets, 1 - values if metric.endswith("accuracy") else values
+    return subsets, np.stack([lower_is_better(table.loc[subsets], metric) for table in tables], axis=2)
+
+
+def lower_is_better(values: pd.DataFrame, metric: str) -> np.ndarray:
+    """Values of a metric, (rows, k); of an accuracy, 1 - accuracy."""
+    numbers = values.to_numpy(float)
+    return 1 - numbers if metric.endswith("accuracy") else numbers
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
