@@ -153,7 +153,8 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
                        "is the second GPU, `--devices 0 1 2 3` four GPUs (default: GPU 0; ignored without a GPU)")  # fmt: skip
     group.add_argument("--accelerator", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes a GPU where "
                        "there is one; `cpu` with several --devices runs as many processes (default: auto)")  # fmt: skip
-    group.add_argument("--strategy", default="auto", help="auto, ddp or fsdp (default: auto)")
+    group.add_argument("--strategy", choices=("auto", "ddp", "fsdp"), default="auto", help="several processes: ddp, the "
+                       "whole model in each, or fsdp, its weights spread over them; auto is ddp (default: auto)")  # fmt: skip
     group.add_argument("--precision", choices=("32", "16", "bf16"), default="32", help="32, or 16 / bf16 mixed "
                        "precision (default: 32)")  # fmt: skip
     group.add_argument("--num_nodes", type=positive_int, default=1, help="machines (default: 1)")
@@ -435,27 +436,51 @@ def say_once(message: str) -> None:
 def hardware_from(args: argparse.Namespace) -> Hardware:
     """Resolve the hardware flags against what the machine has.
 
+    Under torchrun or srun the number of processes is theirs.
+
     Raises:
-        ValueError: a GPU was asked for that is not there.
+        ValueError: a GPU was asked for that is not there, or as many devices as the launcher did not start.
     """
     import torch
 
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if args.accelerator == "cuda" and not available:
         raise ValueError("--accelerator cuda: this machine has no CUDA GPU; leave the flag out to run on the CPU")
+    devices, num_nodes = args.devices, args.num_nodes
+    if outside := _started_from_outside():
+        per_node, num_nodes = outside
+        devices = list(range(per_node)) if devices is None else devices
+        if len(devices) != per_node:
+            raise ValueError(
+                f"--devices {' '.join(map(str, devices))}: the launcher started {per_node} processes on this node, one "
+                "for each device; start as many as there are devices, or leave the flag out"
+            )
     if args.accelerator == "cpu" or not available:
-        processes = len(args.devices) if args.accelerator == "cpu" and args.devices else 1
+        processes = len(devices) if devices and (args.accelerator == "cpu" or outside) else 1
         if args.accelerator != "cpu":
             say_once(
                 "No CUDA GPU here: everything runs on the CPU" + (", in 32-bit" if args.precision == "16" else "") + "."
             )
         precision = {"32": "32-true", "16": "32-true", "bf16": "bf16-mixed"}[args.precision]
-        return Hardware("cpu", processes, args.strategy, precision, args.num_nodes)
-    devices = args.devices or [0]
+        return Hardware("cpu", processes, args.strategy, precision, num_nodes)
+    devices = devices or [0]
     if wrong := [device for device in devices if not 0 <= device < available]:
         raise ValueError(f"--devices {wrong[0]}: this machine has GPUs 0 to {available - 1}")
     precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[args.precision]
-    return Hardware("cuda", devices, args.strategy, precision, args.num_nodes)
+    return Hardware("cuda", devices, args.strategy, precision, num_nodes)
+
+
+def _started_from_outside() -> tuple[int, int] | None:
+    """Processes on this node and number of nodes, where torchrun or srun started this process; else None."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        return per_node, int(os.environ["WORLD_SIZE"]) // per_node
+    if SLURMEnvironment.detect() and (tasks := int(os.environ["SLURM_NTASKS"])) > 1:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return tasks // nodes, nodes
+    return None
 
 
 # --- what the user sees --------------------------------------------------------------------------------------

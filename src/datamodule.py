@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -252,16 +253,20 @@ class TaskDataModule(pl.LightningDataModule):
 
     # --- orders ------------------------------------------------------------------------------------------
 
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each sample, prompt and completion together, (N,)."""
+        return self.tokens.prompts.lengths + self.tokens.completions.lengths
+
     def by_length(self, indices: np.ndarray) -> np.ndarray:
         """The sample indices, longest row first (an oversized batch fails at once); ties by index."""
-        lengths = self.tokens.prompts.lengths[indices] + self.tokens.completions.lengths[indices]
-        return indices[np.lexsort((indices, -lengths))]
+        return indices[np.lexsort((indices, -self.row_lengths[indices]))]
 
     def budgeted(self, indices: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
         """Cut the rows, by length, into batches of at most `max_tokens` padded tokens (at least one row each)."""
         max_tokens = max_tokens or self.max_tokens_per_batch
         ordered = self.by_length(np.asarray(indices))
-        lengths = self.tokens.prompts.lengths[ordered] + self.tokens.completions.lengths[ordered]
+        lengths = self.row_lengths[ordered]
         batches, start = [], 0
         while start < len(ordered):
             rows = max(1, max_tokens // int(lengths[start]))

@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.cli import progress
+from src.cli import progress, say_once
 from src.datamodule import Batch, TaskDataModule
 from src.estimation import MomentSums, Part, Rows, TaskMoments, task_moments
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
@@ -43,6 +44,8 @@ SAMPLES = "samples.npz"
 DONE = "done.npy"
 REQUEST = "request.json"
 PROJECTION_SIGNS = "projection_signs.npz"
+FLUSH_EVERY = 200
+"""Batches after which rows are forced to disk."""
 
 
 class GradientCollector:
@@ -482,35 +485,91 @@ def collect_gradients(
 ) -> None:
     """Take the gradients that the store still misses, by length within the token budget.
 
-    With several processes each takes whole batches of its own into a shard beside the store, and the first takes the
-    shards over: every sample is computed once, and what a process that dies has finished is kept.
+    A batch that does not fit into the GPU's memory is halved, and all after it. With several processes each takes whole
+    batches of its own into a shard beside the store, and the first takes the shards over: every sample is computed
+    once, and what a process that dies has finished is kept. Where they share one model's weights they go in step, and
+    one that has a batch less takes part in the last step with a row that it does not keep.
+
+    Raises:
+        ValueError: a single row does not fit.
     """
-    if processes is not None and processes.world > 1:
-        if processes.is_first:
-            store.absorb()
-        processes.wait()
-        batches = datamodule.budgeted(store.missing())[processes.rank :: processes.world]
-        if batches:
-            shard = store.shard(processes.rank, np.concatenate(batches))
-            options = {"output_function": output_function, "autocast": autocast}
-            collect_gradients(model, datamodule, projection, shard, desc=f"{desc}, own share", **options)
-            shard.flush()
-        processes.wait()
-        if processes.is_first:
-            store.absorb()
+    options = {"output_function": output_function, "autocast": autocast}
+    if processes is None or processes.world == 1:
+        _collect(model, datamodule, projection, store, datamodule.budgeted(store.missing()), desc=desc, **options)
         return
-    missing, represent = store.missing(), store.representations is not None
+    if processes.is_first:
+        store.absorb()
+    processes.wait()
+    batches = datamodule.budgeted(store.missing())
+    own = batches[processes.rank :: processes.world]
+    if own:
+        shard = store.shard(processes.rank, np.concatenate(own))
+        _collect(model, datamodule, projection, shard, own, desc=f"{desc}, own share", **options)
+        shard.flush()
+    if model.is_sharded and len(own) < -(-len(batches) // processes.world):
+        with GradientCollector(model, projection, **options) as collect:
+            collect(datamodule.collate(batches[-1][-1:]))
+    processes.wait()
+    if processes.is_first:
+        store.absorb()
+
+
+def _collect(
+    model: LanguageModel,
+    datamodule: TaskDataModule,
+    projection: Projection,
+    store: StoreWriter,
+    batches: Iterable[np.ndarray],
+    *,
+    output_function: str,
+    autocast: str | None,
+    desc: str,
+) -> None:
+    """Take batches of sample indices, of which the store has no row yet."""
+    represent = store.representations is not None
     sign = -1.0 if output_function == "margin" else 1.0  # the store holds losses: lower is better
+    waiting, unflushed = deque(batches), 0
     with (
         GradientCollector(model, projection, output_function, autocast, represent) as collect,
         progress(desc=desc, total=len(store.samples["sample_index"]), unit="sample") as bar,
     ):
-        bar.update(bar.total - len(missing))
-        for batch in _flushed(datamodule.evaluation_batches(missing), store):
-            rows, outputs = collect(batch)
-            values = [sign * rows, sign * outputs, *([collect.representations] if represent else [])]
-            store.write(batch["sample_index"].numpy(), *(value.cpu().numpy() for value in values))
-            bar.update(len(rows))
+        bar.update(bar.total - len(store.missing()))
+        while waiting:
+            indices = waiting.popleft()
+            taken = _unless_out_of_memory(collect, datamodule.collate(indices))
+            if taken is None:
+                torch.cuda.empty_cache()
+                waiting = _halved([indices, *waiting], datamodule, model.is_sharded)
+                continue
+            values = [sign * value for value in taken] + ([collect.representations] if represent else [])
+            store.write(indices, *(value.cpu().numpy() for value in values))
+            bar.update(len(indices))
+            unflushed += 1
+            if unflushed == FLUSH_EVERY or not waiting:
+                store.flush()
+                unflushed = 0
+
+
+def _unless_out_of_memory(collect: GradientCollector, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """The batch's rows and outputs; None where the device has no memory for it (the error, which holds the batch's
+    tensors, ends here)."""
+    try:
+        return collect(batch)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _halved(batches: Sequence[np.ndarray], datamodule: TaskDataModule, in_step: bool) -> deque[np.ndarray]:
+    """The batches in halves, the first of which did not fit into memory."""
+    count, tokens = len(batches[0]), int(datamodule.row_lengths[batches[0]].max())
+    if count == 1 or in_step:
+        raise ValueError(
+            f"a batch of {count} rows of up to {tokens} tokens does not fit into the GPU's memory; pass "
+            "--gradient_checkpointing, a smaller --max_length or --max_tokens_per_batch, --precision bf16, or spread "
+            "the weights with --strategy fsdp"
+        )
+    say_once(f"note: {count} rows of up to {tokens} tokens do not fit into the GPU's memory: batches are halved.")
+    return deque(half for batch in batches for half in np.array_split(batch, min(2, len(batch))))
 
 
 @torch.no_grad()
@@ -526,11 +585,3 @@ def outputs_of(
         values = OUTPUT_FUNCTIONS[output_function](*model.target_logits(batch), len(batch["labels"]))
         outputs[batch["sample_index"].cpu()] = sign * values.double().cpu()
     return outputs[indices]
-
-
-def _flushed(batches: Iterator[Batch], store: StoreWriter, every: int = 200) -> Iterator[Batch]:
-    """The batches; the store is flushed to disk every so many and at the end."""
-    for count, batch in enumerate(batches, start=1):
-        yield batch
-        if count % every == 0:
-            store.flush()

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
 from src.cli import Hardware
 
 
@@ -22,6 +24,8 @@ class Processes:
     world: int
     device: str
     wait: Callable[[], None]
+    mesh: DeviceMesh | None = None
+    """Where weights are spread over the processes, the processes."""
 
     @property
     def is_first(self) -> bool:
@@ -38,11 +42,14 @@ def launch(hardware: Hardware) -> Processes:
         return Processes(0, 1, hardware.device, lambda: None)
     from lightning_fabric import Fabric
 
-    # every process has the whole model and its own samples: nothing is synchronised, whatever training does
+    # each process has its own samples, so that no gradient is synchronised: "ddp" names the launcher only
     fabric = Fabric(
         accelerator=hardware.accelerator, devices=hardware.devices, strategy="ddp", num_nodes=hardware.num_nodes
     )
     fabric.launch()
     if fabric.global_rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 for the rest of the process
-    return Processes(fabric.global_rank, fabric.world_size, str(fabric.device), fabric.barrier)
+    mesh = None
+    if hardware.strategy == "fsdp":
+        mesh = init_device_mesh(hardware.accelerator, (fabric.world_size,))
+    return Processes(fabric.global_rank, fabric.world_size, str(fabric.device), fabric.barrier, mesh)

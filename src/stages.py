@@ -64,7 +64,7 @@ from src.paths import (
     write_json,
     write_manifest,
 )
-from src.processes import launch
+from src.processes import Processes, launch
 from src.projection import make_projection
 from src.report import (
     ResultsTable,
@@ -368,6 +368,14 @@ def checkpoint_folders(args: argparse.Namespace, run: Run) -> list[Path]:
     return [folder / name for name in manifest["trajectory"] or [manifest["best"]]]
 
 
+def placed(model: LanguageModel, processes: Processes) -> LanguageModel:
+    """The model on this process's device: whole, or its share of the weights."""
+    if processes.mesh is None:
+        return model.to(processes.device)
+    model.shard(processes.mesh)
+    return model
+
+
 def collect(args: argparse.Namespace) -> None:
     """Stage 2: projected gradients of every training and validation row, at each checkpoint."""
     data = load_data(args)
@@ -380,7 +388,7 @@ def collect(args: argparse.Namespace) -> None:
     datamodule = None
     for folder in checkpoint_folders(args, run):
         started = time.perf_counter()
-        model = model_at(args, folder).to(processes.device)
+        model = placed(model_at(args, folder), processes)
         check_adapter(args, model, folder)
         datamodule = datamodule or make_datamodule(args, data, model)
         dim = None if args.projection == "none" else args.project_dim

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
-from src.gradients import StoreWriter, collect_gradients
+from src.gradients import GradientCollector, StoreWriter, collect_gradients
 from src.processes import Processes
 from src.projection import make_projection
+from src.stages import placed
 from tests.commands import ROOT
 from tests.test_models import adapted, make_datamodule
 from tests.test_stages import track
@@ -25,28 +28,51 @@ from tests.test_stages import track
 __all__ = ["track"]  # the fixture: a workspace in which stages 1 and 2 have run
 
 
-def run_in(workspace: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """`python <script> <arguments>` in a folder, as a user starts it."""
-    command = [sys.executable, str(ROOT / script), *arguments]
+def run_in(workspace: Path, script: str, *arguments: str, launcher: str = "", count: int = 1) -> str:
+    """What `python <script> <arguments>` prints in a folder, started as a user does: alone, by torchrun or by srun."""
+    command = [
+        sys.executable,
+        *(["-m", "torch.distributed.run", f"--nproc_per_node={count}"] * (launcher == "torchrun")),
+    ]
+    command += [str(ROOT / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        command, cwd=workspace, env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished
+    environments = [environment]
+    if launcher == "srun":  # what srun tells the processes that it starts on one node
+        job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost"}
+        job |= {
+            "SLURM_NNODES": "1",
+            "SLURM_NODEID": "0",
+            "SLURM_NTASKS": str(count),
+            "SLURM_NTASKS_PER_NODE": str(count),
+        }
+        ranks = map(str, range(count))
+        environments = [{**environment, **job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ranks]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, cwd=workspace, env=each, **pipes) for each in environments]
+    printed = ""
+    for process in running:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+        printed += out
+    return printed
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_rows_are_those_of_one_process(num_processes: int, track: tuple[Path, list[str]], tmp_path: Path) -> None:
-    """The stage under DDP on the CPU (gloo), as a user starts it."""
+@pytest.mark.parametrize(
+    ("strategy", "count", "launcher"), [("ddp", 2, ""), ("fsdp", 2, "torchrun"), ("ddp", 3, "srun"), ("fsdp", 3, "")]
+)
+def test_rows_are_those_of_one_process(
+    strategy: str, count: int, launcher: str, track: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """The stage on the CPU (gloo), as a user starts it: the whole model in each process, or its weights spread."""
     folder, flags = track
     workspace = tmp_path / "workspace"
     shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients"))
-    devices = ["--accelerator", "cpu", "--devices", *map(str, range(num_processes))]
-    command = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *devices]
-    command += ["--project_dim", "32", "--max_tokens_per_batch", "200"]
-    finished = run_in(workspace, *command)
-    assert finished.stdout.count("Wrote gradients/") == 1  # one process speaks
+    options = ["--strategy", strategy, "--accelerator", "cpu", "--project_dim", "32", "--max_tokens_per_batch", "200"]
+    if not launcher:
+        options += ["--devices", *map(str, range(count))]
+    stage = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *options]
+    printed = run_in(workspace, *stage, launcher=launcher, count=count)
+    assert printed.count("Wrote gradients/") == 1  # one process speaks
     (one,), (several,) = ((root / "gradients").iterdir() for root in (folder, workspace))
     for part in ("step_step=8", "step_step=16"):
         for name in ("projected.npy", "outputs.npy"):
@@ -58,6 +84,27 @@ def test_rows_are_those_of_one_process(num_processes: int, track: tuple[Path, li
         ):
             np.testing.assert_allclose(found["sums"], expected["sums"], rtol=1e-4, atol=1e-4)
     assert not list(several.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_spread_weights_give_the_same_rows(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """The weights are really spread, a process without a batch takes part, and no weight gets a gradient."""
+    model = adapted(model_folders[kind])
+    datamodule = make_datamodule(model, tmp_path)
+    batch, projection = datamodule.collate(np.arange(6)), make_projection("sketch", 16, 0)
+    with GradientCollector(model, projection) as collect:
+        expected, _ = collect(batch)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        sharded = placed(model, Processes(0, 1, "cpu", lambda: None, init_device_mesh("cpu", (1,))))
+        assert sharded.is_sharded
+        for _ in range(2):
+            with GradientCollector(sharded, projection) as collect:
+                found, _ = collect(batch)
+            torch.testing.assert_close(found, expected)
+        assert all(parameter.grad is None for parameter in sharded.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_sharded_training_is_whole_training(track: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -83,8 +130,8 @@ def test_sharded_training_is_whole_training(track: tuple[Path, list[str]], tmp_p
     for strategy in ("ddp", "fsdp"):
         options = ["--strategy", strategy, "--save_name", strategy]
         for more in ([], ["--subset_file", "two.txt"]):
-            finished = run_in(workspace, "custom_train_alpaca.py", *training, *options, *more)
-            assert finished.stdout.count("\nWrote") + finished.stdout.startswith("Wrote") == 1, finished.stdout
+            printed = run_in(workspace, "custom_train_alpaca.py", *training, *options, *more)
+            assert printed.count("\nWrote") + printed.startswith("Wrote") == 1, printed
     whole, sharded = (next(workspace.glob(f"external_lightning_logs/*_{name}_run_0")) for name in ("ddp", "fsdp"))
     names = {path.name for path in whole.iterdir()}
     assert names == {path.name for path in sharded.iterdir()} and "step_step=0" in names
