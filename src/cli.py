@@ -137,6 +137,10 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
                        "(default: the attention's inputs, by architecture)")  # fmt: skip
     group.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), help="attention "
                        "kernel (default: the library's choice)")  # fmt: skip
+    group.add_argument("--base_dtype", choices=("float32", "bfloat16"), default="float32", help="numbers that the base "
+                       "model's weights are held in under --train_lora; the adapter is float32 (default: float32)")  # fmt: skip
+    group.add_argument("--use_qlora", action="store_true", help="hold the base model in 4 bits (bitsandbytes NF4) and "
+                       "compute in bfloat16; the adapter is float32")  # fmt: skip
     group.add_argument("--gradient_checkpointing", action="store_true", help="compute activations again in the "
                        "backward instead of keeping them: less memory, more time, the same numbers")  # fmt: skip
     group.add_argument("--max_length", type=positive_int, default=512, help="longest row (decoder) or prompt "
@@ -409,8 +413,8 @@ class Hardware:
 
     @property
     def device(self) -> str:
-        """The first device, for work outside a Trainer."""
-        return f"cuda:{self.devices[0]}" if isinstance(self.devices, list) else "cpu"
+        """This process's device, for work outside a Trainer."""
+        return f"cuda:{self.devices[int(os.environ.get('LOCAL_RANK', 0))]}" if isinstance(self.devices, list) else "cpu"
 
     @property
     def num_processes(self) -> int:

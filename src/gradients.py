@@ -123,6 +123,8 @@ class GradientCollector:
                 factors = (output_gradients, inputs)
                 if at_targets:
                     factors = tuple(self._by_row(factor) for factor in factors)
+                elif inputs.dim() == 2 and len(inputs) in self._positions:  # a block that lays all rows in one line
+                    factors = tuple(factor.unflatten(0, (len(rows), -1)) for factor in factors)
                 self.projection.add(matrix.name, matrix.shape, *factors, rows)
 
             if output.requires_grad:
@@ -156,6 +158,7 @@ class GradientCollector:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         num_rows = len(batch["labels"])
         self._rows = torch.zeros(num_rows, self.projection.dim, device=device)
+        self._positions = {batch["input_ids"].numel(), batch["labels"].numel()}
         if self.represent:
             self._valid = self.model.valid_positions(batch)
         mixed = (

@@ -10,6 +10,7 @@ Letters: B batch, T tokens, K target tokens of a batch, V vocabulary, H hidden, 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -324,21 +326,58 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base_model(
-    model_key: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> LanguageModel:
+@dataclass(frozen=True)
+class BaseWeights:
+    """How the base model's weights are held.
+
+    Attributes:
+        dtype: "float32" or "bfloat16"; an adapter on top stays float32.
+        attn_implementation: Attention kernel; None = the library's choice.
+        four_bit_device: Hold the linear layers in 4 bits (NF4 with double quantisation: Dettmers et al. 2023, QLoRA,
+            arXiv:2305.14314) on this device and compute in bfloat16; None = as `dtype` says.
+    """
+
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    four_bit_device: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` takes.
+
+        Raises:
+            ValueError: 4 bits, and bitsandbytes is not installed.
+        """
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attn_implementation}
+        if self.four_bit_device is None:
+            return options
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "--use_qlora: bitsandbytes is not installed; pip install bitsandbytes, or leave the flag out"
+            )
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        placed = {"quantization_config": quantized, "device_map": {"": self.four_bit_device}}
+        return {**options, **placed, "dtype": torch.bfloat16}
+
+
+FULL_PRECISION = BaseWeights()
+
+
+def load_base_model(model_key: str, weights: BaseWeights = FULL_PRECISION) -> LanguageModel:
     """Load a base model and its tokenizer from a hub id, a short key or a local folder.
 
     Raises:
         FileNotFoundError: neither a local folder nor reachable on the hub.
+        ValueError: as `BaseWeights.options`.
     """
-    config, path = _load_config(model_key), resolve_model_key(model_key)
+    config, path, options = _load_config(model_key), resolve_model_key(model_key), weights.options()
     architecture = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _clear_load_error(model_key):
-        network = architecture.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation)
+        network = architecture.from_pretrained(path, **options)
         tokenizer = load_tokenizer(path)
     return LanguageModel(network, tokenizer, model_key)
 
@@ -374,15 +413,10 @@ def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageMo
 
 
 def load_model(
-    model_key: str,
-    lora: LoraShape | None,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
+    model_key: str, lora: LoraShape | None, *, seed: int = 0, weights: BaseWeights = FULL_PRECISION
 ) -> LanguageModel:
     """The model that training starts from: a base model, with a fresh adapter where `lora` is given."""
-    model = load_base_model(model_key, dtype=dtype, attn_implementation=attn_implementation)
+    model = load_base_model(model_key, weights)
     return add_adapter(model, lora, seed) if lora else model
 
 
@@ -412,18 +446,12 @@ def save_model(model: LanguageModel, folder: Path, state: Mapping[str, Tensor] |
         model.tokenizer.save_pretrained(folder)
 
 
-def load_checkpoint(
-    folder: Path,
-    model_key: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> LanguageModel:
+def load_checkpoint(folder: Path, model_key: str, weights: BaseWeights = FULL_PRECISION) -> LanguageModel:
     """Load what `save_model` wrote: the adapter on its base model, or the whole model."""
     if not (folder / "adapter_config.json").is_file():
-        model = load_base_model(str(folder), dtype=dtype, attn_implementation=attn_implementation)
+        model = load_base_model(str(folder), weights)
         return LanguageModel(model.network, model.tokenizer, model_key)
-    base = load_base_model(model_key, dtype=dtype, attn_implementation=attn_implementation)
+    base = load_base_model(model_key, weights)
     return LanguageModel(PeftModel.from_pretrained(base.network, folder, is_trainable=True), base.tokenizer, model_key)
 
 

@@ -45,7 +45,7 @@ from src.gradients import (
     save_projection_signs,
 )
 from src.instruction import load_instruction
-from src.models import LanguageModel, LoraShape, load_checkpoint, load_model, model_kind
+from src.models import BaseWeights, LanguageModel, LoraShape, load_checkpoint, load_model, model_kind
 from src.paths import (
     MANIFEST,
     MIXTURE_FILE,
@@ -78,6 +78,24 @@ def lora_shape(args: argparse.Namespace) -> LoraShape | None:
         return None
     modules = tuple(args.lora_target_modules) if args.lora_target_modules else None
     return LoraShape(args.lora_rank, args.lora_alpha, target_modules=modules)
+
+
+def base_weights(args: argparse.Namespace) -> BaseWeights:
+    """How the flags say that the base model's weights are held.
+
+    Raises:
+        ValueError: fewer bits than 32 for weights that are trained, or 4-bit weights that are to be spread.
+    """
+    fewer = "--use_qlora" if args.use_qlora else f"--base_dtype {args.base_dtype}"
+    if not args.train_lora and (args.use_qlora or args.base_dtype != "float32"):
+        raise ValueError(f"{fewer} is for a base model that stays as it is; pass --train_lora too, or leave it out")
+    if args.use_qlora and args.strategy == "fsdp":
+        raise ValueError(
+            "--use_qlora with --strategy fsdp: 4-bit weights are not spread; use ddp, or --base_dtype bfloat16"
+        )
+    return BaseWeights(
+        args.base_dtype, args.attn_implementation, hardware_from(args).device if args.use_qlora else None
+    )
 
 
 def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageModel) -> TaskDataModule:
@@ -184,13 +202,13 @@ def starting_model(args: argparse.Namespace, seed: int) -> LanguageModel:
     """The base model with a fresh adapter, or the checkpoint of `--load_model_dir`."""
     if args.load_model_dir:
         return model_at(args, resolve_checkpoint(args.load_model_dir))
-    model = load_model(args.model_key, lora_shape(args), seed=seed, attn_implementation=args.attn_implementation)
+    model = load_model(args.model_key, lora_shape(args), seed=seed, weights=base_weights(args))
     return model.checkpoint_activations() if args.gradient_checkpointing else model
 
 
 def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
     """The model of a checkpoint, loaded as the flags say."""
-    model = load_checkpoint(checkpoint, args.model_key, attn_implementation=args.attn_implementation)
+    model = load_checkpoint(checkpoint, args.model_key, base_weights(args))
     return model.checkpoint_activations() if args.gradient_checkpointing else model
 
 
@@ -209,6 +227,8 @@ def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
         "max_target_length",
         "load_model_dir",
         "precision",
+        "base_dtype",
+        "use_qlora",
     ]
     return {
         "data_fingerprint": data.fingerprint,
@@ -406,6 +426,8 @@ def collect(args: argparse.Namespace) -> None:
             "dim": projection.dim,
             "seed": args.run,
             "precision": hardware.precision,
+            "base_dtype": args.base_dtype,
+            "use_qlora": args.use_qlora,
             "parameters": model.layout.describe(),
             "num_rows": len(rows),
             "representations": args.representations,

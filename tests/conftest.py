@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,15 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from src.cli import quiet_libraries
 
@@ -63,45 +56,21 @@ def character_tokenizer(end_appended: bool) -> PreTrainedTokenizerFast:
 def build_model_folder(kind: str, folder: Path) -> Path:
     """A tiny model of an architecture as an ordinary Hugging Face folder."""
     torch.manual_seed(0)
-    tokenizer = character_tokenizer(end_appended=kind == "t5")
+    tokenizer = character_tokenizer(end_appended=kind.startswith("t5"))
     size = len(tokenizer)
-    if kind == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=size,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=256,
-                pad_token_id=0,
-                eos_token_id=1,
-                bos_token_id=None,
-            )
-        )
-    elif kind == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, pad_token_id=0, eos_token_id=1,
-                bos_token_id=1,
-            )
-        )  # fmt: skip
+    if kind == "gpt2":
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1}
+    elif kind.startswith("t5"):
+        shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+        shape |= {"tie_word_embeddings": kind == "t5"}
     else:
-        model = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=size,
-                d_model=32,
-                d_kv=8,
-                d_ff=48,
-                num_layers=2,
-                num_heads=4,
-                pad_token_id=0,
-                eos_token_id=1,
-                decoder_start_token_id=0,
-                tie_word_embeddings=kind == "t5",
-            )
-        )
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "bos_token_id": None}
+        if kind == "opt":
+            shape |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    config = AutoConfig.for_model(kind.split("-")[0], vocab_size=size, pad_token_id=0, eos_token_id=1, **shape)
+    architecture = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = architecture.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():  # away from the symmetric initialisation, where little would be tested
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -110,11 +79,22 @@ def build_model_folder(kind: str, folder: Path) -> Path:
     return folder
 
 
+class _Folders(dict[str, str]):
+    """Made when first asked for."""
+
+    def __init__(self, build: Callable[[str], str]) -> None:
+        self.build = build
+
+    def __missing__(self, kind: str) -> str:
+        self[kind] = self.build(kind)
+        return self[kind]
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Architecture -> folder of a tiny model."""
     root = tmp_path_factory.mktemp("models")
-    return {kind: str(build_model_folder(kind, root / kind)) for kind in ("llama", "t5", "gpt2")}
+    return _Folders(lambda kind: str(build_model_folder(kind, root / kind)))
 
 
 WORDS = [

@@ -13,7 +13,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.estimation import task_moments
 from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store, save_projection_signs
-from src.models import OUTPUT_FUNCTIONS, LanguageModel, load_base_model
+from src.models import (
+    LORA_TARGETS,
+    OUTPUT_FUNCTIONS,
+    BaseWeights,
+    LanguageModel,
+    LoraShape,
+    load_base_model,
+    load_model,
+)
 from src.projection import make_projection
 from tests.test_models import KINDS, adapted, make_datamodule
 
@@ -72,7 +80,7 @@ def test_rows_are_the_for_loop_gradients(kind: str, output: str, model_folders: 
 
 def adapted_as(folder: str, lora: LoraConfig, attention: str) -> LanguageModel:
     """A model with any adapter that peft can make, away from its start."""
-    base = load_base_model(folder, attn_implementation=attention)
+    base = load_base_model(folder, BaseWeights(attn_implementation=attention))
     torch.manual_seed(0)
     model = LanguageModel(get_peft_model(base.network, lora), base.tokenizer, base.key).eval()
     with torch.no_grad():
@@ -123,6 +131,83 @@ def test_any_layers_ranks_attention_and_checkpointing(
     np.testing.assert_allclose(outputs, [value for _, value in expected], rtol=1e-5)
     assert len(forwards) == 1 + checkpointed  # one batch: checkpointing runs the layer again in the backward
     assert not any(module.training for module in model.modules())
+
+
+LAYOUTS = (
+    "llama",
+    "t5",
+    "t5-untied",
+    "gpt2",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "opt",
+    "gpt_neox",
+)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_full_fine_tuning_layouts(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Without an adapter the rows are the for-loop's gradients of every linear layer, and two-sided projects them."""
+    model = load_model(model_folders[kind], None).eval()
+    datamodule = make_datamodule(model, tmp_path)
+    expected = np.stack([oracle(model, datamodule, index, "loss")[0] for index in range(5)])
+    exact = make_projection("none", None, 0, shapes=model.layout.shapes)
+    rows, _ = collected(model, datamodule, exact, "loss", np.arange(5), 10_000)
+    assert np.linalg.norm(rows - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert len(model.layout.matrices) >= 2 * 4  # two blocks of attention and feed-forward
+    projection = make_projection("two_sided", 64, 0)
+    projected, _ = collected(model, datamodule, projection, "loss", np.arange(5), 10_000)
+    solution = torch.from_numpy(np.random.default_rng(0).normal(size=64).astype(np.float32))
+    lifted = torch.cat([matrix.flatten() for matrix in projection.lift(solution, model.layout.shapes).values()])
+    np.testing.assert_allclose(projected @ solution.numpy(), expected @ lifted.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_every_known_architecture_takes_an_adapter(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """The layers of `LORA_TARGETS` are there, and nothing but them is trained."""
+    model = adapted(model_folders[kind])
+    targets = LORA_TARGETS[model.network.config.model_type]
+    assert {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices} == set(targets)
+    expected, _ = oracle(model, make_datamodule(model, tmp_path), 0, "loss")
+    assert np.abs(expected).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [(kind, BaseWeights("bfloat16")) for kind in KINDS] + [("llama", BaseWeights(four_bit_device="cpu"))],
+)
+def test_fewer_bits_for_the_base(
+    kind: str, weights: BaseWeights, model_folders: dict[str, str], tmp_path: Path
+) -> None:
+    """A base in bfloat16 or in 4 bits under a float32 adapter: rows are float32, and the for-loop's own."""
+    lora = LoraShape(rank=4, alpha=8)
+    model = load_model(model_folders[kind], lora, weights=weights).eval()
+    full = load_model(model_folders[kind], lora).eval()
+    adapter = {name: torch.randn_like(value) * 0.1 for name, value in full.trainable_state().items()}
+    model.load_trainable_state(adapter), full.load_trainable_state(adapter)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
+    assert any(parameter.dtype in (torch.bfloat16, torch.uint8) for parameter in model.parameters())
+    datamodule = make_datamodule(model, tmp_path)
+    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
+    rows, _ = collected(model, datamodule, projection, "loss", np.arange(6), 10_000)
+    own = np.stack([oracle(model, datamodule, index, "loss")[0] for index in range(6)])
+    exact, _ = collected(full, datamodule, projection, "loss", np.arange(6), 10_000)
+
+    def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
+
+    assert cosines(rows, own).min() > 0.99  # other order of sums, in half precision
+    assert cosines(rows, exact).min() > (0.98 if weights.four_bit_device is None else 0.5)
+
+
+def test_four_bits_need_bitsandbytes(model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--use_qlora: bitsandbytes is not installed; pip install"):
+        load_model(model_folders["llama"], LoraShape(4, 8), weights=BaseWeights(four_bit_device="cpu"))
 
 
 def test_dropout_stays_off_under_checkpointing(model_folders: dict[str, str], tmp_path: Path) -> None:
