@@ -23,6 +23,7 @@ from tqdm import tqdm
 from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run
 
 ALL_TASKS = "all"
+AUTO = "auto"
 ROOT = Path(__file__).resolve().parents[1]
 LOG_INTERVAL_SECONDS = 15.0
 """How often a progress bar writes a line when nobody watches it move."""
@@ -50,6 +51,11 @@ def positive_float(text: str) -> float:
 def task_or_all(text: str) -> int | str:
     """A task id, or "all"."""
     return ALL_TASKS if text == ALL_TASKS else int(text)
+
+
+def positive_int_or_auto(text: str) -> int | str:
+    """A whole number of at least 1, or "auto"."""
+    return AUTO if text == AUTO else positive_int(text)
 
 
 def share(text: str) -> float:
@@ -285,8 +291,10 @@ def add_gradients(parser: argparse.ArgumentParser) -> None:
                        "packed in bits, beside the gradients of each checkpoint")  # fmt: skip
     group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
                        "are always projected unless --projection none")  # fmt: skip
-    group.add_argument("--max_tokens_per_batch", type=positive_int, default=4096, help="rows times longest row of a "
-                       "batch (default: 4096)")  # fmt: skip
+    group.add_argument("--max_tokens_per_batch", type=positive_int_or_auto, default=4096, metavar="TOKENS", help="rows "
+                       "times longest row of a batch, or auto for the largest that fits into memory (default: 4096)")  # fmt: skip
+    group.add_argument("--row_dtype", choices=("float32", "float16"), default="float32", help="numbers that gradients are "
+                       "kept in on disk; float16 takes half the room (default: float32)")  # fmt: skip
 
 
 def add_targets(parser: argparse.ArgumentParser) -> None:
@@ -420,6 +428,11 @@ class Hardware:
     def num_processes(self) -> int:
         """On all nodes together."""
         return (len(self.devices) if isinstance(self.devices, list) else self.devices) * self.num_nodes
+
+    @property
+    def processes_here(self) -> int:
+        """On this node."""
+        return self.num_processes // self.num_nodes
 
     @property
     def autocast(self) -> str | None:

@@ -192,6 +192,7 @@ class StoreWriter:
         representation_size: H, where representations are kept too.
         groups: Name -> group of each row (R,) and their number: whose moments are summed on the way, for
             `StoredPart.estimation_part`.
+        row_dtype: numpy dtype of the rows on disk.
 
     Raises:
         ValueError: the folder, finished or not, was made from something else.
@@ -206,6 +207,7 @@ class StoreWriter:
         repair: str,
         representation_size: int | None = None,
         groups: Mapping[str, tuple[np.ndarray, int]] | None = None,
+        row_dtype: str = "float32",
     ) -> None:
         self.folder, self.request, self.repair = folder, json.loads(json.dumps(request)), repair
         self.samples = {name: np.asarray(values) for name, values in samples.items()}
@@ -223,7 +225,7 @@ class StoreWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
             mode = "w+"
-        self.rows = self._array(PROJECTED, mode, np.float32, shape)
+        self.rows = self._array(PROJECTED, mode, np.dtype(row_dtype), shape)
         self.outputs = self._array(OUTPUTS, mode, np.float32, shape[:1])
         self.representations = None
         if representation_size:
@@ -274,13 +276,31 @@ class StoreWriter:
                 "lower the learning rate of meta-training, or take gradients with --precision 32"
             )
         positions = np.searchsorted(self.samples["sample_index"], sample_index)
-        self.rows[positions] = rows
+        self.rows[positions] = self._as_kept(rows)
         self.outputs[positions] = outputs
         if self.representations is not None:
             self.representations[positions] = representations
         # after the rows: a row counts as done only when it is there
         self.done[positions] = True
         self._add_to_sums(positions)
+
+    def _as_kept(self, rows: np.ndarray) -> np.ndarray:
+        """The rows in the dtype of the store.
+
+        Raises:
+            ValueError: that takes more than a hundredth of a row away: its numbers are too large or too small for it.
+        """
+        if rows.dtype == self.rows.dtype:
+            return rows
+        with np.errstate(over="ignore", invalid="ignore"):
+            kept = rows.astype(self.rows.dtype)
+        lost = ~(np.linalg.norm(rows - kept, axis=1) <= 0.01 * np.linalg.norm(rows, axis=1))
+        if lost.any():
+            raise ValueError(
+                f"a gradient of norm {np.linalg.norm(rows[lost][0]):.1e} does not fit into {self.rows.dtype}; remove "
+                f"{self.partial} and pass --row_dtype float32"
+            )
+        return kept
 
     def flush(self) -> None:
         """Force what was written to disk, the done-mask after the rows it speaks for."""
@@ -294,7 +314,8 @@ class StoreWriter:
         samples = {name: values[kept] for name, values in self.samples.items()}
         hidden_size = None if self.representations is None else self.representations.shape[1]
         folder = self.folder.with_name(f"{self.folder.name}.rank_{rank}")
-        return StoreWriter(folder, self.request, samples, self.rows.shape[1], self.repair, hidden_size)
+        options = {"representation_size": hidden_size, "row_dtype": self.rows.dtype.name}
+        return StoreWriter(folder, self.request, samples, self.rows.shape[1], self.repair, **options)
 
     def absorb(self) -> None:
         """Take over the rows that shards have finished, of this run or of one that was cut off, and remove the shards."""
@@ -334,6 +355,11 @@ class StoreWriter:
 def kernel_is_smaller(num_rows: int, dim: int) -> bool:
     """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
     return num_rows <= dim
+
+
+def moment_bytes(num_groups: int, num_rows: int, dim: int) -> int:
+    """Bytes on disk of the moments of so many groups: sums in float64, outer products in float32 where they are kept."""
+    return num_groups * dim * (8 if kernel_is_smaller(num_rows, dim) else 8 + 4 * dim)
 
 
 def moments_file(folder: Path, name: str, outers: bool) -> Path:

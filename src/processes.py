@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -18,12 +19,16 @@ from src.cli import Hardware
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world` of them; `wait` returns when all have called it."""
+    """This process among `world` of them.
+
+    `wait` returns when all have called it; `from_first(value)` is the first's value in all that call it.
+    """
 
     rank: int
     world: int
     device: str
     wait: Callable[[], None]
+    from_first: Callable[[Any], Any] = lambda value: value
     mesh: DeviceMesh | None = None
     """Where weights are spread over the processes, the processes."""
 
@@ -52,4 +57,4 @@ def launch(hardware: Hardware) -> Processes:
     mesh = None
     if hardware.strategy == "fsdp":
         mesh = init_device_mesh(hardware.accelerator, (fabric.world_size,))
-    return Processes(fabric.global_rank, fabric.world_size, str(fabric.device), fabric.barrier, mesh)
+    return Processes(fabric.global_rank, fabric.world_size, str(fabric.device), fabric.barrier, fabric.broadcast, mesh)

@@ -41,10 +41,12 @@ from src.gradients import (
     StoredPart,
     StoreWriter,
     collect_gradients,
+    moment_bytes,
     open_store,
     save_projection_signs,
 )
 from src.instruction import load_instruction
+from src.memory import MemoryPlan, plan_gradients, plan_training
 from src.models import BaseWeights, LanguageModel, LoraShape, load_checkpoint, load_model, model_kind
 from src.paths import (
     MANIFEST,
@@ -100,7 +102,7 @@ def base_weights(args: argparse.Namespace) -> BaseWeights:
 
 def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageModel) -> TaskDataModule:
     """Tokenise the data for a model as the flags say; notices are printed."""
-    options = ("batch_size", "inference_batch_size", "max_tokens_per_batch", "loss_on_prompt")
+    options = ("batch_size", "inference_batch_size", "loss_on_prompt")
     datamodule = TaskDataModule(
         data,
         model.tokenizer,
@@ -112,6 +114,13 @@ def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageMod
     )
     say_notices((*data.notices, *datamodule.tokens.notices))
     return datamodule
+
+
+def say_plan(plan: MemoryPlan) -> None:
+    """Print what the run will need, and refuse one that cannot fit."""
+    plan.check()
+    if not rank_zero_only.rank:
+        print(plan.describe(), flush=True)
 
 
 def load_data(args: argparse.Namespace) -> TaskData:
@@ -254,7 +263,8 @@ def meta_train(
     model = starting_model(args, run_index)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
-    described = {"data_fingerprint": data.fingerprint, "run": run_index}
+    say_plan(plan_training(model, datamodule, hardware, args.batch_size))
+    described = {"data_fingerprint": data.fingerprint, "run": run_index, "use_qlora": args.use_qlora}
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
@@ -323,7 +333,9 @@ def fine_tune_subsets(
             if run != loaded_run:
                 model, loaded_run = starting_model(args, run), run
                 start = model.trainable_state()
-                datamodule = datamodule or make_datamodule(args, data, model)
+                if datamodule is None:
+                    datamodule = make_datamodule(args, data, model)
+                    say_plan(plan_training(model, datamodule, hardware, args.batch_size))
             started = time.perf_counter()
             values = fine_tune_on_subset(
                 model, start, datamodule, subset, plan, hardware, seed=run, task_shares=task_shares
@@ -405,8 +417,9 @@ def collect(args: argparse.Namespace) -> None:
     store = store_dir(args, run)
     rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
     samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
-    datamodule = None
-    for folder in checkpoint_folders(args, run):
+    datamodule = plan = None
+    folders = checkpoint_folders(args, run)
+    for folder in folders:
         started = time.perf_counter()
         model = placed(model_at(args, folder), processes)
         check_adapter(args, model, folder)
@@ -431,16 +444,35 @@ def collect(args: argparse.Namespace) -> None:
             "parameters": model.layout.describe(),
             "num_rows": len(rows),
             "representations": args.representations,
+            "row_dtype": args.row_dtype,
         }
         repair = f"Remove {store / folder.name} to take the gradients again, or choose another --run or --save_name."
         hidden_size = model.network.get_output_embeddings().weight.shape[1] if args.representations else None
         groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
         described = (store / folder.name, request, samples, projection.dim, repair, hidden_size)
+        if plan is None and not (store / folder.name).is_dir():
+            missing = sum(not (store / path.name).is_dir() for path in folders)
+            groups_bytes = moment_bytes(len(data.tasks) + len(data.targets), len(rows), projection.dim)
+            plan, datamodule.max_tokens_per_batch = processes.from_first(
+                plan_gradients(
+                    model,
+                    datamodule,
+                    rows,
+                    hardware,
+                    max_tokens=args.max_tokens_per_batch,
+                    projection_bytes=projection.resident_bytes(model.layout.shapes),
+                    moment_bytes=groups_bytes,
+                    store=store,
+                    part_bytes=len(rows) * projection.dim * np.dtype(args.row_dtype).itemsize,
+                    num_parts=missing,
+                )
+            )
+            say_plan(plan)
         if processes.is_first:
-            writer = StoreWriter(*described, groups)
+            writer = StoreWriter(*described, groups, args.row_dtype)
         processes.wait()
         if not processes.is_first:
-            writer = StoreWriter(*described)
+            writer = StoreWriter(*described, row_dtype=args.row_dtype)
         processes.wait()
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
@@ -487,6 +519,10 @@ def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) 
             f"{shown.get(expected, f'rank {expected}')}; pass "
             + (f"--train_lora --lora_rank {rank}" if rank else "no --train_lora")
         )
+    trained = read_manifest(folder, "custom_train.py")
+    check_manifest(
+        folder, trained, {"use_qlora": args.use_qlora}, "Pass --use_qlora where it was trained with it only."
+    )
 
 
 # --- clusters as tasks ---------------------------------------------------------------------------------------
@@ -504,7 +540,7 @@ def cluster_tasks(
     training = stored[-1].samples["task"] >= 0
     if not path.is_file():
         clusters = np.full(len(training), -1, dtype=np.int32)
-        clusters[training] = cluster_samples(np.asarray(stored[-1].rows[training]), num_clusters, seed)
+        clusters[training] = cluster_samples(np.asarray(stored[-1].rows[training], np.float32), num_clusters, seed)
         with atomic_write(path) as temporary:
             np.save(temporary, clusters)
         print(f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters.")

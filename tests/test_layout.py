@@ -21,6 +21,7 @@ ORDER = [
     "cot",
     "datamodule",
     "models",
+    "memory",
     "finetune",
     "projection",
     "estimation",

@@ -96,7 +96,7 @@ def test_spread_weights_give_the_same_rows(kind: str, model_folders: dict[str, s
         expected, _ = collect(batch)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
-        sharded = placed(model, Processes(0, 1, "cpu", lambda: None, init_device_mesh("cpu", (1,))))
+        sharded = placed(model, Processes(0, 1, "cpu", lambda: None, mesh=init_device_mesh("cpu", (1,))))
         assert sharded.is_sharded
         for _ in range(2):
             with GradientCollector(sharded, projection) as collect:
