@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run
+from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run, source_name
 
 ALL_TASKS = "all"
 AUTO = "auto"
@@ -81,20 +81,27 @@ def share_or_count(text: str) -> float | int:
 def add_instruction_data(parser: argparse.ArgumentParser) -> None:
     """Where the instruction track's examples come from."""
     group = parser.add_argument_group("data (instruction)")
-    group.add_argument("--data_files", nargs="+", metavar="FILE", help="training sources: FLAN-layout .jsonl or "
-                       f"Alpaca-layout .pkl files (default: {ALPACA_FILE})")  # fmt: skip
-    group.add_argument("--target_files", nargs="+", default=[], metavar="FILE", help="target tasks that are never "
-                       "trained on; half of each is for validation, half for the final test")  # fmt: skip
+    group.add_argument("--data_files", nargs="+", metavar="SOURCE", help="training sources: .jsonl, .csv, .parquet or .pkl "
+                       "files, folders that datasets saved, or hub ids such as org/name:split (default: "
+                       f"{ALPACA_FILE})")  # fmt: skip
+    group.add_argument("--prompt_column", metavar="NAME", help="column of the prompts (default: inputs, prompt, messages "
+                       "or instruction, whichever is there)")  # fmt: skip
+    group.add_argument("--completion_column", metavar="NAME", help="column of the completions (default: targets, "
+                       "completion, messages or output)")  # fmt: skip
+    group.add_argument("--target_files", nargs="+", default=[], metavar="SOURCE", help="target tasks that are "
+                       "never trained on; half of each is for validation, half for the final test")  # fmt: skip
     group.add_argument("--train_instruction", action="store_true", help="Alpaca, FLAN v2 and chain-of-thought "
                        f"together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name}")  # fmt: skip
     group.add_argument("--data_key", help="short name of this data in folder names (default: from the files)")
-    add_heldout(group)
+    add_tasks(group)
     group.add_argument("--loss_on_prompt", action="store_true", help="count the prompt in the loss, as published "
                        "(default: the completion only)")  # fmt: skip
 
 
-def add_heldout(group: argparse._ArgumentGroup) -> None:
-    """How many rows are kept back from training."""
+def add_tasks(group: argparse._ArgumentGroup) -> None:
+    """What a row's task is, and how many rows are kept back from training."""
+    group.add_argument("--task_column", metavar="NAME", help="column that names a row's task (default: _task_name, skill "
+                       "or task, else a file is a task; chain of thought: clusters make the tasks)")  # fmt: skip
     group.add_argument("--heldout_share", type=share, default=0.1, help="share of each task's rows held out for "
                        "validation, and again for test (default: 0.1)")  # fmt: skip
     group.add_argument("--max_heldout", type=positive_int, help="at most so many rows of each task are held out for "
@@ -124,10 +131,8 @@ def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = Fals
                        "as published")  # fmt: skip
     group.add_argument("--letters", choices=("word", "published"), default="word", help="multiple choice: letters "
                        "that stand alone count as answers, or any capital letter as published (default: word)")  # fmt: skip
-    group.add_argument("--task_column", help="field of the completions that names a row's source, for example "
-                       "teacher (default: clusters make the tasks)")  # fmt: skip
     if not or_instruction:
-        add_heldout(group)
+        add_tasks(group)
 
 
 def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
@@ -378,8 +383,8 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
 # --- from arguments to names ---------------------------------------------------------------------------------
 
 
-def instruction_files(args: argparse.Namespace) -> list[Path]:
-    """The training files of the instruction track.
+def instruction_files(args: argparse.Namespace) -> list[str | Path]:
+    """The training sources of the instruction track.
 
     Raises:
         ValueError: `--train_instruction` and `--data_files` together.
@@ -387,7 +392,7 @@ def instruction_files(args: argparse.Namespace) -> list[Path]:
     if args.data_files and args.train_instruction:
         raise ValueError("--train_instruction names its own files; leave it out, or leave out --data_files")
     if args.data_files:
-        return [Path(file) for file in args.data_files]
+        return args.data_files
     return [ALPACA_FILE, FLAN_FILE, ZS_COT_FILE] if args.train_instruction else [ALPACA_FILE]
 
 
@@ -397,7 +402,7 @@ def run_from(args: argparse.Namespace, run: int | None = None) -> Run:
         data_key, preset_key = args.dataset_key, args.preset_key
     else:
         files = instruction_files(args)
-        default = "instruction" if args.train_instruction else "+".join(file.stem for file in files)
+        default = "instruction" if args.train_instruction else "+".join(source_name(str(file)) for file in files)
         data_key, preset_key = args.data_key or default, None
     return Run(
         args.model_key,

@@ -1,17 +1,86 @@
-"""Where the instruction track's examples come from: FLAN-layout jsonl and Alpaca-layout pickles."""
+"""Where the instruction track's examples come from.
+
+A source is a file, a folder that `datasets` saved, or a data set on the hub: `_FORMATS` says how each is read, record by
+record. A record's columns say how it becomes a prompt and a completion: `_LAYOUTS`. Pickled frames are read by
+`src.frames`, with the layout that the published files have.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import datasets
 import pandas as pd
+import pyarrow as pa
 
 from src.data import SPLITS, Example, TaskData, require_file, stable_ranks, stable_split, text_field
 from src.frames import read_pickle
-from src.paths import shorten
+from src.paths import shorten, source_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Record = Mapping[str, Any]
+TASK_COLUMNS = ("_task_name", "skill", "task")
+"""Columns that name a row's task where `Columns.task` does not, in the order in which they are looked for."""
+
+
+class Columns(NamedTuple):
+    """Names of columns, where the user gives them."""
+
+    task: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+
+class Chat:
+    """Conversations as a prompt and a completion, by a tokenizer's chat template.
+
+    Args:
+        load_tokenizer: Called for the first conversation only.
+    """
+
+    def __init__(self, load_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
+        self._load, self._tokenizer = load_tokenizer, None
+
+    def texts(self, messages: Any, where: str) -> tuple[str, str]:
+        """Everything up to the last turn, and that turn, which must be the assistant's.
+
+        Raises:
+            ValueError: no such conversation, or a tokenizer without a template.
+        """
+        turns = list(messages) if isinstance(messages, (list, tuple)) else []
+        if (
+            not all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns)
+            or len(turns) < 2
+        ):
+            raise ValueError(
+                f"{where}: messages is {shorten(messages)}, expected two or more turns of role and content"
+            )
+        if turns[-1].get("role") != "assistant":
+            raise ValueError(f"{where}: the last of its messages is by {turns[-1].get('role')!r}, expected 'assistant'")
+        self._tokenizer = tokenizer = self._tokenizer or self._load()
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"{where}: the tokenizer of {tokenizer.name_or_path} has no chat template, so that messages cannot become "
+                "a prompt; take a chat model, or give columns prompt and completion"
+            )
+        prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        if not whole.startswith(prompt):  # a template that opens the assistant's turn in another way
+            whole = prompt + turns[-1]["content"]
+        completion = whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token or "")
+        begin = tokenizer.bos_token or ""
+        if begin and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:  # the tokenizer puts it there itself
+            prompt = prompt.removeprefix(begin)
+        return prompt, completion
 
 
 def _halves(keys: Sequence[str]) -> list[str]:
@@ -33,33 +102,181 @@ class _Row(NamedTuple):
         return self.prompt if self.prompt.strip() else self.completion
 
 
-def _flan_row(record: Mapping, task_field: str, where: str) -> _Row:
-    """A row with FLAN's fields; its prompt is ended so that the answer can follow (section 13)."""
+def _split_of(record: Record, where: str) -> str | None:
     split = record.get("_split")
     if split is not None and split not in SPLITS and split == split:  # a frame's missing value is no equal of itself
         raise ValueError(f"{where}: _split is {split!r}, expected one of {', '.join(SPLITS)}")
+    return split if split in SPLITS else None
+
+
+def _flan_texts(record: Record, where: str, _: Chat) -> tuple[str, str]:
+    """FLAN's fields; the prompt is ended so that the answer can follow (section 13)."""
     prompt = text_field(record, "inputs", where, allow_empty=True)
     if not prompt.endswith("\n") and not prompt.rstrip().endswith(":"):
         prompt += "\n"
-    completion, task = text_field(record, "targets", where), text_field(record, task_field, where)
-    return _Row(where, task, prompt, completion, split if split in SPLITS else None)
+    return prompt, text_field(record, "targets", where)
 
 
-def _jsonl_rows(path: Path) -> Iterator[_Row]:
-    with open(path, "rb") as file:
+def _alpaca_texts(record: Record, where: str, _: Chat) -> tuple[str, str]:
+    """Alpaca's fields, a line for the instruction and one for its input."""
+    instruction, given = text_field(record, "instruction", where), record.get("input") or ""
+    prompt = "".join(f"{part}\n" for part in (instruction, given) if part)
+    return prompt, text_field(record, "output", where)
+
+
+def _plain_texts(prompt: str, completion: str) -> Callable[[Record, str, Chat], tuple[str, str]]:
+    """Two columns, taken as they are."""
+
+    def texts(record: Record, where: str, _: Chat) -> tuple[str, str]:
+        return text_field(record, prompt, where, allow_empty=True), text_field(record, completion, where)
+
+    return texts
+
+
+_LAYOUTS: dict[tuple[str, ...], Callable[[Record, str, Chat], tuple[str, str]]] = {
+    ("inputs", "targets"): _flan_texts,
+    ("prompt", "completion"): _plain_texts("prompt", "completion"),
+    ("messages",): lambda record, where, chat: chat.texts(record.get("messages"), where),
+    ("instruction", "output"): _alpaca_texts,
+}
+"""Columns that a source has -> how a record becomes a prompt and a completion; the first that fits."""
+
+
+def _record_rows(source: str, records: Iterator[tuple[str, Record]], columns: Columns, chat: Chat) -> Iterator[_Row]:
+    """Rows of a source's records; its first record says which layout it has and which column names the task."""
+    first = next(records, None)
+    if first is None:
+        return
+    where, record = first
+    if columns.prompt or columns.completion:
+        named = (columns.prompt or "prompt", columns.completion or "completion")
+        texts = _plain_texts(*named)
+    else:
+        fitting = [layout for layout in _LAYOUTS if set(layout) <= set(record)]
+        # a record that lacks one of the columns is told so by the layout it comes nearest to
+        named = (fitting or [max(_LAYOUTS, key=lambda layout: len(set(layout) & set(record)))])[0]
+        if not set(named) & set(record):
+            layouts = "; ".join(" and ".join(layout) for layout in _LAYOUTS)
+            raise ValueError(
+                f"{where} has the columns {shorten(', '.join(map(str, record)))}; expected {layouts}, or name yours with "
+                "--prompt_column and --completion_column"
+            )
+        texts = _LAYOUTS[named]
+    task_column = columns.task or next((name for name in TASK_COLUMNS if name in record), None)
+    # published files name tasks in _task_name: there a row without one is a fault, not a source of its own
+    task_column = task_column or (TASK_COLUMNS[0] if named == ("inputs", "targets") else None)
+    for where, record in itertools.chain([first], records):
+        task = text_field(record, task_column, where) if task_column else source_name(source)
+        yield _Row(where, task, *texts(record, where, chat), _split_of(record, where))
+
+
+def _json_records(source: str) -> Iterator[tuple[str, Record]]:
+    opened = gzip.open if source.endswith(".gz") else open
+    with opened(require_file(Path(source)), "rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
+            where = f"{source}, line {number}"
             try:
                 record = json.loads(line.decode("utf-8")) if line.strip() else None
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
                 raise ValueError(f"{where} is not JSON in UTF-8 ({error}); expected one object per line") from error
             if isinstance(record, dict):
-                yield _flan_row(record, "_task_name", where)
+                yield where, record
             elif line.strip():
                 raise ValueError(f"{where} holds {shorten(record)}, expected an object with inputs and targets")
 
 
-def _frame_rows(path: Path, use_dev_map: bool, notices: list[str]) -> Iterator[_Row]:
+def _parquet_records(source: str) -> Iterator[tuple[str, Record]]:
+    path = str(require_file(Path(source)))
+    with _clear_errors(source):  # streamed: no copy of the file is made, and no old one is found
+        stream = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
+    yield from _numbered(source, stream)
+
+
+def _csv_records(source: str) -> Iterator[tuple[str, Record]]:
+    """Every field as the text that stands there: `02` is no number and `NA` is not missing."""
+
+    def rows() -> Iterator[Record]:
+        with pd.read_csv(require_file(Path(source)), dtype=str, keep_default_na=False, chunksize=10_000) as chunks:
+            for chunk in chunks:
+                yield from chunk.to_dict("records")
+
+    yield from _numbered(source, rows())
+
+
+def _saved_records(source: str) -> Iterator[tuple[str, Record]]:
+    """A folder that `save_to_disk` wrote; of several splits, `train`."""
+    with _clear_errors(source):
+        saved = datasets.load_from_disk(source)
+    if isinstance(saved, datasets.DatasetDict):
+        if "train" not in saved:
+            raise ValueError(
+                f"{source} has the splits {', '.join(saved)}, expected train among them, or a folder of one split"
+            )
+        saved = saved["train"]
+    yield from _numbered(source, saved)
+
+
+def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
+    """`name` or `organisation/name` on the hub, with `:split` behind it where that is not train."""
+    name, _, split = source.partition(":")
+    try:
+        stream = datasets.load_dataset(name, split=split or "train", streaming=True)
+    except Exception as error:  # whatever the network, the hub or the data set's own files raise
+        raise FileNotFoundError(
+            f"{source}: no such file or folder, and as a data set on the hub it cannot be opened ({_first_line(error)})"
+        ) from error
+    yield from _numbered(source, stream)
+
+
+def _numbered(source: str, records: Any) -> Iterator[tuple[str, Record]]:
+    with _clear_errors(source):
+        for number, record in enumerate(records, start=1):
+            yield f"{source}, row {number}", record
+
+
+@contextlib.contextmanager
+def _clear_errors(source: str) -> Iterator[None]:
+    """One error for everything that a damaged file raises in the libraries; our own pass."""
+    try:
+        yield
+    except (
+        OSError,
+        UnicodeError,
+        pa.ArrowException,
+        datasets.exceptions.DatasetsError,
+        pd.errors.ParserError,
+    ) as error:
+        raise ValueError(f"{source} cannot be read ({_first_line(error)}); write it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return shorten((str(cause).strip() or type(cause).__name__).splitlines()[0], 200)
+
+
+_FORMATS: dict[str, Callable[[str], Iterator[tuple[str, Record]]]] = {
+    r".*\.jsonl?(\.gz)?": _json_records,
+    r".*\.parquet": _parquet_records,
+    r".*\.csv(\.gz)?": _csv_records,
+}
+"""Name of a file -> its records, each with where it stands, for messages."""
+
+
+def _records_of(source: str) -> Iterator[tuple[str, Record]]:
+    if Path(source).is_dir():
+        return _saved_records(source)
+    for pattern, records in _FORMATS.items():
+        if re.fullmatch(pattern, source):
+            return records(source)
+    is_named_like_a_file = re.fullmatch(r"\.[A-Za-z]\w*", Path(source).suffix)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:\w+)?", source) and not is_named_like_a_file:
+        return _hub_records(source)
+    raise ValueError(
+        f"{source}: instruction data are .jsonl, .csv, .parquet and .pkl files, folders of `save_to_disk` and hub ids"
+    )
+
+
+def _frame_rows(path: Path, use_dev_map: bool, chat: Chat, notices: list[str]) -> Iterator[_Row]:
     """Rows of a pickled frame (section 13), with the splits of its dev split map if there is one."""
     frame = read_pickle(path)
     columns = set(frame.columns) if isinstance(frame, pd.DataFrame) else set()
@@ -74,7 +291,8 @@ def _frame_rows(path: Path, use_dev_map: bool, notices: list[str]) -> Iterator[_
     for position, (label, record) in enumerate(zip(frame.index, frame.to_dict("records"), strict=True)):
         where = f"{path}, row {position + 1} (index label {label!r})"
         if columns >= {"inputs", "targets"}:
-            rows[position] = _flan_row(record, "skill", where)
+            task = text_field(record, "skill", where)
+            rows[position] = _Row(where, task, *_flan_texts(record, where, chat), _split_of(record, where))
             continue
         task, text = text_field(record, "skill", where), text_field(record, "text", where)
         output = text_field(record, "output", where, allow_empty=True) if has_output else ""
@@ -124,16 +342,18 @@ def _dev_map_splits(path: Path, frame: pd.DataFrame, rows: Mapping[int, _Row]) -
     return splits
 
 
-def _read_rows(files: Sequence[str | Path], use_dev_map: bool, notices: list[str]) -> list[_Row]:
-    """Rows of all files, in the order of the files and of the rows in them."""
+def _read_rows(
+    sources: Sequence[str | Path], use_dev_map: bool, columns: Columns, chat: Chat, notices: list[str]
+) -> list[_Row]:
+    """Rows of all sources, in the order of the sources and of the rows in them."""
     rows: list[_Row] = []
-    for path in map(Path, files):
-        if path.suffix not in (".jsonl", ".pkl"):
-            raise ValueError(f"{path}: instruction data are read from .jsonl and .pkl files")
-        require_file(path)
-        found = list(_jsonl_rows(path) if path.suffix == ".jsonl" else _frame_rows(path, use_dev_map, notices))
+    for source in map(str, sources):
+        if source.endswith(".pkl"):
+            found = list(_frame_rows(require_file(Path(source)), use_dev_map, chat, notices))
+        else:
+            found = list(_record_rows(source, _records_of(source), columns, chat))
         if not found:
-            raise ValueError(f"{path} is empty: no row could be taken from it")
+            raise ValueError(f"{source} is empty: no row could be taken from it")
         rows += found
     return rows
 
@@ -165,23 +385,39 @@ def load_instruction(
     target_files: Sequence[str | Path] = (),
     heldout_share: float = 0.1,
     max_heldout: int = 50,
+    columns: Columns = Columns(),  # noqa: B008 a tuple of three Nones
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> TaskData:
-    """Instruction data from FLAN-style `.jsonl` and Alpaca-style `.pkl` files (section 13).
+    """Instruction data from files, folders and the hub (section 13 for the published files).
 
     A task's rows are divided by `stable_split` over their prompts, unless they say it themselves: in a field
     `_split`, or by a dev split map beside a pickle, whose rows are halved into validation and test. Tasks of
     `target_files` are targets only: half validation, half test, or as `_split` says; dev split maps beside those
-    files are not consulted.
+    files are not consulted. Without a column that names tasks, a source is a task by its own name.
+
+    Args:
+        data_files: Training sources.
+        target_files: Sources of targets.
+        heldout_share: Share of a task's prompts that validates, and that tests.
+        max_heldout: At most so many of them.
+        columns: Names of columns that are not the usual ones.
+        load_tokenizer: Gives the tokenizer whose chat template turns `messages` into prompts.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: with file and line or row, what was found and what was expected.
     """
     notices: list[str] = []
+
+    def no_tokenizer() -> PreTrainedTokenizerBase:
+        raise ValueError("these data hold messages, which only a model's tokenizer can turn into prompts")
+
+    chat = Chat(load_tokenizer or no_tokenizer)
     rows = _split_rows(
-        _read_rows(data_files, True, notices), lambda keys: stable_split(keys, heldout_share, max_heldout)
+        _read_rows(data_files, True, columns, chat, notices),
+        lambda keys: stable_split(keys, heldout_share, max_heldout),
     )
-    target_rows = _split_rows(_read_rows(target_files, False, notices), _halves)
+    target_rows = _split_rows(_read_rows(target_files, False, columns, chat, notices), _halves)
     sources = {row.task for row in rows}
     for row in target_rows:
         if row.task in sources or row.split == "train":

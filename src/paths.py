@@ -74,6 +74,12 @@ def slug(key: str) -> str:
     return name or hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
+def source_name(source: str) -> str:
+    """What a source without a column of tasks is called as a task, and in folder names: its file's stem."""
+    name = Path(source).name
+    return re.split(r"\.(?:jsonl|json|csv|parquet|pkl)\b", name)[0] or name
+
+
 @dataclass(frozen=True)
 class Run:
     """What the names of a run's artifacts depend on.

@@ -45,9 +45,18 @@ from src.gradients import (
     open_store,
     save_projection_signs,
 )
-from src.instruction import load_instruction
+from src.instruction import Columns, load_instruction
 from src.memory import MemoryPlan, plan_gradients, plan_training
-from src.models import BaseWeights, LanguageModel, LoraShape, load_checkpoint, load_model, model_kind
+from src.models import (
+    BaseWeights,
+    LanguageModel,
+    LoraShape,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+    model_kind,
+    resolve_model_key,
+)
 from src.paths import (
     MANIFEST,
     MIXTURE_FILE,
@@ -133,7 +142,13 @@ def load_data(args: argparse.Namespace) -> TaskData:
     if args.max_heldout is not None:
         held_out["max_heldout"] = args.max_heldout
     if getattr(args, "dataset_key", None) is None:
-        return load_instruction(instruction_files(args), args.target_files, **held_out)
+        return load_instruction(
+            instruction_files(args),
+            args.target_files,
+            columns=Columns(args.task_column, args.prompt_column, args.completion_column),
+            load_tokenizer=lambda: load_tokenizer(resolve_model_key(args.model_key)),
+            **held_out,
+        )
     return load_cot(
         args.dataset_key,
         args.preset_key,

@@ -478,8 +478,8 @@ def test_bad_files_are_named(tmp_path):
         load_instruction([empty])
     with pytest.raises(FileNotFoundError, match=r"b\.jsonl does not exist"):
         load_instruction([tmp_path / "b.jsonl"])
-    with pytest.raises(ValueError, match=r"\.jsonl and \.pkl"):
-        load_instruction([tmp_path / "b.csv"])
+    with pytest.raises(ValueError, match=r"b\.xlsx: instruction data are \.jsonl, \.csv"):
+        load_instruction([tmp_path / "b.xlsx"])
     with pytest.raises(ValueError, match="empty list of data files"):
         load_instruction([])
     with pytest.raises(ValueError, match=r"the columns \['skill'\]"):
