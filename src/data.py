@@ -5,6 +5,8 @@ write. Rows are compiled afresh from the user's files on every run; nothing is c
 that does not look at its sources goes stale. Held-out rows are chosen by hashing their text, so every process
 chooses the same ones.
 
+Texts may be more than fits into memory: `StoredExamples` leaves them in a temporary file.
+
 Shapes: N samples, n tasks, k targets.
 """
 
@@ -12,12 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import mmap
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from src.paths import shorten
 
@@ -37,6 +42,81 @@ class Example:
     answer: str | None = None  # chain of thought: the cleaned gold answer
 
 
+class TextSpool:
+    """Prompts and completions on their way into `StoredExamples`: in memory while they are few, then in a temporary
+    file without a name, which is gone with the process that made it.
+
+    Args:
+        in_memory: Bytes from which on they are in a file, below the system's folder for those (`TMPDIR`).
+        block_rows: Rows written at once.
+    """
+
+    SCHEMA = pa.schema({"prompt": pa.large_string(), "completion": pa.large_string()})
+
+    def __init__(self, in_memory: int = 1 << 26, block_rows: int = 4096) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115 open as long as its rows are read
+        self._writer = pa.ipc.new_file(self._file, self.SCHEMA)
+        self._block_rows, self._waiting = block_rows, []
+
+    def append(self, prompt: str, completion: str) -> None:
+        """Add a row."""
+        self._waiting.append({"prompt": prompt, "completion": completion})
+        if len(self._waiting) == self._block_rows:
+            self._write()
+
+    def _write(self) -> None:
+        self._writer.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=self.SCHEMA))
+        self._waiting = []
+
+    def table(self) -> pa.Table:
+        """All rows, read from where they are when they are looked at; nothing can be added after it."""
+        self._write()
+        self._writer.close()
+        self._file.flush()
+        rolled = not hasattr(self._file._file, "getvalue")
+        stored = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if rolled else self._file._file.getvalue()
+        return pa.ipc.open_file(pa.py_buffer(stored)).read_all()
+
+
+class StoredExamples(Sequence[Example]):
+    """Examples made on access from texts in an Arrow table, which may be a file's: no text is held.
+
+    Args:
+        texts: Columns `prompt` and `completion`, N rows.
+        tasks: Task of each row.
+        splits: Split of each row, of `SPLITS`.
+    """
+
+    def __init__(self, texts: pa.Table, tasks: Sequence[str], splits: Sequence[str]) -> None:
+        self._texts, self.tasks, self.splits = texts, list(tasks), list(splits)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, position):
+        if isinstance(position, slice):
+            return [self[index] for index in range(*position.indices(len(self)))]
+        position = range(len(self))[position]
+        prompt, completion = (column[position].as_py() for column in self._texts.columns)
+        return Example(position, self.tasks[position], self.splits[position], prompt, completion)
+
+    def __iter__(self) -> Iterator[Example]:
+        position = 0
+        for block in self._texts.to_batches(max_chunksize=4096):
+            for prompt, completion in zip(*(column.to_pylist() for column in block.columns), strict=True):
+                yield Example(position, self.tasks[position], self.splits[position], prompt, completion)
+                position += 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Example.__eq__, self, other))
+
+    __hash__ = None
+
+    def with_tasks(self, tasks: Sequence[str]) -> StoredExamples:
+        """The same rows with other tasks."""
+        return StoredExamples(self._texts, tasks, self.splits)
+
+
 @dataclass(frozen=True)
 class TaskData:
     """All examples of a run, what to tell the user about them, and whose answer rule applies.
@@ -45,12 +125,14 @@ class TaskData:
         ValueError: an example's `sample_index` is not its position, or its split is unknown.
     """
 
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...] | StoredExamples
     notices: tuple[str, ...] = ()  # one-line messages for the script to print
     answer_key: str | None = None  # chain of thought: the dataset_key that decides how answers are read
     judge: Callable[[str, str], dict[str, bool]] | None = None  # (completion, gold answer) -> its properties
 
     def __post_init__(self) -> None:
+        if isinstance(self.examples, StoredExamples):  # made with their positions
+            return
         for position, example in enumerate(self.examples):
             if example.sample_index != position or example.split not in SPLITS:
                 raise ValueError(
@@ -62,26 +144,44 @@ class TaskData:
         return len(self.examples)
 
     @cached_property
+    def _columns(self) -> tuple[Sequence[str], np.ndarray]:
+        """Task of each row, and its position in `SPLITS`, (N,)."""
+        if isinstance(self.examples, StoredExamples):
+            tasks, splits = self.examples.tasks, self.examples.splits
+        else:
+            tasks, splits = ([getattr(e, field) for e in self.examples] for field in ("task", "split"))
+        return tasks, np.fromiter(map(SPLITS.index, splits), np.int8, count=len(tasks))
+
+    def _names(self, training: bool) -> tuple[str, ...]:
+        tasks, splits = self._columns
+        return tuple(sorted({task for task, split in zip(tasks, splits, strict=True) if (split == 0) == training}))
+
+    def _ids(self, training: bool) -> np.ndarray:
+        """Position of each row's task among `tasks` or `targets`, -1 for the rows of the other kind."""
+        ids = {name: position for position, name in enumerate(self.tasks if training else self.targets)}
+        tasks, splits = self._columns
+        of_row = np.fromiter((ids.get(task, -1) for task in tasks), np.int32, count=len(tasks))
+        return np.where((splits == 0) == training, of_row, -1).astype(np.int32)
+
+    @cached_property
     def tasks(self) -> tuple[str, ...]:
         """(n,) sorted names of tasks with training rows; a task id is a position here."""
-        return tuple(sorted({example.task for example in self.examples if example.split == "train"}))
+        return self._names(training=True)
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
         """(k,) sorted names of tasks with held-out rows (validation rows, unless nothing was to be held out)."""
-        return tuple(sorted({example.task for example in self.examples if example.split != "train"}))
+        return self._names(training=False)
 
     @cached_property
     def task_of_sample(self) -> np.ndarray:
         """(N,) int32 task id of training rows, -1 elsewhere."""
-        ids = {name: task_id for task_id, name in enumerate(self.tasks)}
-        return np.array([ids[e.task] if e.split == "train" else -1 for e in self.examples], dtype=np.int32)
+        return self._ids(training=True)
 
     @cached_property
     def target_of_sample(self) -> np.ndarray:
         """(N,) int32 position in `targets` of validation and test rows, -1 for training rows."""
-        ids = {name: position for position, name in enumerate(self.targets)}
-        return np.array([-1 if e.split == "train" else ids[e.task] for e in self.examples], dtype=np.int32)
+        return self._ids(training=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,6 +193,12 @@ class TaskData:
 
     def with_tasks(self, task_of: Mapping[int, str]) -> TaskData:
         """The same rows with other tasks for the training rows: sample index -> task."""
+        if isinstance(self.examples, StoredExamples):
+            tasks, splits = self._columns
+            renamed = [
+                task if split else task_of[row] for row, (task, split) in enumerate(zip(tasks, splits, strict=True))
+            ]
+            return replace(self, examples=self.examples.with_tasks(renamed))
         examples = [
             replace(example, task=task_of[example.sample_index]) if example.split == "train" else example
             for example in self.examples
@@ -107,7 +213,7 @@ class TaskData:
         """
         if split not in SPLITS or (tasks is not None and split != "train"):
             raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}, and task ids for train only")
-        chosen = np.array([example.split == split for example in self.examples], dtype=bool)
+        chosen = self._columns[1] == SPLITS.index(split)
         if tasks is not None:
             task_ids = [int(task) for task in tasks]
             if strangers := [task for task in task_ids if not 0 <= task < len(self.tasks)]:
@@ -119,14 +225,19 @@ class TaskData:
 # --- stable splits ------------------------------------------------------------------------------------------
 
 
-def stable_ranks(keys: Sequence[str]) -> dict[str, int]:
-    """Rank of each distinct key by its sha256: the same in any process and for any row order."""
-    ranked = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest())
+def key_digest(key: str) -> bytes:
+    """What a row's key is ranked by, in the place of the key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def stable_ranks(keys: Sequence[str | bytes]) -> dict[str | bytes, int]:
+    """Rank of each distinct key, or its digest, by its sha256: the same in any process and for any row order."""
+    ranked = sorted(set(keys), key=lambda key: key if isinstance(key, bytes) else key_digest(key))
     return {key: rank for rank, key in enumerate(ranked)}
 
 
 def stable_split(
-    keys: Sequence[str], heldout_share: float, max_heldout: int, test_share: float | None = None
+    keys: Sequence[str | bytes], heldout_share: float, max_heldout: int, test_share: float | None = None
 ) -> list[str]:
     """Split of each row, decided by its key: equal keys fall on the same side, row order is irrelevant.
 
@@ -134,7 +245,7 @@ def stable_split(
     distinct keys on, a share above zero holds out at least one key; below three, all rows train.
 
     Args:
-        keys: What identifies a row, usually its prompt.
+        keys: What identifies a row, usually its prompt, or the `key_digest` of that.
         heldout_share: Share of the distinct keys that validates.
         max_heldout: Most keys in validation, and most in test.
         test_share: Share of the distinct keys that tests; as `heldout_share` unless given.

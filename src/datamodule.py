@@ -10,7 +10,9 @@ Letters: N samples, B batch, T tokens of the longest row.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +24,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
+from src.cli import progress
 from src.data import TaskData
-from src.paths import atomic_write
+from src.paths import whole_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,14 +43,6 @@ class Ragged:
 
     values: np.ndarray
     offsets: np.ndarray
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[Sequence[int]]) -> Ragged:
-        """Flatten a list of rows of ids."""
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        values = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=offsets[-1])
-        return cls(values, offsets)
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
@@ -67,10 +62,20 @@ class TokenizedData:
     notices: tuple[str, ...]
 
 
+TOKENIZED_TOGETHER = 4096
+"""Rows tokenised at once: their ids are lists of Python numbers until they are written."""
+
+
 def tokenize(
-    data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, *, max_length: int, max_target_length: int
-) -> TokenizedData:
-    """Tokenise every example's prompt and completion apart.
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str,
+    folder: Path,
+    *,
+    max_length: int,
+    max_target_length: int,
+) -> None:
+    """Tokenise every example's prompt and completion apart, into the files of `open_tokens`.
 
     A decoder's row is prompt + completion + end token; where it is longer than `max_length` the prompt loses
     tokens at its beginning first, then the completion at its end. An encoder-decoder's prompt is cut at
@@ -83,66 +88,73 @@ def tokenize(
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; add one and save it again"
         )
-    prompts = tokenizer([example.prompt for example in data.examples], verbose=False)["input_ids"]
-    decoder = kind == "decoder"
-    completions = tokenizer(
-        [example.completion for example in data.examples], add_special_tokens=not decoder, verbose=False
-    )["input_ids"]
-    end = tokenizer.eos_token_id
+    decoder, end = kind == "decoder", tokenizer.eos_token_id
     cut_prompts = cut_completions = 0
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if not [token for token in completion if token != end]:
-            example = data.examples[row]
-            raise ValueError(
-                f"sample {row} (task {example.task}): the completion {example.completion!r} has no token; "
-                "give it a text that the tokenizer knows, or remove the row"
-            )
-        limit = max_length if decoder else max_target_length
-        if decoder or completion[-1] != end:
-            completion = [*completion, end]
-        if len(completion) > limit:
-            completion, cut_completions = completion[:limit], cut_completions + 1
-        room = max_length - len(completion) if decoder else max_length
-        if len(prompt) > room:
-            prompt = prompt[len(prompt) - room :] if decoder else prompt[:room]
-            cut_prompts += 1
-        prompts[row], completions[row] = prompt, completion
+    lengths: dict[str, list[int]] = {"prompt": [], "completion": []}
+    rows = iter(progress(data.examples, desc="tokenising", total=len(data), unit="row", delay=2))
+    with open(folder / "prompt.bin", "wb") as prompt_file, open(folder / "completion.bin", "wb") as completion_file:
+        files = {"prompt": prompt_file, "completion": completion_file}
+        while block := list(itertools.islice(rows, TOKENIZED_TOGETHER)):
+            prompts = tokenizer([example.prompt for example in block], verbose=False)["input_ids"]
+            completions = tokenizer(
+                [example.completion for example in block], add_special_tokens=not decoder, verbose=False
+            )["input_ids"]
+            for example, prompt, completion in zip(block, prompts, completions, strict=True):
+                if not [token for token in completion if token != end]:
+                    raise ValueError(
+                        f"sample {example.sample_index} (task {example.task}): the completion {example.completion!r} has "
+                        "no token; give it a text that the tokenizer knows, or remove the row"
+                    )
+                limit = max_length if decoder else max_target_length
+                if decoder or completion[-1] != end:
+                    completion = [*completion, end]
+                if len(completion) > limit:
+                    completion, cut_completions = completion[:limit], cut_completions + 1
+                room = max_length - len(completion) if decoder else max_length
+                if len(prompt) > room:
+                    prompt = prompt[len(prompt) - room :] if decoder else prompt[:room]
+                    cut_prompts += 1
+                for part, ids in (("prompt", prompt), ("completion", completion)):
+                    files[part].write(np.asarray(ids, np.int32).tobytes())
+                    lengths[part].append(len(ids))
+    for part, of_rows in lengths.items():
+        np.save(folder / f"{part}_offsets.npy", np.concatenate([[0], np.cumsum(of_rows, dtype=np.int64)]))
     notices = []
     if cut_prompts or cut_completions:
         notices.append(
-            f"{cut_prompts:,} prompts and {cut_completions:,} completions of {len(prompts):,} rows were cut to fit "
+            f"{cut_prompts:,} prompts and {cut_completions:,} completions of {len(data):,} rows were cut to fit "
             f"--max_length {max_length}" + ("" if decoder else f" and --max_target_length {max_target_length}")
         )
-    return TokenizedData(Ragged.from_rows(prompts), Ragged.from_rows(completions), tuple(notices))
+    write_json(folder / "notices.json", notices)
+
+
+def open_tokens(folder: Path) -> TokenizedData:
+    """What `tokenize` wrote, memory-mapped."""
+    parts = []
+    for part in ("prompt", "completion"):
+        path = folder / f"{part}.bin"
+        values = np.memmap(path, np.int32, "r") if path.stat().st_size else np.zeros(0, np.int32)
+        parts.append(Ragged(values, np.load(folder / f"{part}_offsets.npy")))
+    return TokenizedData(*parts, tuple(json.loads((folder / "notices.json").read_text(encoding="utf-8"))))
 
 
 def tokenize_once(
     cache: Path | None, data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, **lengths: int
 ) -> TokenizedData:
-    """`tokenize`, or what it gave earlier for the same texts, tokenizer and lengths, kept in the folder `cache`."""
+    """Tokens of every example: what `tokenize` gave earlier for the same texts, tokenizer and lengths, kept in a folder
+    below `cache`, else made there; without a cache they are made anew, and gone with the process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # the fast tokenizers'; others have no one description
     if cache is None or backend is None:
-        return tokenize(data, tokenizer, kind, **lengths)
+        with tempfile.TemporaryDirectory() as folder:  # memory-mapped files may be removed
+            tokenize(data, tokenizer, kind, Path(folder), **lengths)
+            return open_tokens(Path(folder))
     special = [tokenizer.eos_token_id, sorted(tokenizer.special_tokens_map.items(), key=str)]
     request = json.dumps([data.fingerprint, backend.to_str(), special, kind, sorted(lengths.items())], default=str)
-    path = cache / f"{hashlib.sha256(request.encode()).hexdigest()[:32]}.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            prompts, completions = (
-                Ragged(arrays[f"{part}_values"], arrays[f"{part}_offsets"]) for part in ("prompt", "completion")
-            )
-            return TokenizedData(prompts, completions, tuple(arrays["notices"].tolist()))
-    tokens = tokenize(data, tokenizer, kind, **lengths)
-    with atomic_write(path) as temporary:
-        np.savez(
-            temporary,
-            prompt_values=tokens.prompts.values,
-            prompt_offsets=tokens.prompts.offsets,
-            completion_values=tokens.completions.values,
-            completion_offsets=tokens.completions.offsets,
-            notices=np.array(tokens.notices, dtype=str),
-        )
-    return tokens
+    path = cache / hashlib.sha256(request.encode()).hexdigest()[:32]
+    if not path.is_dir():
+        with whole_folder(path) as folder:
+            tokenize(data, tokenizer, kind, folder, **lengths)
+    return open_tokens(path)
 
 
 def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Tensor:

@@ -20,7 +20,17 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 
-from src.data import SPLITS, Example, TaskData, require_file, stable_ranks, stable_split, text_field
+from src.data import (
+    SPLITS,
+    StoredExamples,
+    TaskData,
+    TextSpool,
+    key_digest,
+    require_file,
+    stable_ranks,
+    stable_split,
+    text_field,
+)
 from src.frames import read_pickle
 from src.paths import shorten, source_name
 
@@ -83,10 +93,19 @@ class Chat:
         return prompt, completion
 
 
-def _halves(keys: Sequence[str]) -> list[str]:
+def _halves(keys: Sequence[str | bytes]) -> list[str]:
     """Validation or test for each row, half of the distinct keys each; an odd one validates."""
     ranks = stable_ranks(keys)
     return ["validation" if 2 * ranks[key] < len(ranks) else "test" for key in keys]
+
+
+class _Placed(NamedTuple):
+    """A row whose texts are stored; `key` is the `key_digest` of what identifies it in a split."""
+
+    where: str
+    task: str
+    key: bytes
+    split: str | None
 
 
 class _Row(NamedTuple):
@@ -95,6 +114,11 @@ class _Row(NamedTuple):
     prompt: str
     completion: str
     split: str | None  # None: still to be chosen
+
+    @property
+    def without_texts(self) -> _Placed:
+        """What has to be kept of the row when its texts are stored."""
+        return _Placed(self.where, self.task, key_digest(self.key), self.split)
 
     @property
     def key(self) -> str:
@@ -343,22 +367,25 @@ def _dev_map_splits(path: Path, frame: pd.DataFrame, rows: Mapping[int, _Row]) -
 
 
 def _read_rows(
-    sources: Sequence[str | Path], use_dev_map: bool, columns: Columns, chat: Chat, notices: list[str]
-) -> list[_Row]:
-    """Rows of all sources, in the order of the sources and of the rows in them."""
-    rows: list[_Row] = []
+    sources: Sequence[str | Path], use_dev_map: bool, columns: Columns, chat: Chat, spool: TextSpool, notices: list[str]
+) -> list[_Placed]:
+    """Rows of all sources, in the order of the sources and of the rows in them; their texts go into the spool."""
+    rows: list[_Placed] = []
     for source in map(str, sources):
         if source.endswith(".pkl"):
-            found = list(_frame_rows(require_file(Path(source)), use_dev_map, chat, notices))
+            found = _frame_rows(require_file(Path(source)), use_dev_map, chat, notices)
         else:
-            found = list(_record_rows(source, _records_of(source), columns, chat))
-        if not found:
+            found = _record_rows(source, _records_of(source), columns, chat)
+        before = len(rows)
+        for row in found:
+            spool.append(row.prompt, row.completion)
+            rows.append(row.without_texts)
+        if len(rows) == before:
             raise ValueError(f"{source} is empty: no row could be taken from it")
-        rows += found
     return rows
 
 
-def _split_rows(rows: list[_Row], split: Callable[[list[str]], list[str]]) -> list[_Row]:
+def _split_rows(rows: list[_Placed], split: Callable[[list[bytes]], list[str]]) -> list[_Placed]:
     """Give every row a split: its own, or for tasks without one by `split(keys)`, task by task."""
     positions_of_task: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
@@ -412,12 +439,12 @@ def load_instruction(
     def no_tokenizer() -> PreTrainedTokenizerBase:
         raise ValueError("these data hold messages, which only a model's tokenizer can turn into prompts")
 
-    chat = Chat(load_tokenizer or no_tokenizer)
+    chat, spool = Chat(load_tokenizer or no_tokenizer), TextSpool()
     rows = _split_rows(
-        _read_rows(data_files, True, columns, chat, notices),
+        _read_rows(data_files, True, columns, chat, spool, notices),
         lambda keys: stable_split(keys, heldout_share, max_heldout),
     )
-    target_rows = _split_rows(_read_rows(target_files, False, columns, chat, notices), _halves)
+    target_rows = _split_rows(_read_rows(target_files, False, columns, chat, spool, notices), _halves)
     sources = {row.task for row in rows}
     for row in target_rows:
         if row.task in sources or row.split == "train":
@@ -430,5 +457,6 @@ def load_instruction(
             f"{len(bare)} of {len(sources)} tasks have no held-out rows (too few distinct prompts, or nothing in "
             f"the dev split map) and are no targets: {shorten(', '.join(bare), 200)}"
         )
-    examples = (Example(i, r.task, r.split, r.prompt, r.completion) for i, r in enumerate(rows + target_rows))
-    return TaskData(tuple(examples), tuple(notices))
+    placed = rows + target_rows
+    examples = StoredExamples(spool.table(), [row.task for row in placed], [row.split for row in placed])
+    return TaskData(examples, tuple(notices))

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
-from src.datamodule import tokenize, tokenize_once
+from src.datamodule import tokenize_once
 from src.estimation import estimate
 from src.gradients import open_store
 from src.instruction import load_instruction
@@ -71,7 +71,7 @@ def test_texts_are_tokenised_once(here: list[str]) -> None:
     args = load_script("custom_train_alpaca.py").parse_args(here)
     data, model = load_data(args), load_base_model(args.model_key)
     lengths = {"max_length": args.max_length, "max_target_length": args.max_target_length}
-    expected = tokenize(data, model.tokenizer, model.kind, **lengths)
+    expected = tokenize_once(None, data, model.tokenizer, model.kind, **lengths)
     found = tokenize_once(Path("cache/tokens"), data, model.tokenizer, model.kind, **lengths)
     assert [list(found.prompts[i]) for i in range(len(data))] == [list(expected.prompts[i]) for i in range(len(data))]
     np.testing.assert_array_equal(found.completions.values, expected.completions.values)
