@@ -21,7 +21,10 @@ import numpy as np
 
 from src.paths import shorten
 
-SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+SPLITS = ("train", *HELD_OUT)
+LEFT_OUT = "left out"
+"""In place of a split: a row that nothing is trained or evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Example:
 
     sample_index: int  # position in TaskData.examples; rows on disk are keyed by it
     task: str  # source task of a training row, target of a validation or test row
-    split: str  # one of SPLITS
+    split: str  # one of SPLITS, or LEFT_OUT
     prompt: str
     completion: str
     record_index: int | None = None  # chain of thought: the data set's own sample_index
@@ -52,7 +55,7 @@ class TaskData:
 
     def __post_init__(self) -> None:
         for position, example in enumerate(self.examples):
-            if example.sample_index != position or example.split not in SPLITS:
+            if example.sample_index != position or example.split not in (*SPLITS, LEFT_OUT):
                 raise ValueError(
                     f"example {position} has sample_index {example.sample_index} and split {example.split!r}, "
                     f"expected its own position and one of {', '.join(SPLITS)}"
@@ -69,7 +72,7 @@ class TaskData:
     @cached_property
     def targets(self) -> tuple[str, ...]:
         """(k,) sorted names of tasks with held-out rows (validation rows, unless nothing was to be held out)."""
-        return tuple(sorted({example.task for example in self.examples if example.split != "train"}))
+        return tuple(sorted({example.task for example in self.examples if example.split in HELD_OUT}))
 
     @cached_property
     def task_of_sample(self) -> np.ndarray:
@@ -79,9 +82,9 @@ class TaskData:
 
     @cached_property
     def target_of_sample(self) -> np.ndarray:
-        """(N,) int32 position in `targets` of validation and test rows, -1 for training rows."""
+        """(N,) int32 position in `targets` of validation and test rows, -1 for other rows."""
         ids = {name: position for position, name in enumerate(self.targets)}
-        return np.array([-1 if e.split == "train" else ids[e.task] for e in self.examples], dtype=np.int32)
+        return np.array([ids[e.task] if e.split in HELD_OUT else -1 for e in self.examples], dtype=np.int32)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,12 +95,21 @@ class TaskData:
         return digest.hexdigest()
 
     def with_tasks(self, task_of: Mapping[int, str]) -> TaskData:
-        """The same rows with other tasks for the training rows: sample index -> task."""
+        """The same rows with other tasks for the training rows: sample index -> task; those without one are left out."""
         examples = [
-            replace(example, task=task_of[example.sample_index]) if example.split == "train" else example
+            example
+            if example.split != "train"
+            else replace(example, task=task_of[example.sample_index])
+            if example.sample_index in task_of
+            else replace(example, split=LEFT_OUT)
             for example in self.examples
         ]
         return replace(self, examples=tuple(examples))
+
+    def where(self, sample_index: int) -> str:
+        """Task and split of a sample, for messages."""
+        example = self.examples[sample_index]
+        return f"{example.split} row of task {example.task}: {shorten(example.prompt.strip(), 40)!r}"
 
     def indices(self, split: str, tasks: Iterable[int] | None = None) -> np.ndarray:
         """Ascending sample indices of a split, (.,) int64; of "train" optionally only those of some task ids.

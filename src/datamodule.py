@@ -21,6 +21,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
+from src.cli import say_once
 from src.data import TaskData
 from src.paths import atomic_write
 
@@ -119,22 +120,22 @@ def tokenize_once(
     cache: Path | None, data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, **lengths: int
 ) -> TokenizedData:
     """`tokenize`, or what it gave earlier for the same texts, tokenizer and lengths, kept in the folder `cache`."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # the fast tokenizers'; others have no one description
-    if cache is None or backend is None:
+    if cache is None or getattr(tokenizer, "backend_tokenizer", None) is None:
         return tokenize(data, tokenizer, kind, **lengths)
-    special = [tokenizer.eos_token_id, sorted(tokenizer.special_tokens_map.items(), key=str)]
-    request = json.dumps([data.fingerprint, backend.to_str(), special, kind, sorted(lengths.items())], default=str)
-    path = cache / f"{hashlib.sha256(request.encode()).hexdigest()[:32]}.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            prompts, completions = (
-                Ragged(arrays[f"{part}_values"], arrays[f"{part}_offsets"]) for part in ("prompt", "completion")
-            )
-            return TokenizedData(prompts, completions, tuple(arrays["notices"].tolist()))
+    request = json.dumps([data.fingerprint, tokenizer_fingerprint(tokenizer), kind, sorted(lengths.items())])
+    made_from = hashlib.sha256(request.encode()).hexdigest()[:32]
+    path = cache / f"{made_from}.npz"
+    arrays = read_arrays(path)
+    if arrays is not None and arrays.get("made_from") == made_from:
+        prompts, completions = (
+            Ragged(arrays[f"{part}_values"], arrays[f"{part}_offsets"]) for part in ("prompt", "completion")
+        )
+        return TokenizedData(prompts, completions, tuple(arrays["notices"].tolist()))
     tokens = tokenize(data, tokenizer, kind, **lengths)
     with atomic_write(path) as temporary:
         np.savez(
             temporary,
+            made_from=np.array(made_from),
             prompt_values=tokens.prompts.values,
             prompt_offsets=tokens.prompts.offsets,
             completion_values=tokens.completions.values,
@@ -142,6 +143,29 @@ def tokenize_once(
             notices=np.array(tokens.notices, dtype=str),
         )
     return tokens
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what decides a text's ids: the fast tokenizers' one description, or the vocabulary of others."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = [tokenizer.eos_token_id, sorted(tokenizer.special_tokens_map.items(), key=str)]
+    return hashlib.sha256(json.dumps([whole, special], default=str).encode()).hexdigest()
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cached .npz, each checked against its checksum; None where there is no such file, or with a notice
+    where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except OSError:
+        raise
+    except Exception as error:  # damage can make the zip reader raise anything
+        say_once(f"note: {path} is damaged ({type(error).__name__}: {error}); it is made anew.")
+        return None
 
 
 def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Tensor:
