@@ -60,7 +60,7 @@ class FineTuning(pl.LightningModule):
         logits, labels, _ = self.model.target_logits(batch)
         loss = nn.functional.cross_entropy(logits.float(), labels)
         if not loss.isfinite():
-            self._stop_at(batch["sample_index"], f"the training loss is {float(loss)}")
+            self._stop_at(batch["sample_index"], f"the training loss is {float(loss.detach())}")
         self.log("train_loss", loss.detach())
         return loss
 
