@@ -7,6 +7,7 @@ takes the value that the previous stage stored.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
 import shlex
@@ -296,6 +297,8 @@ def add_gradients(parser: argparse.ArgumentParser) -> None:
                        "packed in bits, beside the gradients of each checkpoint")  # fmt: skip
     group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
                        "are always projected unless --projection none")  # fmt: skip
+    group.add_argument("--on_nonfinite", choices=("stop", "skip"), default="stop", help="a sample whose output or gradient "
+                       "is not finite: stop and name it, or leave it out and count it (default: stop)")  # fmt: skip
     group.add_argument("--max_tokens_per_batch", type=positive_int_or_auto, default=4096, metavar="TOKENS", help="rows "
                        "times longest row of a batch, or auto for the largest that fits into memory (default: 4096)")  # fmt: skip
     group.add_argument("--row_dtype", choices=("float32", "float16"), default="float32", help="numbers that gradients are "
@@ -394,6 +397,13 @@ def instruction_files(args: argparse.Namespace) -> list[str | Path]:
     if args.data_files:
         return args.data_files
     return [ALPACA_FILE, FLAN_FILE, ZS_COT_FILE] if args.train_instruction else [ALPACA_FILE]
+
+
+def instruction_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that decide what the rows of the instruction track are, with their values."""
+    declared = argparse.ArgumentParser()
+    add_instruction_data(declared)
+    return {name: getattr(args, name) for name in vars(declared.parse_args([]))}
 
 
 def run_from(args: argparse.Namespace, run: int | None = None) -> Run:
@@ -570,11 +580,36 @@ def run_command(command: str, *more: str) -> Any:
     return run_stage(module.main, module.parse_args(arguments))
 
 
+_GOES_ON = "then run the same command again: what was finished is kept"
+_CURES = {
+    errno.ENOSPC: f"free space there, {_GOES_ON}",
+    errno.EDQUOT: f"your quota there is used up; free space or raise it, {_GOES_ON}",
+    errno.EFBIG: f"the limit on file sizes is lower (ulimit -f); raise it, {_GOES_ON}",
+    errno.EIO: f"look at the space and the health of that disk, {_GOES_ON}",
+    errno.ENOTDIR: f"a file stands where a folder is to be; move it away, {_GOES_ON}",
+    errno.EEXIST: f"a file stands where a folder is to be; move it away, {_GOES_ON}",
+    errno.EISDIR: f"a folder stands where a file is to be; move it away, {_GOES_ON}",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        f"make that folder writable, or work in another one, {_GOES_ON}",
+    ),
+}
+"""What to do about errors of the operating system that a user can mend."""
+
+
+def _line_about(error: OSError) -> str:
+    """An error of the system in one line: what, where, and the cure."""
+    what = error.strerror[:1].lower() + error.strerror[1:]
+    return f"cannot use {error.filename}: {what}; {_CURES[error.errno]}"
+
+
 def run_stage(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     """Run a stage's `main`; an error that the user can mend is one line and exit status 1, not a traceback."""
     try:
         return main(args)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        if os.environ.get("GRADEX_TRACEBACK"):
+    except (ValueError, OSError) as error:
+        of_system = isinstance(error, OSError) and error.errno in _CURES
+        known = of_system or isinstance(error, (ValueError, FileNotFoundError, FileExistsError))
+        if not known or os.environ.get("GRADEX_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_line_about(error) if of_system else error}")

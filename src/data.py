@@ -26,7 +26,10 @@ import pyarrow as pa
 
 from src.paths import shorten
 
-SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+SPLITS = ("train", *HELD_OUT)
+LEFT_OUT = "left out"
+"""In place of a split: a row that nothing is trained or evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Example:
 
     sample_index: int  # position in TaskData.examples; rows on disk are keyed by it
     task: str  # source task of a training row, target of a validation or test row
-    split: str  # one of SPLITS
+    split: str  # one of SPLITS, or LEFT_OUT
     prompt: str
     completion: str
     record_index: int | None = None  # chain of thought: the data set's own sample_index
@@ -112,9 +115,13 @@ class StoredExamples(Sequence[Example]):
 
     __hash__ = None
 
-    def with_tasks(self, tasks: Sequence[str]) -> StoredExamples:
-        """The same rows with other tasks."""
-        return StoredExamples(self._texts, tasks, self.splits)
+    def with_tasks(self, task_of: Mapping[int, str]) -> StoredExamples:
+        """As `TaskData.with_tasks`."""
+        training = [row for row, split in enumerate(self.splits) if split == "train"]
+        tasks, splits = list(self.tasks), list(self.splits)
+        for row in training:
+            tasks[row], splits[row] = (task_of[row], "train") if row in task_of else (tasks[row], LEFT_OUT)
+        return StoredExamples(self._texts, tasks, splits)
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ class TaskData:
         if isinstance(self.examples, StoredExamples):  # made with their positions
             return
         for position, example in enumerate(self.examples):
-            if example.sample_index != position or example.split not in SPLITS:
+            if example.sample_index != position or example.split not in (*SPLITS, LEFT_OUT):
                 raise ValueError(
                     f"example {position} has sample_index {example.sample_index} and split {example.split!r}, "
                     f"expected its own position and one of {', '.join(SPLITS)}"
@@ -150,18 +157,22 @@ class TaskData:
             tasks, splits = self.examples.tasks, self.examples.splits
         else:
             tasks, splits = ([getattr(e, field) for e in self.examples] for field in ("task", "split"))
-        return tasks, np.fromiter(map(SPLITS.index, splits), np.int8, count=len(tasks))
+        return tasks, np.fromiter(map((*SPLITS, LEFT_OUT).index, splits), np.int8, count=len(tasks))
 
     def _names(self, training: bool) -> tuple[str, ...]:
-        tasks, splits = self._columns
-        return tuple(sorted({task for task, split in zip(tasks, splits, strict=True) if (split == 0) == training}))
+        tasks, chosen = self._columns[0], self._side(training)
+        return tuple(sorted({tasks[row] for row in np.flatnonzero(chosen).tolist()}))
+
+    def _side(self, training: bool) -> np.ndarray:
+        """Which rows are training rows, or held out, (N,) bool."""
+        return np.isin(self._columns[1], [SPLITS.index(split) for split in (("train",) if training else HELD_OUT)])
 
     def _ids(self, training: bool) -> np.ndarray:
         """Position of each row's task among `tasks` or `targets`, -1 for the rows of the other kind."""
         ids = {name: position for position, name in enumerate(self.tasks if training else self.targets)}
-        tasks, splits = self._columns
+        tasks, _ = self._columns
         of_row = np.fromiter((ids.get(task, -1) for task in tasks), np.int32, count=len(tasks))
-        return np.where((splits == 0) == training, of_row, -1).astype(np.int32)
+        return np.where(self._side(training), of_row, -1).astype(np.int32)
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -180,7 +191,7 @@ class TaskData:
 
     @cached_property
     def target_of_sample(self) -> np.ndarray:
-        """(N,) int32 position in `targets` of validation and test rows, -1 for training rows."""
+        """(N,) int32 position in `targets` of validation and test rows, -1 for other rows."""
         return self._ids(training=False)
 
     @cached_property
@@ -192,18 +203,23 @@ class TaskData:
         return digest.hexdigest()
 
     def with_tasks(self, task_of: Mapping[int, str]) -> TaskData:
-        """The same rows with other tasks for the training rows: sample index -> task."""
+        """The same rows with other tasks for the training rows: sample index -> task; those without one are left out."""
         if isinstance(self.examples, StoredExamples):
-            tasks, splits = self._columns
-            renamed = [
-                task if split else task_of[row] for row, (task, split) in enumerate(zip(tasks, splits, strict=True))
-            ]
-            return replace(self, examples=self.examples.with_tasks(renamed))
+            return replace(self, examples=self.examples.with_tasks(task_of))
         examples = [
-            replace(example, task=task_of[example.sample_index]) if example.split == "train" else example
+            example
+            if example.split != "train"
+            else replace(example, task=task_of[example.sample_index])
+            if example.sample_index in task_of
+            else replace(example, split=LEFT_OUT)
             for example in self.examples
         ]
         return replace(self, examples=tuple(examples))
+
+    def where(self, sample_index: int) -> str:
+        """Task and split of a sample, for messages."""
+        example = self.examples[sample_index]
+        return f"{example.split} row of task {example.task}: {shorten(example.prompt.strip(), 40)!r}"
 
     def indices(self, split: str, tasks: Iterable[int] | None = None) -> np.ndarray:
         """Ascending sample indices of a split, (.,) int64; of "train" optionally only those of some task ids.

@@ -24,9 +24,17 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
-from src.cli import progress
+from src.cli import progress, say_once
 from src.data import TaskData
-from src.paths import whole_folder, write_json
+from src.paths import (
+    check_file,
+    check_manifest,
+    files_facts,
+    read_manifest,
+    whole_folder,
+    write_json,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,18 +151,52 @@ def tokenize_once(
 ) -> TokenizedData:
     """Tokens of every example: what `tokenize` gave earlier for the same texts, tokenizer and lengths, kept in a folder
     below `cache`, else made there; without a cache they are made anew, and gone with the process."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # the fast tokenizers'; others have no one description
-    if cache is None or backend is None:
+    if cache is None or getattr(tokenizer, "backend_tokenizer", None) is None:
         with tempfile.TemporaryDirectory() as folder:  # memory-mapped files may be removed
             tokenize(data, tokenizer, kind, Path(folder), **lengths)
             return open_tokens(Path(folder))
-    special = [tokenizer.eos_token_id, sorted(tokenizer.special_tokens_map.items(), key=str)]
-    request = json.dumps([data.fingerprint, backend.to_str(), special, kind, sorted(lengths.items())], default=str)
-    path = cache / hashlib.sha256(request.encode()).hexdigest()[:32]
-    if not path.is_dir():
-        with whole_folder(path) as folder:
-            tokenize(data, tokenizer, kind, folder, **lengths)
+    request = json.dumps([data.fingerprint, tokenizer_fingerprint(tokenizer), kind, sorted(lengths.items())])
+    made_from = hashlib.sha256(request.encode()).hexdigest()[:32]
+    path, made_by = cache / made_from, "any stage"
+    try:
+        manifest = read_manifest(path, made_by)
+        check_manifest(path, manifest, {"made_from": made_from}, "It is made anew.")
+        for name in manifest["files"]:
+            check_file(path, manifest, name, "It is made anew.")
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        say_once(f"note: {error}")
+    else:
+        return open_tokens(path)
+    with whole_folder(path) as folder:
+        tokenize(data, tokenizer, kind, folder, **lengths)
+        names = sorted(file.name for file in folder.iterdir())
+        write_manifest(folder, {"made_from": made_from, "files": files_facts(folder, names)})
     return open_tokens(path)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what decides a text's ids: the fast tokenizers' one description, or the vocabulary of others."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = [tokenizer.eos_token_id, sorted(tokenizer.special_tokens_map.items(), key=str)]
+    return hashlib.sha256(json.dumps([whole, special], default=str).encode()).hexdigest()
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cached .npz, each checked against its checksum; None where there is no such file, or with a notice
+    where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except OSError:
+        raise
+    except Exception as error:  # damage can make the zip reader raise anything
+        say_once(f"note: {path} is damaged ({type(error).__name__}: {error}); it is made anew.")
+        return None
 
 
 def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Tensor:

@@ -19,7 +19,8 @@ import torch
 
 from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate
-from src.cli import command_typed, hardware_from, progress, run_from
+from src.cli import command_typed, hardware_from, progress, run_from, say_notices
+from src.datamodule import tokenizer_fingerprint
 from src.estimation import Part, estimate, first_order_error, mixture_weights, ridge_solutions, zero_order_error
 from src.finetune import (
     TrainingPlan,
@@ -32,7 +33,7 @@ from src.gradients import (
     open_store,
     outputs_of,
 )
-from src.models import displaced
+from src.models import displaced, load_tokenizer
 from src.paths import (
     AFFINITY_FIGURE,
     AFFINITY_FILE,
@@ -48,7 +49,11 @@ from src.paths import (
     SCORES_FILE,
     SELECTION_FIGURE,
     SELECTION_FILE,
+    WEIGHTS,
+    check_file,
     check_manifest,
+    file_fingerprint,
+    files_facts,
     read_manifest,
     results_dir,
     subset_file,
@@ -78,7 +83,9 @@ from src.report import (
 )
 from src.selection import SelectionPath, forward_selection, random_ensemble_scores, ranking_convergence, select_by_score
 from src.stages import (
+    base_fingerprint,
     cluster_tasks,
+    data_source,
     generation_options,
     load_data,
     make_datamodule,
@@ -106,6 +113,8 @@ class Estimator:
     def __init__(self, args: argparse.Namespace, stage_2: str) -> None:
         self.run = run_from(args)
         self.stored: list[StoredPart] = open_store(store_dir(args, self.run), args.load_model_dir, stage_2)
+        check_belongs(args, self.stored, stage_2)
+        say_notices(notice for part in self.stored for notice in part.notices())
         self.targets = self.stored[0].targets
         self.tasks: list[str] = self.stored[0].manifest["tasks"]
         self.division: str | None = None  # names another division into tasks than the data's own
@@ -128,6 +137,7 @@ class Estimator:
             )
             for part in self.stored
         ]
+        self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         self.options = {"estimator": args.estimator, "rho": args.rho, "weight_by": args.weight_by}
 
     def __call__(
@@ -188,6 +198,12 @@ class Estimator:
         manifests = [*filter(None, [self.meta_training]), self.stored[0].manifest]
         return [manifest["command"] for manifest in manifests]
 
+    @property
+    def targets_with_rows(self) -> list[str]:
+        """The targets that have validation rows at every checkpoint."""
+        has_rows = np.all([part.target.counts > 0 for part in self.parts], axis=0)
+        return [name for name, some in zip(self.targets, has_rows, strict=True) if some]
+
     def chosen_targets(self, names: Sequence[str] | None) -> list[int]:
         """Ids of the targets that `--target_task` names.
 
@@ -197,10 +213,47 @@ class Estimator:
             ValueError: no such target.
         """
         if names is None:
-            names = own_targets(self.targets, self.tasks)
+            names = own_targets(self.targets_with_rows, self.tasks)
         if unknown := [name for name in names if name not in self.targets]:
             raise ValueError(f"--target_task {unknown[0]}: the targets are {', '.join(self.targets)}")
+        if empty := [name for name in names if name not in self.targets_with_rows]:
+            raise ValueError(
+                f"target {empty[0]} has no validation rows in the store, so nothing can be estimated for it; name other "
+                "targets with --target_task"
+            )
+        if not names:
+            raise ValueError("no target has validation rows in the store, so nothing can be estimated")
         return [self.targets.index(name) for name in names]
+
+
+def check_belongs(args: argparse.Namespace, stored: Sequence[StoredPart], stage_2: str) -> None:
+    """Refuse a store that was not made with the data and model flags given.
+
+    Data files are read only where their flags, sizes and times are not those that stage 2 saw. A model that is not here
+    is not compared: estimates need the gradients alone.
+
+    Raises:
+        ValueError: names every difference with both values.
+    """
+    for part in stored:
+        manifest = part.manifest
+        expected = {
+            "model_key": args.model_key,
+            "lora_rank": args.lora_rank if args.train_lora else None,
+            "lora_alpha": args.lora_alpha if args.train_lora else None,
+            "output_function": args.output_function,
+            "projection": args.projection,
+            "dim": manifest["dim"] if args.projection == "none" else args.project_dim,
+            "seed": args.run,
+        }
+        if (fingerprint := base_fingerprint(args)) is not None:
+            expected["base_fingerprint"] = fingerprint
+            expected["tokenizer_fingerprint"] = tokenizer_fingerprint(load_tokenizer(args.model_key))
+        source = data_source(args)
+        if source is None or source != manifest["data_source"]:
+            expected["data_fingerprint"] = load_data(args).fingerprint
+        repair = f"Give the flags and files of stage 2, or remove {part.folder} and run: python {stage_2}"
+        check_manifest(part.folder, manifest, expected, repair)
 
 
 def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
@@ -211,7 +264,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     subsets = load_or_draw_subsets(
         path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
     )
-    columns = estimator.chosen_targets(args.target_task) if args.target_task else range(len(estimator.targets))
+    columns = estimator.chosen_targets(args.target_task or estimator.targets_with_rows)
     membership = membership_matrix(subsets, len(estimator.tasks))
     tables = {ESTIMATE: estimator(membership, columns)}
     if args.calibrate:
@@ -227,8 +280,9 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     folder = results_dir(estimator.run.results_name)
     seconds = {**estimator.seconds, "estimation": round(time.perf_counter() - started, 2)}
     facts = {"targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate, "seconds": seconds}
-    write_manifest(folder, {**estimator.facts, **facts, "commands": [*estimator.commands, command_typed()]})
     write_table(folder / ESTIMATES_FILE, frame)
+    facts |= {"commands": [*estimator.commands, command_typed()], "files": files_facts(folder, [ESTIMATES_FILE])}
+    write_manifest(folder, {**estimator.facts, **facts})
     print(
         f"Wrote {folder / ESTIMATES_FILE}: estimates of {len(subsets):,} subsets ({path}) for {len(columns)} targets in "
         f"{time.perf_counter() - started:.1f} s. Next: python notebook/select_random_ensemble.py {folder}"
@@ -295,8 +349,6 @@ class ModelAtPart:
 
     def __init__(self, args: argparse.Namespace, part: StoredPart) -> None:
         self.part, self.hardware, self.data = part, hardware_from(args), load_data(args)
-        expected = {"data_fingerprint": self.data.fingerprint}
-        check_manifest(part.folder, part.manifest, expected, "Give the data flags that the gradients were taken with.")
         checkpoint = Path(part.manifest["checkpoint_dir"])
         if not checkpoint.is_dir():
             raise FileNotFoundError(
@@ -305,6 +357,15 @@ class ModelAtPart:
             )
         self.model = model_at(args, checkpoint).to(self.hardware.device)
         self.datamodule = make_datamodule(args, self.data, self.model)
+        expected = {
+            "data_fingerprint": self.data.fingerprint,
+            "checkpoint_fingerprint": file_fingerprint(sorted(checkpoint.glob(WEIGHTS))),
+            "max_length": args.max_length,
+            "max_target_length": args.max_target_length,
+            "loss_on_prompt": self.datamodule.loss_on_prompt,
+        }
+        repair = f"Give the flags that the gradients were taken with, or remove {part.folder} and take them again."
+        check_manifest(part.folder, part.manifest, expected, repair)
         manifest, shapes = part.manifest, self.model.layout.shapes
         self.projection = make_projection(manifest["projection"], manifest["dim"], manifest["seed"], shapes=shapes)
         self.norm = norm_of(self.model.trainable_state())
@@ -347,6 +408,7 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
     """
     run = run_from(args)
     part = open_store(store_dir(args, run), args.load_model_dir, stage_2)[-1]
+    check_belongs(args, [part], stage_2)
     at = ModelAtPart(args, part)
     validation = part.samples["target"] >= 0
     indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]
@@ -378,7 +440,7 @@ def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int
     """Forward or backward selection for the mean over some targets; before refining, a few steps past the best."""
     num_tasks = len(estimator.tasks)
     return forward_selection(
-        lambda membership: estimator(membership, columns).mean(axis=1),
+        lambda membership: estimator(membership & estimator.has_rows, columns).mean(axis=1),
         num_tasks,
         start_from=valid_subset(args.start_from, num_tasks),
         max_tasks=args.max_tasks,
@@ -479,7 +541,7 @@ def names_of(subset: Sequence[int], tasks: Sequence[str], shown: int = 15) -> st
 def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -> None:
     """How much each task alone is estimated to lower each target's loss: a table and a heat map."""
     alone = np.vstack([np.zeros(len(estimator.tasks), bool), np.eye(len(estimator.tasks), dtype=bool)])
-    estimates = estimator(alone, columns)
+    estimates = estimator(alone & estimator.has_rows, columns)
     targets = [estimator.targets[column] for column in columns]
     frame = pd.DataFrame(estimates[0] - estimates[1:], columns=targets)
     affinity_figure(frame.to_numpy(), estimator.tasks, targets, folder / AFFINITY_FIGURE)
@@ -500,6 +562,7 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     """
     folder = results_folder(args.results)
     manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
+    check_file(folder, manifest, ESTIMATES_FILE, "Run stage 3 again, it was cut off or the table was changed.")
     tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE)
     targets = args.target_task or own_targets(columns_of(frame, ESTIMATE), tasks)
     membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))

@@ -259,10 +259,11 @@ def estimate(
     sizes = {(len(part.train.counts), *part.target.sums.shape) for part in parts}
     if len({(num_tasks, num_targets) for num_tasks, num_targets, _ in sizes}) > 1:
         raise ValueError(f"the parts must agree on tasks and targets, found (tasks, targets, d) = {sorted(sizes)}")
+    wanted = np.arange(len(parts[0].target.counts)) if targets is None else np.asarray(targets)
     for part in parts:
         _check_finite(part.target, "target")
-        if not part.target.counts.all():
-            target = int(np.argmin(part.target.counts))
+        if not part.target.counts[wanted].all():
+            target = int(wanted[np.argmin(part.target.counts[wanted])])
             raise ValueError(f"target {target} has no rows, so nothing can be estimated for it")
     if targets is not None:
         parts = [_with_targets(part, targets) for part in parts]

@@ -23,7 +23,7 @@ from src.cli import Hardware, progress
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
-from src.paths import epoch_checkpoint_name, step_checkpoint_name, write_manifest
+from src.paths import WEIGHTS, epoch_checkpoint_name, files_facts, os_errors, step_checkpoint_name, write_manifest
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class FineTuning(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits, labels, _ = self.model.target_logits(batch)
         loss = nn.functional.cross_entropy(logits.float(), labels)
+        if not loss.isfinite():
+            self._stop_at(batch["sample_index"], f"the training loss is {float(loss.detach())}")
         self.log("train_loss", loss.detach())
         return loss
 
@@ -78,7 +80,20 @@ class FineTuning(pl.LightningModule):
             return
         logits, labels, rows = self.model.target_logits(batch)
         losses = per_sample_loss(logits, labels, rows, len(batch["labels"]))
+        if not losses.isfinite().all():
+            self._stop_at(batch["sample_index"][~losses.isfinite()], "a held-out loss is not finite")
         self._seen[batch["sample_index"].cpu()] = losses.double().cpu()
+
+    def _stop_at(self, sample_index: Tensor, what: str) -> None:
+        """Nothing that comes after a loss that is no number is worth its time, and a mean would hide it."""
+        indices = sample_index.tolist()
+        named = ", ".join(f"{index} ({self.data.examples[index].task})" for index in indices[:20])
+        after = f" after {self.trainer.global_step} optimizer steps" if self.trainer.state.fn == "fit" else ""
+        more = f" and {len(indices) - 20} more" if len(indices) > 20 else ""
+        raise ValueError(
+            f"{what}{after}, at samples {named}{more}; lower --lr (or --scale), pass --precision 32 or bf16 in place of 16, or "
+            "look at these rows"
+        )
 
     def on_validation_epoch_end(self) -> None:
         seen = self.trainer.strategy.reduce(self._seen.to(self.device), reduce_op="max").cpu()
@@ -199,10 +214,12 @@ class SavePredictions(pl.Callback):
 def save_checkpoint(
     model: LanguageModel, folder: Path, facts: dict[str, Any], state: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a checkpoint folder anew, its manifest last; `state` as in `save_model`."""
+    """Write a checkpoint folder anew, its manifest last with the weights' checksums; `state` as in `save_model`."""
     shutil.rmtree(folder, ignore_errors=True)
-    save_model(model, folder, state)
-    write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts})
+    with os_errors(folder):
+        save_model(model, folder, state)
+    files = files_facts(folder, sorted(path.name for path in folder.glob(WEIGHTS)))
+    write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
 
 
 def strategy_of(hardware: Hardware) -> str | Strategy:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -30,10 +31,19 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.cli import progress, say_once
-from src.datamodule import Batch, TaskDataModule
+from src.datamodule import Batch, TaskDataModule, read_arrays
 from src.estimation import MomentSums, Part, Rows, TaskMoments, task_moments
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
-from src.paths import MANIFEST, atomic_write, check_manifest, read_manifest, write_json, write_manifest
+from src.paths import (
+    MANIFEST,
+    atomic_write,
+    check_file,
+    check_manifest,
+    files_facts,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from src.processes import Processes
 from src.projection import Projection
 
@@ -41,11 +51,15 @@ PROJECTED = "projected.npy"
 OUTPUTS = "outputs.npy"
 REPRESENTATIONS = "representations.npy"
 SAMPLES = "samples.npz"
-DONE = "done.npy"
+STATE = "state.npy"
 REQUEST = "request.json"
+BOOT = "boot"
 PROJECTION_SIGNS = "projection_signs.npz"
 FLUSH_EVERY = 200
 """Batches after which rows are forced to disk."""
+
+MISSING, WRITTEN, ON_DISK = range(3)
+"""State of a row on its way: not there; written, which a process that dies does not undo; forced to disk."""
 
 
 class GradientCollector:
@@ -181,7 +195,11 @@ class StoreWriter:
 
     Rows go to memory-mapped arrays in a hidden `.part` folder; `finish` writes the manifest and gives the
     folder its name, so that a folder that exists is whole. A killed run leaves the `.part`, and the next run
-    with the same request goes on where it was.
+    with the same request goes on where it was. After a failure of the machine itself only those rows count
+    that `flush` had forced to disk.
+
+    The arrays have their room on disk from the beginning: a full disk is an error there, where a write through the map
+    would end the process.
 
     Args:
         folder: The part's final folder.
@@ -190,12 +208,17 @@ class StoreWriter:
         dim: d.
         repair: What to do about a mismatch, for the message.
         representation_size: H, where representations are kept too.
-        groups: Name -> group of each row (R,) and their number: whose moments are summed on the way, for
+        groups: Name -> group of each row (R,) and their number: whose moments `finish` sums, for
             `StoredPart.estimation_part`.
         row_dtype: numpy dtype of the rows on disk.
+        on_nonfinite: "stop" at a sample that is not finite, or "skip" it: its row is not a number, and it belongs
+            to no task and no target.
+        describe: A sample's index -> its name, for messages.
+        joins: Another process has opened the part already, and it is taken as that one left it.
 
     Raises:
         ValueError: the folder, finished or not, was made from something else.
+        OSError: there is no room.
     """
 
     def __init__(
@@ -208,54 +231,92 @@ class StoreWriter:
         representation_size: int | None = None,
         groups: Mapping[str, tuple[np.ndarray, int]] | None = None,
         row_dtype: str = "float32",
+        *,
+        on_nonfinite: str = "stop",
+        describe: Callable[[int], str] = "sample {}".format,
+        joins: bool = False,
     ) -> None:
         self.folder, self.request, self.repair = folder, json.loads(json.dumps(request)), repair
         self.samples = {name: np.asarray(values) for name, values in samples.items()}
+        self.groups, self.on_nonfinite, self.describe = groups or {}, on_nonfinite, describe
+        self.partial = folder.with_name(f".{folder.name}.part")
         self.complete = folder.is_dir()
         if self.complete:
             check_manifest(folder, read_manifest(folder, repair), self.request, repair)
             return
-        self.partial = folder.with_name(f".{folder.name}.part")
-        shape = (len(self.samples["sample_index"]), dim)
-        if (self.partial / REQUEST).is_file():
-            begun = json.loads((self.partial / REQUEST).read_text(encoding="utf-8"))
-            check_manifest(self.partial, begun, self.request, repair)
-            mode = "r+"
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            mode = "w+"
-        self.rows = self._array(PROJECTED, mode, np.dtype(row_dtype), shape)
-        self.outputs = self._array(OUTPUTS, mode, np.float32, shape[:1])
-        self.representations = None
-        if representation_size:
-            self.representations = self._array(REPRESENTATIONS, mode, np.float32, (shape[0], representation_size))
-        self.done = self._array(DONE, mode, np.bool_, shape[:1])
-        if mode == "w+":
-            with atomic_write(self.partial / SAMPLES) as temporary:
-                np.savez(temporary, **self.samples)
-            # written last: arrays without a request are not resumed
-            write_json(self.partial / REQUEST, self.request)
-        self._sums = {
-            name: (group_of_row, MomentSums(number, dim, outers=not kernel_is_smaller(*shape)))
-            for name, (group_of_row, number) in (groups or {}).items()
+        if (self.partial / MANIFEST).is_file():  # the last run was cut off when it had all but the name
+            check_manifest(self.partial, read_manifest(self.partial, repair), self.request, repair)
+            self._publish()
+            return
+        num_rows = len(self.samples["sample_index"])
+        arrays = {
+            PROJECTED: (np.dtype(row_dtype), (num_rows, dim)),
+            OUTPUTS: (np.float32, (num_rows,)),
+            REPRESENTATIONS: (np.float32, (num_rows, representation_size or 0)),
+            STATE: (np.uint8, (num_rows,)),
         }
-        done = np.flatnonzero(self.done)
-        for start in range(0, len(done), 8192):
-            self._add_to_sums(done[start : start + 8192])
+        if not representation_size:
+            del arrays[REPRESENTATIONS]
+        begun = self._begun(self.partial)
+        if begun is None:
+            self._create(arrays)
+        opened = {name: np.lib.format.open_memmap(self.partial / name, mode="r+") for name in arrays}
+        self.rows, self.outputs, self.state = opened[PROJECTED], opened[OUTPUTS], opened[STATE]
+        self.representations = opened.get(REPRESENTATIONS)
+        if begun is not None and not joins:
+            self._take_up(begun)
 
-    def _add_to_sums(self, positions: np.ndarray) -> None:
-        for group_of_row, sums in self._sums.values():
-            sums.add(self.rows[positions], self.outputs[positions], group_of_row[positions])
+    def _begun(self, partial: Path) -> dict[str, Any] | None:
+        """The request of a part that was begun, checked; None where none was."""
+        if not (partial / REQUEST).is_file():
+            return None
+        begun = json.loads((partial / REQUEST).read_text(encoding="utf-8"))
+        check_manifest(partial, begun, self.request, self.repair)
+        return begun
 
-    def _array(self, name: str, mode: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-        if mode == "r+":
-            return np.lib.format.open_memmap(self.partial / name, mode="r+")
-        return np.lib.format.open_memmap(self.partial / name, mode="w+", dtype=dtype, shape=shape)
+    def _create(self, arrays: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
+        """Make the arrays, all zero and with their room on disk."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        try:
+            for name, (dtype, shape) in arrays.items():
+                array = np.lib.format.open_memmap(self.partial / name, mode="w+", dtype=dtype, shape=shape)
+                with open(self.partial / name, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        except OSError as error:
+            shutil.rmtree(self.partial)
+            needed = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays.values())
+            free = shutil.disk_usage(self.folder.parent).free
+            reason = f"{os.strerror(error.errno)} (the rows need {needed:,} bytes, {free:,} are free)"
+            raise OSError(error.errno, reason, str(self.folder.parent)) from error
+        with atomic_write(self.partial / SAMPLES) as temporary:
+            np.savez(temporary, **self.samples)
+        # written last: arrays without a request are not resumed
+        write_json(self.partial / REQUEST, {**self.request, BOOT: boot_id()})
+
+    def _take_up(self, begun: Mapping[str, Any]) -> None:
+        """Forget what cannot be relied on: rows that a machine which has stopped since had not forced to disk, and
+        rows that were left out where none is to be."""
+        if begun.get(BOOT) != boot_id():
+            self.state[self.state == WRITTEN] = MISSING
+            self.state.flush()
+            write_json(self.partial / REQUEST, {**self.request, BOOT: boot_id()})
+        if self.on_nonfinite == "stop":
+            self.state[~np.isfinite(self.outputs)] = MISSING
 
     def missing(self) -> np.ndarray:
         """Sample indices without a row yet, ascending."""
-        return self.samples["sample_index"][:0] if self.complete else self.samples["sample_index"][~self.done]
+        indices = self.samples["sample_index"]
+        return indices[:0] if self.complete else indices[self.state == MISSING]
+
+    def unfinished(self, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
+        """Those batches of sample indices that have one without a row. Batches are taken again as a whole, so that
+        no row depends on where a run was cut off."""
+        missing = self.state == MISSING
+        return [batch for batch in batches if missing[self._positions(batch)].any()]
+
+    def _positions(self, sample_index: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.samples["sample_index"], sample_index)
 
     def write(
         self,
@@ -267,22 +328,27 @@ class StoreWriter:
         """Store the rows (B, d), outputs (B,) and, where they are kept, representations (B, H) of these samples.
 
         Raises:
-            ValueError: a value is not finite; the message names the sample.
+            ValueError: a value is not finite, and `on_nonfinite` is "stop"; the message names the sample.
         """
-        finite = np.isfinite(rows).all(axis=1) & np.isfinite(outputs)
-        if not finite.all():
-            raise ValueError(
-                f"sample {sample_index[~finite][0]}: its output or gradient is not finite; look at the row's text, "
-                "lower the learning rate of meta-training, or take gradients with --precision 32"
-            )
-        positions = np.searchsorted(self.samples["sample_index"], sample_index)
+        finite = {"output": np.isfinite(outputs), "gradient": np.isfinite(rows).all(axis=1)}
+        bad = ~(finite["output"] & finite["gradient"])
+        if bad.any():
+            first = int(np.argmax(bad))
+            if self.on_nonfinite == "stop":
+                what = " and ".join(name for name, values in finite.items() if not values[first])
+                raise ValueError(
+                    f"{self.describe(int(sample_index[first]))}: its {what} is not finite at {self.folder.name}; look at "
+                    "the row's text, lower the learning rate of meta-training, take gradients with --precision 32, or "
+                    "leave such rows out with --on_nonfinite skip"
+                )
+            rows, outputs = np.where(bad[:, None], np.nan, rows), np.where(bad, np.nan, outputs)
+        positions = self._positions(sample_index)
         self.rows[positions] = self._as_kept(rows)
         self.outputs[positions] = outputs
         if self.representations is not None:
             self.representations[positions] = representations
-        # after the rows: a row counts as done only when it is there
-        self.done[positions] = True
-        self._add_to_sums(positions)
+        # after the rows: a row counts only when it is there
+        self.state[positions] = WRITTEN
 
     def _as_kept(self, rows: np.ndarray) -> np.ndarray:
         """The rows in the dtype of the store.
@@ -294,7 +360,7 @@ class StoreWriter:
             return rows
         with np.errstate(over="ignore", invalid="ignore"):
             kept = rows.astype(self.rows.dtype)
-        lost = ~(np.linalg.norm(rows - kept, axis=1) <= 0.01 * np.linalg.norm(rows, axis=1))
+        lost = np.linalg.norm(rows - kept, axis=1) > 0.01 * np.linalg.norm(rows, axis=1)
         if lost.any():
             raise ValueError(
                 f"a gradient of norm {np.linalg.norm(rows[lost][0]):.1e} does not fit into {self.rows.dtype}; remove "
@@ -303,10 +369,12 @@ class StoreWriter:
         return kept
 
     def flush(self) -> None:
-        """Force what was written to disk, the done-mask after the rows it speaks for."""
-        for array in (self.rows, self.outputs, self.representations, self.done):
+        """Force what was written to disk; only then is it marked as being there."""
+        for array in (self.rows, self.outputs, self.representations):
             if array is not None:
                 array.flush()
+        self.state[self.state == WRITTEN] = ON_DISK
+        self.state.flush()
 
     def shard(self, rank: int, sample_index: np.ndarray) -> StoreWriter:
         """A writer of its own for the process `rank`, for these samples (ascending); `absorb` takes its rows over."""
@@ -314,42 +382,75 @@ class StoreWriter:
         samples = {name: values[kept] for name, values in self.samples.items()}
         hidden_size = None if self.representations is None else self.representations.shape[1]
         folder = self.folder.with_name(f"{self.folder.name}.rank_{rank}")
-        options = {"representation_size": hidden_size, "row_dtype": self.rows.dtype.name}
-        return StoreWriter(folder, self.request, samples, self.rows.shape[1], self.repair, **options)
+        described = (folder, self.request, samples, self.rows.shape[1], self.repair, hidden_size)
+        return StoreWriter(
+            *described, on_nonfinite=self.on_nonfinite, describe=self.describe, row_dtype=self.rows.dtype.name
+        )
 
     def absorb(self) -> None:
         """Take over the rows that shards have finished, of this run or of one that was cut off, and remove the shards."""
-        for partial in sorted(self.folder.parent.glob(f".{self.folder.name}.rank_*.part")):
-            if (partial / REQUEST).is_file():
-                begun = json.loads((partial / REQUEST).read_text(encoding="utf-8"))
-                check_manifest(partial, begun, self.request, self.repair)
-                self._absorb(partial)
+        shards = sorted(self.folder.parent.glob(f".{self.folder.name}.rank_*.part"))
+        for partial in shards:
+            if (begun := self._begun(partial)) is not None:
+                self._absorb(partial, WRITTEN if begun.get(BOOT) == boot_id() else ON_DISK)
+        if shards:
+            self.flush()
+        for partial in shards:
+            (partial / REQUEST).unlink(missing_ok=True)  # first, so that half a shard is none
             shutil.rmtree(partial)
-        self.flush()
 
-    def _absorb(self, partial: Path, block_rows: int = 8192) -> None:
+    def _absorb(self, partial: Path, least: int, block_rows: int = 8192) -> None:
         with np.load(partial / SAMPLES) as arrays:
             indices = arrays["sample_index"]
         names = [PROJECTED, OUTPUTS, *([REPRESENTATIONS] if self.representations is not None else [])]
         values = [np.load(partial / name, mmap_mode="r") for name in names]
-        done = np.flatnonzero(np.load(partial / DONE, mmap_mode="r"))
+        done = np.flatnonzero(np.load(partial / STATE, mmap_mode="r") >= least)
         done = done[np.isin(indices[done], self.missing())]
         for start in range(0, len(done), block_rows):
             block = done[start : start + block_rows]
             self.write(indices[block], *(array[block] for array in values))
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Make the part whole: manifest last, then its final name."""
+        """Make the part whole: checksums, moments, the manifest, then its final name.
+
+        Moments are summed in the order of the samples, so that they do not depend on the batches, the number of
+        processes or where a run was cut off.
+        """
         if len(missing := self.missing()):
-            raise ValueError(f"{len(missing)} of {len(self.done)} rows are missing in {self.partial}")
+            raise ValueError(f"{len(missing)} of {len(self.state)} rows are missing in {self.partial}")
         self.flush()
-        for name, (group_of_row, sums) in self._sums.items():
-            save_moments(moments_file(self.partial, name, sums.has_outers), group_of_row, sums.moments())
-        (self.partial / DONE).unlink()
-        (self.partial / REQUEST).unlink()
-        write_manifest(self.partial, {**self.request, **facts})
+        left_out = ~np.isfinite(self.outputs)
+        with atomic_write(self.partial / SAMPLES) as temporary:
+            groups = {
+                name: np.where(left_out, -1, self.samples[name]) for name in self.samples if name != "sample_index"
+            }
+            np.savez(temporary, **{**self.samples, **groups}, left_out=left_out)
+        names = [PROJECTED, OUTPUTS, SAMPLES, *([REPRESENTATIONS] if self.representations is not None else [])]
+        files = files_facts(self.partial, names)
+        for name, (group_of_row, number) in self.groups.items():
+            sums = MomentSums(number, self.rows.shape[1], outers=not kernel_is_smaller(*self.rows.shape))
+            group_of_row = np.where(left_out, -1, group_of_row)
+            for start in range(0, len(self.rows), 8192):
+                block = slice(start, start + 8192)
+                sums.add(self.rows[block], self.outputs[block], group_of_row[block])
+            path = moments_file(self.partial, name, sums.has_outers)
+            save_moments(path, group_of_row, sums.moments(), files[PROJECTED]["sha256"])
+        indices = self.samples["sample_index"][left_out]
+        counted = {"left_out": {"count": len(indices), "first_samples": indices[:20].tolist()}}
+        write_manifest(self.partial, {**self.request, **facts, **counted, "files": files})
+        self._publish()
+
+    def _publish(self) -> None:
+        """Give a part with a manifest its name."""
+        for name in (REQUEST, STATE):
+            (self.partial / name).unlink(missing_ok=True)
         os.replace(self.partial, self.folder)
         self.complete = True
+
+
+def boot_id() -> str:
+    """What is the same as long as this machine runs: what processes wrote to files is there even when they were killed."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
 
 
 def kernel_is_smaller(num_rows: int, dim: int) -> bool:
@@ -367,29 +468,42 @@ def moments_file(folder: Path, name: str, outers: bool) -> Path:
     return folder / f"moments_{name}{'' if outers else '_sums'}.npz"
 
 
-def save_moments(path: Path, group_of_row: np.ndarray, moments: TaskMoments) -> None:
-    """Keep moments beside the rows they sum."""
+def save_moments(path: Path, group_of_row: np.ndarray, moments: TaskMoments, made_from: str) -> None:
+    """Keep moments beside the rows they sum, with the rows' checksum; a .npz has checksums of its own arrays."""
     kept = {field: values for field, values in vars(moments).items() if values is not None}
     with atomic_write(path) as temporary:
-        np.savez(temporary, group_of_row=group_of_row, **kept)
+        np.savez(temporary, group_of_row=group_of_row, made_from=np.array(made_from), **kept)
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """The finished rows of one checkpoint."""
+    """The finished rows of one checkpoint.
+
+    What is read is checked. `open_store` compares the checksums of the small files, outputs and samples, and the size of
+    the rows; the rows' own checksum is compared when they are first read, which costs about as much as reading them.
+    Estimates from cached moments never read them: moments name the checksum of the rows that they sum, so that moments
+    of other rows are made anew, as are damaged ones.
+    """
 
     folder: Path
     manifest: dict[str, Any]
 
+    def check(self, name: str, *, content: bool = True) -> Path:
+        """The path of a file, after `check_file`."""
+        check_file(
+            self.folder, self.manifest, name, f"Remove {self.folder} and take the gradients again.", content=content
+        )
+        return self.folder / name
+
     @cached_property
     def rows(self) -> np.ndarray:
-        """Projected gradients (R, d), memory-mapped."""
-        return np.load(self.folder / PROJECTED, mmap_mode="r")
+        """Projected gradients (R, d), memory-mapped; not a number in rows that were left out."""
+        return np.load(self.check(PROJECTED), mmap_mode="r")
 
     @cached_property
     def outputs(self) -> np.ndarray:
         """Per-sample outputs at the checkpoint (R,), lower is better (a margin store holds minus the margin)."""
-        return np.load(self.folder / OUTPUTS)
+        return np.load(self.check(OUTPUTS))
 
     @cached_property
     def representations(self) -> np.ndarray:
@@ -398,23 +512,45 @@ class StoredPart:
         Raises:
             FileNotFoundError: the store was made without them.
         """
-        path = self.folder / REPRESENTATIONS
-        if not path.is_file():
+        if REPRESENTATIONS not in self.manifest["files"]:
             raise FileNotFoundError(
                 f"{self.folder} holds no representations; remove it and take the gradients again with --representations"
             )
-        return np.load(path, mmap_mode="r")
+        return np.load(self.check(REPRESENTATIONS), mmap_mode="r")
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray]:
-        """`sample_index`, `task`, `target`, each (R,); task is -1 for validation rows, target for training rows."""
-        with np.load(self.folder / SAMPLES) as arrays:
+        """`sample_index`, `task`, `target`, each (R,); task is -1 for validation rows, target for training rows, both for
+        rows that were `left_out` because they are not finite."""
+        with np.load(self.check(SAMPLES)) as arrays:
             return dict(arrays)
+
+    @property
+    def rows_checksum(self) -> str:
+        """sha256 of the rows, by which what was made from them names them."""
+        return self.manifest["files"][PROJECTED]["sha256"]
 
     @property
     def targets(self) -> list[str]:
         """Names of the targets, in the order of their ids."""
         return self.manifest["targets"]
+
+    def rows_of(self, kind: str) -> np.ndarray:
+        """How many rows each of the "task"s, or "target"s, has."""
+        groups = self.samples[kind]
+        return np.bincount(groups[groups >= 0], minlength=len(self.manifest[f"{kind}s"]))
+
+    def notices(self) -> list[str]:
+        """What estimates go without: samples that are not finite, tasks and targets without rows."""
+        count, first = (self.manifest["left_out"][name] for name in ("count", "first_samples"))
+        shown = f"{', '.join(map(str, first))}{', …' if count > len(first) else ''}"
+        found = (
+            [f"{self.folder}: {count:,} samples are left out, they are not finite (samples {shown})"] if count else []
+        )
+        for kind in ("task", "target"):
+            empty = [self.manifest[f"{kind}s"][group] for group in np.flatnonzero(self.rows_of(kind) == 0)]
+            found += [f"{self.folder}: {kind} {name} has no rows, so that nothing is estimated of it" for name in empty]
+        return found
 
     def estimation_part(
         self,
@@ -435,27 +571,32 @@ class StoredPart:
             represented: Representations in place of the gradients (estimator `representation`).
         """
         task_of_row = self.samples["task"] if task_of_row is None else task_of_row
+        task_of_row = np.where(self.samples["left_out"], -1, task_of_row)
         num_tasks = len(self.manifest["tasks"]) if num_tasks is None else num_tasks
         target_of_row = self.samples["target"]
-        values = self.representations if represented else self.rows
         outers = not (by_rows or represented)
         of = "_represented" if represented else ""
-        train = self._cached_moments(f"{name}{of}", values, task_of_row, num_tasks, outers)
-        target = self._cached_moments(f"targets{of}", values, target_of_row, len(self.targets), outers)
-        rows = Rows(values, self.outputs, task_of_row, target_of_row) if by_rows else None
+        train = self._cached_moments(f"{name}{of}", represented, task_of_row, num_tasks, outers)
+        target = self._cached_moments(f"targets{of}", represented, target_of_row, len(self.targets), outers)
+        rows = None
+        if by_rows:
+            values = self.representations if represented else self.rows
+            rows = Rows(values, self.outputs, task_of_row, target_of_row)
         return Part(train, target, rows, self.manifest["output_function"])
 
     def _cached_moments(
-        self, name: str, rows: np.ndarray, group_of_row: np.ndarray, num_groups: int, outers: bool
+        self, name: str, represented: bool, group_of_row: np.ndarray, num_groups: int, outers: bool
     ) -> TaskMoments:
         path = moments_file(self.folder, name, outers)
-        if path.is_file():
-            with np.load(path) as arrays:
-                stored = dict(arrays)
-            if np.array_equal(stored.pop("group_of_row"), group_of_row):
+        made_from = self.manifest["files"].get(REPRESENTATIONS if represented else PROJECTED, {}).get("sha256")
+        stored = read_arrays(path)
+        if stored is not None:
+            named, groups = stored.pop("made_from", None), stored.pop("group_of_row", None)
+            if named == made_from and np.array_equal(groups, group_of_row):
                 return TaskMoments(**({"outers": None} | stored))
+        rows = self.representations if represented else self.rows
         moments = task_moments(rows, self.outputs, group_of_row, num_groups, outers=outers)
-        save_moments(path, group_of_row, moments)
+        save_moments(path, group_of_row, moments, made_from)
         return moments
 
 
@@ -489,6 +630,9 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
     else:
         found = [folder / Path(name.removesuffix("/")).name.removesuffix(".ckpt") for name in checkpoints]
     parts = [StoredPart(path, read_manifest(path, made_by)) for path in found]
+    for part in parts:
+        for name in part.manifest["files"]:
+            part.check(name, content=name in (OUTPUTS, SAMPLES))
     parts.sort(key=lambda part: (part.manifest["step"], part.folder.name))
     shared = ("data_fingerprint", "tasks", "targets", "output_function", "dim")
     for part in parts[1:]:
@@ -523,13 +667,14 @@ def collect_gradients(
         ValueError: a single row does not fit.
     """
     options = {"output_function": output_function, "autocast": autocast}
-    if processes is None or processes.world == 1:
-        _collect(model, datamodule, projection, store, datamodule.budgeted(store.missing()), desc=desc, **options)
-        return
-    if processes.is_first:
+    if processes is None or processes.is_first:
         store.absorb()
+    if processes is None or processes.world == 1:
+        batches = store.unfinished(datamodule.budgeted(store.samples["sample_index"]))
+        _collect(model, datamodule, projection, store, batches, desc=desc, **options)
+        return
     processes.wait()
-    batches = datamodule.budgeted(store.missing())
+    batches = store.unfinished(datamodule.budgeted(store.samples["sample_index"]))
     own = batches[processes.rank :: processes.world]
     if own:
         shard = store.shard(processes.rank, np.concatenate(own))

@@ -8,11 +8,16 @@ with what it expects before it computes anything.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +45,7 @@ FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
 ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
 
 MANIFEST = "manifest.json"
+WEIGHTS = "*.safetensors"
 RESULTS_FILE = "results.csv"
 ESTIMATES_FILE = "estimates.csv"
 SELECTED_ROWS = "selected"
@@ -58,7 +64,7 @@ SCORES_FIGURE = "scores.png"
 APPROXIMATION_FILE = "approximation_error.csv"
 APPROXIMATION_FIGURE = "approximation_error.png"
 
-ARTIFACT_VERSION = 2
+ARTIFACT_VERSION = 3
 
 
 def slug(key: str) -> str:
@@ -149,7 +155,7 @@ def prediction_file(
 
 def clusters_file(store: Path, num_clusters: int) -> Path:
     """Cluster of every stored row, beside the projected gradients."""
-    return store / f"clusters_{num_clusters}.npy"
+    return store / f"clusters_{num_clusters}.npz"
 
 
 def epoch_checkpoint_name(epoch: int) -> str:
@@ -191,21 +197,132 @@ def resolve_checkpoint(load_model_dir: str) -> Path:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.
 
-    What is written under the temporary name is flushed to disk before it takes the final one.
+    What is written under the temporary name is flushed to disk before it takes the final one. A writer holds a lock on
+    its temporary file, which ends with its process: files that a killed writer of `path` left behind are known by it and
+    removed.
+
+    Raises:
+        OSError: nothing can be written there; it names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = None
+        try:
+            with _locked_temporary(path) as temporary:
+                for left in path.parent.glob(f".{_literal(path.stem)}.????????{_literal(path.suffix)}"):
+                    _remove_if_left(left)
+                yield temporary
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.chmod(0o644)  # mkstemp makes private files; artifacts are shared like any other
+                os.replace(temporary, path)
+        except BaseException:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked_temporary(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, locked while it is entered."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        with contextlib.closing(os.fdopen(handle)):
+            # another writer may have met it unlocked and taken it for one that was left behind
+            if _try_lock(handle) is not False and os.fstat(handle).st_nlink:
+                yield Path(name)
+                return
+
+
+def _literal(text: str) -> str:
+    """A pattern of `glob` that matches this text alone."""
+    return re.sub(r"([*?\[])", r"[\1]", text)
+
+
+def _remove_if_left(path: Path) -> None:
+    """Remove a temporary file whose writer is dead."""
+    with contextlib.suppress(OSError), open(path, "rb+") as file:
+        if _try_lock(file.fileno()):
+            path.unlink(missing_ok=True)
+
+
+def _try_lock(handle: int) -> bool | None:
+    """Lock an open file; False where another has it, None where the file system has no locks."""
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes private files; artifacts are shared like any other
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            return None
         raise
+    return True
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Give every error of the system a number and a file name: libraries leave out either, or raise their own kind."""
+    try:
+        yield
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # numpy: "8000 requested and 0 written"
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def locked(*paths: Path) -> Iterator[None]:
+    """Hold artifacts against other processes that would write them too.
+
+    The lock is `flock` on a hidden file beside the artifact that names its holder. The kernel gives it back when the
+    holder dies, however it dies, so that nothing has to be cleaned up by hand. On NFS Linux turns it into a lock of the
+    server and other machines see it; a file system without locks is used without one.
+
+    Raises:
+        ValueError: another process holds it; the message names it.
+    """
+    with contextlib.ExitStack() as held:
+        for path in sorted(set(paths)):
+            held.enter_context(_locked(path))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = path.with_name(f".{path.name}.lock")
+    made = [parent for parent in lock.parents if not parent.exists()]
+    with os_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with os_errors(lock):
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.closing(os.fdopen(handle, "r+", encoding="utf-8")) as file:
+            if _try_lock(handle) is False:
+                raise ValueError(
+                    f"{path} is being written by {file.read().strip() or 'another process'}; wait until it has ended, "
+                    "or end it and start again"
+                )
+            # a holder removes the file before it gives the lock back: only the file that is there counts
+            if not os.fstat(handle).st_nlink:
+                continue
+            command = shlex.join(["python", *sys.argv])
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()} ({shorten(command)})\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # folders that nothing was written into
+                    for parent in made:
+                        parent.rmdir()
+            return
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -216,17 +333,39 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that becomes `path` on success: the folder is whole or absent."""
-    temporary = path.with_name(f".{path.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Yield an empty folder beside `path` that becomes `path` on success: the folder is whole or absent.
+
+    Several processes may make it at once; the last that is done stays. What a killed one left behind is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{_literal(path.name)}.????????.part"):
+        with contextlib.suppress(OSError), _directory(left) as handle:
+            if _try_lock(handle):
+                shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    with _directory(temporary) as handle:
+        _try_lock(handle)
+        try:
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp makes private folders
+            replaced = temporary.with_suffix(".old")
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, replaced)
+            os.replace(temporary, path)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    """A folder's handle, open while it is entered."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+        yield handle
+    finally:
+        os.close(handle)
 
 
 # --- manifests -----------------------------------------------------------------------------------------------
@@ -235,6 +374,40 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `manifest.json`, the last file of an artifact."""
     write_json(folder / MANIFEST, {"version": ARTIFACT_VERSION, **content})
+
+
+def files_facts(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of files of an artifact: the `files` of its manifest, which `check_file` compares."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_fingerprint([folder / name])} for name in names
+    }
+
+
+def check_file(folder: Path, manifest: Mapping[str, Any], name: str, repair: str, *, content: bool = True) -> None:
+    """Refuse a file of an artifact that is not the one its manifest lists; a file that is not listed is not checked.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        name: The file.
+        repair: What to do, for the message.
+        content: Read the whole file and compare its checksum; else its size alone.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        ValueError: its size or its content is another.
+    """
+    listed, path = manifest.get("files", {}).get(name), folder / name
+    if listed is None:
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is gone, {folder / MANIFEST} lists it. {repair}")
+    if (size := path.stat().st_size) != listed["bytes"]:
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes, expected {listed['bytes']:,}. {repair}")
+    if content and (found := file_fingerprint([path])) != listed["sha256"]:
+        raise ValueError(
+            f"{path} is damaged or another: found sha256 {found[:12]}, expected {listed['sha256'][:12]}. {repair}"
+        )
 
 
 def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
@@ -256,6 +429,8 @@ def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove {folder} and run: python {made_by}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is damaged (it holds no object); remove {folder} and run: python {made_by}")
     if manifest.get("version") != ARTIFACT_VERSION:
         raise ValueError(
             f"{path} has version {manifest.get('version')}, this code reads version {ARTIFACT_VERSION}; "

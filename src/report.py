@@ -108,7 +108,9 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; the stage that writes it has not run yet")
-    return pd.read_csv(path, dtype={"subset": str}, keep_default_na=False, na_values=["nan"])
+    # the parser's default is off by a last digit, so that a table that goes on would not be what one run writes
+    options = {"keep_default_na": False, "na_values": ["nan"], "float_precision": "round_trip"}
+    return pd.read_csv(path, dtype={"subset": str}, **options)
 
 
 def columns_of(frame: pd.DataFrame, prefix: str) -> list[str]:

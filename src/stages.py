@@ -6,6 +6,11 @@ A stage script parses its flags, loads its track's data and calls one function o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +26,14 @@ from src.cli import (
     command_typed,
     hardware_from,
     instruction_files,
+    instruction_flags,
     progress,
     run_from,
     say_notices,
 )
 from src.cot import load_cot, parse_preset, save_predictions
 from src.data import TaskData
-from src.datamodule import TaskDataModule
+from src.datamodule import TaskDataModule, read_arrays, tokenizer_fingerprint
 from src.finetune import (
     Checkpoints,
     FitProgress,
@@ -63,11 +69,14 @@ from src.paths import (
     RESULTS_FILE,
     SELECTED_ROWS,
     TOKENS,
+    WEIGHTS,
     Run,
     atomic_write,
+    check_file,
     check_manifest,
     clusters_file,
     file_fingerprint,
+    locked,
     prediction_file,
     read_manifest,
     resolve_checkpoint,
@@ -175,10 +184,17 @@ def train(args: argparse.Namespace) -> None:
         data = clusters_as_tasks(args, data)
     chosen = chosen_subsets(args, data)
     if chosen is not None:
-        fine_tune_subsets(args, data, plan, hardware, *chosen)
+        with held_by_first(results_dir(run_from(args, 0).results_name) / RESULTS_FILE):
+            fine_tune_subsets(args, data, plan, hardware, *chosen)
         return
     for run_index in range(args.runs):
-        meta_train(args, data, plan, hardware, run_index)
+        with held_by_first(run_from(args, run_index).meta_initialization_dir):
+            meta_train(args, data, plan, hardware, run_index)
+
+
+def held_by_first(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold an artifact against other commands; of this one's processes only the first does."""
+    return locked(*([] if rank_zero_only.rank else [path]))
 
 
 def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple[int, ...]], np.ndarray | None] | None:
@@ -231,7 +247,15 @@ def starting_model(args: argparse.Namespace, seed: int) -> LanguageModel:
 
 
 def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
-    """The model of a checkpoint, loaded as the flags say."""
+    """The model of a checkpoint, loaded as the flags say.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not finished.
+        ValueError: its weights are not those that were saved.
+    """
+    manifest = read_manifest(checkpoint, "custom_train.py or custom_train_alpaca.py")
+    for name in manifest["files"]:
+        check_file(checkpoint, manifest, name, "Remove the run's folder and train it again.")
     model = load_checkpoint(checkpoint, args.model_key, base_weights(args))
     return model.checkpoint_activations() if args.gradient_checkpointing else model
 
@@ -256,6 +280,7 @@ def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
     ]
     return {
         "data_fingerprint": data.fingerprint,
+        "base_fingerprint": base_fingerprint(args),
         "lora_rank": args.lora_rank if args.train_lora else None,
         "loss_on_prompt": getattr(args, "loss_on_prompt", False),
         **{name: getattr(args, name) for name in names},
@@ -276,6 +301,8 @@ def meta_train(
         return
     started = time.perf_counter()
     model = starting_model(args, run_index)
+    if not rank_zero_only.rank and args.load_model_dir is None:
+        shutil.rmtree(folder, ignore_errors=True)  # checkpoints of a training that was cut off
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
     say_plan(plan_training(model, datamodule, hardware, args.batch_size))
@@ -406,12 +433,23 @@ def store_dir(args: argparse.Namespace, run: Run) -> Path:
 # --- stage 2: gradients --------------------------------------------------------------------------------------
 
 
-def checkpoint_folders(args: argparse.Namespace, run: Run) -> list[Path]:
-    """The checkpoints to take gradients at: those named, else those that meta-training kept on its way."""
+def checkpoint_folders(args: argparse.Namespace, run: Run, data: TaskData) -> list[Path]:
+    """The checkpoints to take gradients at: those named, else those that meta-training kept on its way.
+
+    Raises:
+        ValueError: this run's meta-training was of other data or of another model.
+    """
     if args.load_model_dir:
         return [resolve_checkpoint(name) for name in args.load_model_dir]
     folder = run.meta_initialization_dir
     manifest = read_manifest(folder, "custom_train.py or custom_train_alpaca.py with the same data and model flags")
+    expected = {
+        "model_key": args.model_key,
+        "base_fingerprint": base_fingerprint(args),
+        "data_fingerprint": data.fingerprint,
+    }
+    repair = "Train again under another --save_name, or name checkpoints of other data with --load_model_dir."
+    check_manifest(folder, manifest, expected, repair)
     return [folder / name for name in manifest["trajectory"] or [manifest["best"]]]
 
 
@@ -423,17 +461,62 @@ def placed(model: LanguageModel, processes: Processes) -> LanguageModel:
     return model
 
 
+def base_fingerprint(args: argparse.Namespace) -> str | None:
+    """sha256 over the configuration and the ends of every weights file of a model in a local folder: models that were
+    trained differ everywhere, so that gigabytes need not be read. None for a hub id."""
+    folder = Path(resolve_model_key(args.model_key))
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob(WEIGHTS)), *sorted(folder.glob("*.bin"))]:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
+                file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def data_source(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The data flags, and size and time of every file they name: what is the same as long as nobody touched the files.
+    None where files are not named one by one."""
+    if getattr(args, "dataset_key", None) is not None:
+        return None
+    named = [Path(source) for source in (*instruction_files(args), *args.target_files)]
+    if not all(path.is_file() for path in named):  # folders and hub ids do not show that they have changed
+        return None
+    # what stands beside a file under its name, such as a dev-split map, belongs to it
+    files = {path for name in named for path in name.parent.glob(f"{glob.escape(name.stem)}*")}
+    if not files.issuperset(named):
+        return None
+    stats = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
+    return {"flags": instruction_flags(args), "files": stats}
+
+
 def collect(args: argparse.Namespace) -> None:
     """Stage 2: projected gradients of every training and validation row, at each checkpoint."""
     data = load_data(args)
     hardware = hardware_from(args)
     processes = launch(hardware)
     run = run_from(args)
+    folders = checkpoint_folders(args, run, data)
+    with locked(*(store_dir(args, run) / folder.name for folder in folders if processes.is_first)):
+        collect_at(args, data, hardware, processes, run, folders)
+
+
+def collect_at(
+    args: argparse.Namespace,
+    data: TaskData,
+    hardware: Hardware,
+    processes: Processes,
+    run: Run,
+    folders: Sequence[Path],
+) -> None:
+    """`collect`, at these checkpoints."""
     store = store_dir(args, run)
     rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
     samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
     datamodule = plan = None
-    folders = checkpoint_folders(args, run)
     for folder in folders:
         started = time.perf_counter()
         model = placed(model_at(args, folder), processes)
@@ -443,6 +526,10 @@ def collect(args: argparse.Namespace) -> None:
         projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
         request = {
             "model_key": args.model_key,
+            "base_fingerprint": base_fingerprint(args),
+            "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
+            "lora_rank": args.lora_rank if args.train_lora else None,
+            "lora_alpha": args.lora_alpha if args.train_lora else None,
             "checkpoint": folder.name,
             "checkpoint_fingerprint": file_fingerprint(sorted(folder.glob("*.safetensors"))),
             "data_fingerprint": data.fingerprint,
@@ -464,7 +551,9 @@ def collect(args: argparse.Namespace) -> None:
         repair = f"Remove {store / folder.name} to take the gradients again, or choose another --run or --save_name."
         hidden_size = model.network.get_output_embeddings().weight.shape[1] if args.representations else None
         groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
-        described = (store / folder.name, request, samples, projection.dim, repair, hidden_size)
+        described = (store / folder.name, request, samples, projection.dim, repair, hidden_size, groups)
+        options = {"on_nonfinite": args.on_nonfinite, "describe": lambda index: f"sample {index} ({data.where(index)})"}
+        options["row_dtype"] = args.row_dtype
         if plan is None and not (store / folder.name).is_dir():
             missing = sum(not (store / path.name).is_dir() for path in folders)
             groups_bytes = moment_bytes(len(data.tasks) + len(data.targets), len(rows), projection.dim)
@@ -484,13 +573,23 @@ def collect(args: argparse.Namespace) -> None:
             )
             say_plan(plan)
         if processes.is_first:
-            writer = StoreWriter(*described, groups, args.row_dtype)
+            writer = StoreWriter(*described, **options)
         processes.wait()
         if not processes.is_first:
-            writer = StoreWriter(*described, row_dtype=args.row_dtype)
+            writer = StoreWriter(*described, **options, joins=True)
         processes.wait()
+        if projection.dim > model.layout.num_parameters:
+            say_notices(
+                [f"--project_dim {projection.dim} is above p = {model.layout.num_parameters:,}, the numbers of a gradient: "
+                 "projecting buys nothing; --projection none keeps them as they are"]
+            )  # fmt: skip
+        signs = writer.folder / PROJECTION_SIGNS
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
+            if processes.is_first:
+                say_notices(StoredPart(writer.folder, read_manifest(writer.folder, repair)).notices())
+                if args.save_projection_matrix and not signs.is_file():
+                    save_projection_signs(signs, projection, model.layout.shapes)
             continue
         collect_gradients(
             model,
@@ -509,9 +608,10 @@ def collect(args: argparse.Namespace) -> None:
         names = {"tasks": list(data.tasks), "targets": list(data.targets)}
         seconds = time.perf_counter() - started
         facts = {"step": step, "checkpoint_dir": str(folder), "seconds": seconds, "command": command_typed()}
-        writer.finish({**names, **facts})
+        writer.finish({**names, **facts, "data_source": data_source(args)})
         if args.save_projection_matrix:
-            save_projection_signs(writer.folder / PROJECTION_SIGNS, projection, model.layout.shapes)
+            save_projection_signs(signs, projection, model.layout.shapes)
+        say_notices(StoredPart(writer.folder, read_manifest(writer.folder, repair)).notices())
         processes.wait()
     print(
         f"Wrote {store}: {len(rows):,} projected gradients (d = {projection.dim}, p = {model.layout.num_parameters:,}) "
@@ -523,7 +623,7 @@ def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) 
     """Refuse a checkpoint whose adapter is not the one that the flags name.
 
     Raises:
-        ValueError: adapter or none, or another rank.
+        ValueError: adapter or none, or another rank or alpha.
     """
     rank = model.network.peft_config["default"].r if model.has_adapter else None
     expected = args.lora_rank if args.train_lora else None
@@ -533,6 +633,10 @@ def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) 
             f"{folder} has {shown.get(rank, f'an adapter of rank {rank}')}, the flags say "
             f"{shown.get(expected, f'rank {expected}')}; pass "
             + (f"--train_lora --lora_rank {rank}" if rank else "no --train_lora")
+        )
+    if rank and (alpha := model.network.peft_config["default"].lora_alpha) != args.lora_alpha:
+        raise ValueError(
+            f"{folder} has an adapter of alpha {alpha}, the flags say {args.lora_alpha}; pass --lora_alpha {alpha}"
         )
     trained = read_manifest(folder, "custom_train.py")
     check_manifest(
@@ -552,14 +656,15 @@ def cluster_tasks(
         Cluster of each stored row (R,), -1 for validation rows; names of the clusters.
     """
     path = clusters_file(store, num_clusters)
-    training = stored[-1].samples["task"] >= 0
-    if not path.is_file():
+    kept = read_arrays(path)
+    if kept is None:
+        training = stored[-1].samples["task"] >= 0
         clusters = np.full(len(training), -1, dtype=np.int32)
         clusters[training] = cluster_samples(np.asarray(stored[-1].rows[training], np.float32), num_clusters, seed)
+        kept = {"clusters": clusters, "made_from": np.array(stored[-1].rows_checksum)}
         with atomic_write(path) as temporary:
-            np.save(temporary, clusters)
+            np.savez(temporary, **kept)
         print(f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters.")
-    clusters = np.load(path)
-    if clusters.shape != training.shape or not np.array_equal(clusters >= 0, training):
-        raise ValueError(f"{path} does not fit the rows of {store}; remove it, and it is made anew")
-    return clusters, [f"cluster_{number:04d}" for number in range(num_clusters)]
+    if kept["made_from"] not in [part.rows_checksum for part in open_store(store, None, "stage 2")]:
+        raise ValueError(f"{path} has clusters of other rows than {store} has now; remove it, and it is made anew")
+    return kept["clusters"], [f"cluster_{number:04d}" for number in range(num_clusters)]

@@ -393,7 +393,7 @@ def test_store_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_value_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
     store = writer(tmp_path / "store" / "x")
-    with pytest.raises(ValueError, match="sample 2: its output or gradient is not finite"):
+    with pytest.raises(ValueError, match="sample 2: its gradient is not finite at x"):
         store.write(np.array([0, 2]), np.array([[0.0] * 4, [np.nan] * 4]), np.zeros(2))
 
 

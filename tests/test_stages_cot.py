@@ -106,16 +106,16 @@ def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str
     estimation = [*flags, "--load_model_dir", checkpoint, *clusters, "--save_name", "toy"]
     drawn = ["--number_of_subsets", "5", "--subset_size", "0.5", "--scale", "0.4"]
     run_script("fast_estimate_linear_regression.py", *estimation, *drawn)
-    assignment = np.load(store / "clusters_4.npy")
+    assignment = np.load(store / "clusters_4.npz")["clusters"]
     assert sorted(set(assignment.tolist())) == [-1, 0, 1, 2, 3] and (assignment >= 0).sum() == num_train
-    made = (store / "clusters_4.npy").stat().st_mtime_ns
+    made = (store / "clusters_4.npz").stat().st_mtime_ns
     frame = pd.read_csv("results/toy/estimates.csv")
     assert list(frame.columns) == ["subset", "run", "estimate/addsub"] and len(frame) == 5
 
     run_script(
         "fast_estimate_linear_regression.py", *estimation, *drawn, "--evaluate", "displaced", "--max_new_tokens", "4"
     )
-    assert (store / "clusters_4.npy").stat().st_mtime_ns == made
+    assert (store / "clusters_4.npz").stat().st_mtime_ns == made
     frame = pd.read_csv("results/toy/estimates.csv")
     assert list(frame.columns)[2:] == ["estimate/addsub", "displaced_loss/addsub", "displaced_accuracy/addsub"]
     assert np.isfinite(frame.iloc[:, 2:].to_numpy(float)).all() and frame["displaced_loss/addsub"].std() > 0

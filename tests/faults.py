@@ -1,0 +1,168 @@
+"""Stages that die: a process that has imported everything forks a child for each stage and kills it when told to.
+
+    python -m tests.faults      reads a request, a line of JSON, from standard input and answers with a line
+
+A child costs no imports, so that many can be killed; to the files it is a process like any other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.cli import ROOT, load_script, quiet_libraries, run_stage
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"}
+"""Audit events of changes to folders: between two of them lie the moments at which a kill could tear them apart."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended: exit status (negative: the signal), what it printed, how long it took."""
+
+    status: int
+    output: str
+    seconds: float
+
+
+class Stages:
+    """Runs stage scripts in a folder, each in a process of its own."""
+
+    def __enter__(self) -> Stages:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
+
+    def run(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        *,
+        kill_after: float | None = None,
+        kill_at: int | None = None,
+        largest_file: int | None = None,
+        stop_at: str | None = None,
+        unprivileged: bool = False,
+    ) -> Outcome:
+        """`python <command>` in a folder.
+
+        Args:
+            folder: Where.
+            command: The script and its arguments.
+            kill_after: Kill it with SIGKILL after so many seconds.
+            kill_at: It kills itself so, just before its k-th change of a folder.
+            largest_file: Bytes beyond which no file can grow.
+            stop_at: It stops (SIGSTOP) before a change of a folder that names this, and is left so; the answer comes as
+                soon as it has stopped, with its process id as `status`.
+            unprivileged: Give up the right of root to write in spite of file modes.
+        """
+        request = {
+            "folder": str(folder),
+            "command": [str(word) for word in command],
+            "kill_after": kill_after,
+            "kill_at": kill_at,
+            "largest_file": largest_file,
+            "stop_at": stop_at,
+            "unprivileged": unprivileged,
+        }
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return Outcome(**json.loads(self.server.stdout.readline()))
+
+
+def give_up_override() -> None:
+    """Let file modes bind root as they bind everybody (capset without CAP_DAC_OVERRIDE)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets) == 0:
+        sets[0] &= ~(1 << 1)
+        libc.capset(header, sets)
+
+
+def child(request: dict, output: int) -> None:
+    """The stage itself, in the forked process."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(request["folder"])
+    script, *arguments = sys.argv[:] = request["command"]
+    if request["largest_file"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    if request["unprivileged"]:
+        give_up_override()
+    changes = 0
+
+    def watch(event: str, details: tuple) -> None:
+        nonlocal changes
+        if event in CHANGES:
+            changes += 1
+            if changes == request["kill_at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if request["stop_at"] and request["stop_at"] in str(details):
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    if request["kill_at"] or request["stop_at"]:
+        sys.addaudithook(watch)
+    module = load_script(script)
+    run_stage(module.main, module.parse_args(arguments))
+
+
+def serve() -> None:
+    """Answer requests until standard input ends."""
+    import src.estimates
+    import src.stages  # noqa: F401 what a child would have to import
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    quiet_libraries()
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, output = os.pipe()  # a file would be bound by a limit on file sizes
+        started = time.perf_counter()
+        process = os.fork()
+        if not process:
+            status = 1
+            try:
+                child(request, output)
+                status = 0
+            except SystemExit as error:
+                print(error, file=sys.stderr)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        os.close(output)
+        if request["kill_after"] is not None:
+            time.sleep(request["kill_after"])
+            os.kill(process, signal.SIGKILL)  # not yet waited for, so the number is still its own
+        _, status = os.waitpid(process, os.WUNTRACED if request["stop_at"] else 0)
+        seconds = time.perf_counter() - started
+        text = os.read(reading, 1 << 20).decode(errors="replace")
+        os.close(reading)
+        ended = process if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+        print(json.dumps({"status": ended, "output": text, "seconds": seconds}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
