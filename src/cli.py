@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import math
 import os
 import shlex
 import sys
@@ -43,9 +44,23 @@ def positive_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A number above 0."""
-    if not (value := float(text)) > 0:
+    """A finite number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def not_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0")
     return value
 
 
@@ -183,7 +198,7 @@ def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float,
                        f"device (default: {batch_size})")  # fmt: skip
     group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimizer step (default: 1)")
     group.add_argument("--lr", type=positive_float, default=lr, help=f"learning rate of AdamW (default: {lr:g})")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="weight decay of AdamW (default: 0)")
+    group.add_argument("--weight_decay", type=not_negative, default=0.0, help="weight decay of AdamW (default: 0)")
     group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
     group.add_argument("--runs", type=positive_int, default=1, help="repetitions with seeds 0, 1, … (default: 1)")
     group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0, 0.08, 0.33], metavar="SHARE", help="keep "
@@ -224,7 +239,7 @@ def add_meta_init(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Which repetition."""
     parser.add_argument(
-        "--run", type=int, default=0, help="number of the run, seed of its projection and subsets (default: 0)"
+        "--run", type=not_negative_int, default=0, help="number of the run, seed of its projection and subsets (default: 0)"
     )
 
 
@@ -369,9 +384,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
                        "--task_weights of stage 1's script")  # fmt: skip
     group.add_argument("--per_target", action="store_true", help="select for each target by itself: a subset for each, "
                        "and how much each task alone helps each target")  # fmt: skip
-    group.add_argument("--tolerance", type=float, default=0.0, help="smallest relative improvement that counts "
+    group.add_argument("--tolerance", type=not_negative, default=0.0, help="smallest relative improvement that counts "
                        "(default: 0)")  # fmt: skip
-    group.add_argument("--patience", type=int, default=0, help="steps without improvement before it stops (default: 0)")
+    group.add_argument("--patience", type=not_negative_int, default=0, help="steps without improvement before it stops (default: 0)")
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -144,6 +145,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a row that the model has positions for; None where there is no such number."""
+        return getattr(self.network.config, "max_position_embeddings", None)
 
     @cached_property
     def layout(self) -> ParameterLayout:
@@ -310,8 +316,8 @@ def _clear_load_error(model_key: str) -> Iterator[None]:
     """One clear error for everything that a wrong or unreachable key raises in the library."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"--model_key {model_key}: cannot load {resolve_model_key(model_key)} ({first_line}); give a local Hugging "
             "Face folder, a hub id that this machine can reach, or make one with data/make_base_model.py"
@@ -377,7 +383,7 @@ def load_base_model(model_key: str, weights: BaseWeights = FULL_PRECISION) -> La
     config, path, options = _load_config(model_key), resolve_model_key(model_key), weights.options()
     architecture = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _clear_load_error(model_key):
-        network = architecture.from_pretrained(path, **options)
+        network = architecture.from_pretrained(path, use_safetensors=True, **options)
         tokenizer = load_tokenizer(path)
     return LanguageModel(network, tokenizer, model_key)
 
@@ -409,7 +415,15 @@ def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageMo
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LanguageModel(get_peft_model(model.network, config), model.tokenizer, model.key)
+        try:
+            network = get_peft_model(model.network, config)
+        except ValueError as error:
+            named = " ".join(sorted(config.target_modules))
+            raise ValueError(
+                f"--lora_target_modules {named}: {model.key} cannot carry an adapter there ({error}); name some of its "
+                "linear layers"
+            ) from error
+        return LanguageModel(network, model.tokenizer, model.key)
 
 
 def load_model(

@@ -130,6 +130,12 @@ def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageMod
         token_cache=TOKENS,
         **{name: getattr(args, name) for name in options if hasattr(args, name)},
     )
+    longest = int(datamodule.row_lengths.max())
+    if model.kind == "decoder" and model.context is not None and longest > model.context:
+        raise ValueError(
+            f"--max_length {args.max_length}: a row has {longest} tokens, and {model.key} reads {model.context}; pass "
+            f"--max_length {model.context}, which cuts prompts at their beginning"
+        )
     say_notices((*data.notices, *datamodule.tokens.notices))
     return datamodule
 
@@ -638,7 +644,7 @@ def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) 
         raise ValueError(
             f"{folder} has an adapter of alpha {alpha}, the flags say {args.lora_alpha}; pass --lora_alpha {alpha}"
         )
-    trained = read_manifest(folder, "custom_train.py")
+    trained = {"use_qlora": False} | read_manifest(folder, "custom_train.py")
     check_manifest(
         folder, trained, {"use_qlora": args.use_qlora}, "Pass --use_qlora where it was trained with it only."
     )

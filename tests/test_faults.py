@@ -465,6 +465,7 @@ def test_damaged_moments_and_tokens_are_made_anew(
             np.testing.assert_allclose(getattr(found.train, field), values, rtol=1e-6)
     assert "is damaged" in capsys.readouterr().out
     (cached,) = Path("cache/tokens").iterdir()
+    cached = cached / "completion.bin"
     tokens = cached.read_bytes()
     for damage in (truncate, flip):
         damage(cached)

@@ -1,0 +1,319 @@
+"""Bad input: one line that names the culprit and the cure, a status that is not 0, and a folder left as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from src.cli import run_stage
+from tests.commands import ROOT, load_script
+from tests.test_stages import track
+
+__all__ = ["track"]  # the fixture: a workspace in which stages 1 and 2 have run
+
+TRAIN, SELECT = "custom_train_alpaca.py", "fast_estimate_forward_selection.py"
+GRADIENTS = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs"
+ESTIMATE = "fast_estimate_linear_regression_alpaca.py"
+EXPORT, COMPARE = "scripts/export_selection.py", "notebook/compare_estimates.py"
+ENSEMBLE, COT, COT_ESTIMATE = (
+    "notebook/select_random_ensemble.py",
+    "custom_train.py",
+    "fast_estimate_linear_regression.py",
+)
+BASE_MODEL = "data/make_base_model.py"
+
+ROW = {"inputs": "x", "targets": "y", "_task_name": "t"}
+
+
+class Executes:
+    """What a hostile pickle asks for."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch bad/executed",)
+
+
+def rows(count: int = 6, **change: object) -> str:
+    """Lines of FLAN layout."""
+    return "".join(json.dumps({**ROW, "inputs": f"x{i}", **change}) + "\n" for i in range(count))
+
+
+def prepare(folder: Path, model: Path) -> None:
+    """Everything bad that the cases name, below `bad/`."""
+    bad = folder / "bad"
+    bad.mkdir()
+    texts = {
+        "empty.jsonl": "",
+        "cut.jsonl": rows() + '{"inputs": "x", "tar',
+        "list.jsonl": "[1, 2]\n",
+        "long.jsonl": rows(targets="y" * 400),
+        "column.jsonl": '{"inputs": "x", "_task_name": "t"}\n',
+        "number.jsonl": rows(targets=3),
+        "blank.jsonl": rows(targets=" "),
+        "nulltask.jsonl": rows(_task_name=None),
+        "split.jsonl": rows(_split="dev"),
+        "half_split.jsonl": rows(3) + rows(3, _split="train"),
+        "only_test.jsonl": rows(_split="test"),
+        "goal.jsonl": rows(_task_name="up a"),
+        "trained_target.jsonl": rows(_task_name="new", _split="train"),
+        "columns.csv": "q,a\n1,2\n",
+        "empty.csv": "",
+        "empty.txt": "",
+        "comment.txt": "# nothing\n",
+        "word.txt": "0 one\n",
+        "negative.txt": "0 -1\n",
+        "range.txt": "0 1\n2 99\n",
+        "twice.txt": "1 1\n",
+        "comma.txt": "0,1\n",
+        "weights.csv": "name,share\nup a,1\nnobody,1\n",
+        "zero.csv": "name,share\nup a,0\n",
+        "column.csv": "task,weight\n0,1\n",
+        "text.csv": "name,share\nup a,much\n",
+        "estimates.csv": "subset,other\n0 1,2\n",
+        "results.csv": "subset,run\n0 1,0\n",
+        "not.csv": "\x00\x01\n",
+        "plain.pkl": "no pickle",
+    }
+    for name, text in texts.items():
+        (bad / name).write_text(text)
+    (bad / "latin.jsonl").write_bytes(rows(targets="é").encode().replace(b"\\u00e9", b"\xe9"))
+    (bad / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
+    (bad / "code.pkl").write_bytes(pickle.dumps(Executes()))
+    pd.DataFrame({"skill": ["a"]}).to_pickle(bad / "columns.pkl")
+    (bad / "folder.jsonl").mkdir()
+    (bad / "folder.txt").mkdir()
+    (bad / "file").write_text("")
+    for name in ("no_config", "broken_config", "no_weights", "cut_weights", "no_end", "pickled_weights"):
+        shutil.copytree(model, bad / name)
+    (bad / "no_config" / "config.json").unlink()
+    (bad / "broken_config" / "config.json").write_text("{")
+    (bad / "no_weights" / "model.safetensors").unlink()
+    weights = bad / "cut_weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (bad / "pickled_weights" / "model.safetensors").rename(bad / "pickled_weights" / "pytorch_model.bin")
+    configuration = json.loads((bad / "no_end" / "tokenizer_config.json").read_text())
+    configuration.pop("eos_token")
+    (bad / "no_end" / "tokenizer_config.json").write_text(json.dumps(configuration))
+
+
+def data(file: str) -> list[str]:
+    return ["--data_files", f"bad/{file}"]
+
+
+def model(folder: str) -> list[str]:
+    return ["--model_key", f"bad/{folder}"]
+
+
+CASES: dict[str, tuple[str, list[str], str]] = {
+    # files of rows
+    "no file": (TRAIN, data("none.jsonl"), r"bad/none\.jsonl does not exist; check the name"),
+    "no csv": (TRAIN, data("none.csv"), r"bad/none\.csv does not exist"),
+    "unknown format": (TRAIN, data("file.xlsx"), r"bad/file\.xlsx: instruction data are"),
+    "nothing in the file": (TRAIN, data("empty.jsonl"), r"bad/empty\.jsonl is empty"),
+    "nothing in the csv": (TRAIN, data("empty.csv"), r"bad/empty\.csv cannot be read"),
+    "half a line": (TRAIN, data("cut.jsonl"), r"cut\.jsonl, line 7 is not JSON in UTF-8"),
+    "a list": (TRAIN, data("list.jsonl"), r"list\.jsonl, line 1 holds \[1, 2\], expected an object"),
+    "encoding": (TRAIN, data("latin.jsonl"), r"latin\.jsonl, line 1 is not JSON in UTF-8"),
+    "encoding of a csv": (TRAIN, data("latin.csv"), r"latin\.csv cannot be read"),
+    "missing field": (TRAIN, data("column.jsonl"), r"column\.jsonl, line 1: there is no field 'targets'"),
+    "unknown columns": (TRAIN, data("columns.csv"), r"columns\.csv, row 1 has the columns q, a; expected .*--prompt_column"),
+    "missing column": (TRAIN, [*data("columns.csv"), "--prompt_column", "q", "--completion_column", "b"], r"row 1: there is no field 'b'"),
+    "missing task column": (TRAIN, [*data("cut.jsonl"), "--task_column", "kind"], r"line 1: there is no field 'kind'"),
+    "a number": (TRAIN, data("number.jsonl"), r"line 1: targets is 3, expected text"),
+    "blank completion": (TRAIN, data("blank.jsonl"), r"line 1: targets is ' ', expected text that is not empty"),
+    "task of null": (TRAIN, data("nulltask.jsonl"), r"line 1: _task_name is None"),
+    "unknown split": (TRAIN, data("split.jsonl"), r"line 1: _split is 'dev', expected one of train, validation, test"),
+    "some rows split": (TRAIN, data("half_split.jsonl"), r"line 1 has no split of its own, but .*line 4 has one"),
+    "test only": (TRAIN, data("only_test.jsonl"), r"task 't' .* has test rows but no validation rows"),
+    "target trained on": (TRAIN, ["--target_files", "bad/goal.jsonl"], r"goal\.jsonl, line 1: target 'up a' is a task of the training data"),
+    "target with training rows": (TRAIN, ["--target_files", "bad/trained_target.jsonl"], r"target 'new' has _split train"),
+    "a folder for a file": (TRAIN, data("folder.jsonl"), r"bad/folder\.jsonl cannot be read"),
+    "a pickle that runs code": (TRAIN, data("code.pkl"), r"bad/code\.pkl cannot be read .* asks for (posix|os)\.system"),
+    "no pickle": (TRAIN, data("plain.pkl"), r"bad/plain\.pkl is not a pickle"),
+    "columns of a pickle": (TRAIN, data("columns.pkl"), r"bad/columns\.pkl holds the columns \['skill'\], expected"),
+    "both kinds of data": (TRAIN, ["--train_instruction"], r"--train_instruction names its own files; leave it out"),
+    "nothing left to train on": (TRAIN, ["--heldout_share", "0.5", "--save_name", "n"], r"held-out shares 0\.5 and 0\.5"),
+    # models
+    "unknown model": (TRAIN, ["--model_key", "nobody/nothing", "--save_name", "n"], r"--model_key nobody/nothing: cannot load"),
+    "no configuration": (TRAIN, model("no_config"), r"--model_key bad/no_config: cannot load"),
+    "broken configuration": (TRAIN, model("broken_config"), r"--model_key bad/broken_config: cannot load"),
+    "no weights": (TRAIN, model("no_weights"), r"--model_key bad/no_weights: cannot load"),
+    "truncated weights": (TRAIN, model("cut_weights"), r"--model_key bad/cut_weights: cannot load"),
+    "pickled weights": (TRAIN, model("pickled_weights"), r"--model_key bad/pickled_weights: cannot load .*safetensors"),
+    "no end token": (TRAIN, model("no_end"), r"tokenizer of bad/no_end has no end-of-text token"),
+    "no such layer": (TRAIN, ["--lora_target_modules", "nothing", "--save_name", "n"], r"--lora_target_modules nothing"),
+    "longer than the context": (TRAIN, [*data("long.jsonl"), "--max_length", "5000"], r"--max_length 5000: a row has \d+ tokens, .* reads 256"),
+    "4 bits that are trained": ("custom_train_alpaca.py", ["--use_qlora", "-no-lora"], r"--use_qlora is for a base model"),
+    # flags
+    "no rank": (TRAIN, ["--lora_rank", "0"], r"--lora_rank.*expected a whole number of at least 1"),
+    "no epochs": (TRAIN, ["--epochs", "-1"], r"--epochs"),
+    "no learning rate": (TRAIN, ["--lr", "nan"], r"--lr.*nan"),
+    "infinite learning rate": (TRAIN, ["--lr", "inf"], r"--lr.*inf"),
+    "weight decay": (TRAIN, ["--weight_decay", "nan"], r"--weight_decay.*nan"),
+    "share above one": (TRAIN, ["--checkpoint_at", "2"], r"--checkpoint_at.*expected a number from 0 to 1"),
+    "unknown strategy": (TRAIN, ["--strategy", "magic"], r"--strategy.*invalid choice"),
+    "no GPU": (TRAIN, ["--accelerator", "cuda"], r"--accelerator cuda: this machine has no CUDA GPU"),
+    "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
+    "two ways to choose": (TRAIN, ["--subset_file", "bad/word.txt", "--task_idxes", "1"], r"not allowed with"),
+    "no checkpoint": (TRAIN, ["--load_model_dir", "none/step_step=1", "--save_name", "n"], r"--load_model_dir none/step_step=1: no folder"),
+    # subsets
+    "task out of range": (TRAIN, ["--task_idxes", "0", "9"], r"--task_idxes 9: this data has tasks 0 to 3"),
+    "negative task": (TRAIN, ["--task_idxes", "-3"], r"--task_idxes"),
+    "task twice": (TRAIN, ["--task_idxes", "1", "1"], r"--task_idxes 1 1: a task is named twice"),
+    "no subset file": (TRAIN, ["--subset_file", "bad/none.txt"], r"bad/none\.txt is not there"),
+    "empty subset file": (TRAIN, ["--subset_file", "bad/empty.txt"], r"bad/empty\.txt holds no subset"),
+    "comments only": (TRAIN, ["--subset_file", "bad/comment.txt"], r"bad/comment\.txt holds no subset"),
+    "a word": (TRAIN, ["--subset_file", "bad/word.txt"], r"bad/word\.txt, line 1: 'one' is no task id; expected numbers from 0 to 3"),
+    "below zero": (TRAIN, ["--subset_file", "bad/negative.txt"], r"bad/negative\.txt, line 1: '-1' is no task id"),
+    "out of range": (TRAIN, ["--subset_file", "bad/range.txt"], r"bad/range\.txt, line 2: '99' is no task id"),
+    "twice in a line": (TRAIN, ["--subset_file", "bad/twice.txt"], r"bad/twice\.txt, line 1: task 1 is named twice"),
+    "commas": (TRAIN, ["--subset_file", "bad/comma.txt"], r"bad/comma\.txt, line 1: '0,1' is no task id"),
+    "a folder of subsets": (TRAIN, ["--subset_file", "bad/folder.txt"], r"bad/folder\.txt"),
+    "weights of a stranger": (TRAIN, ["--task_weights", "bad/weights.csv"], r"task 'nobody' is not among the data's 4 tasks"),
+    "no weight at all": (TRAIN, ["--task_weights", "bad/zero.csv"], r"shares must be numbers, not negative and not all 0"),
+    "columns of weights": (TRAIN, ["--task_weights", "bad/column.csv"], r"no column 'name'"),
+    "weights of text": (TRAIN, ["--task_weights", "bad/text.csv"], r"shares must be numbers"),
+    # gradients
+    "other rank": (GRADIENTS, ["--lora_rank", "8"], r"does not exist|rank"),
+    "no dimension": (GRADIENTS, ["--project_dim", "0"], r"--project_dim.*at least 1"),
+    "other run": (GRADIENTS, ["--run", "3"], r"run_3 does not exist; make it with: python custom_train"),
+    "no budget": (GRADIENTS, ["--max_tokens_per_batch", "none"], r"--max_tokens_per_batch"),
+    # estimates
+    "no store": (ESTIMATE, ["--project_dim", "77"], r"no projected gradients in .*dim_77"),
+    "no such target": (ESTIMATE, ["--target_task", "nobody"], r"nobody"),
+    "rho": (ESTIMATE, ["--rho", "-1"], r"--rho.*above 0"),
+    "rho is no number": (ESTIMATE, ["--rho", "nan"], r"--rho.*nan"),
+    "larger than all": (ESTIMATE, ["--subset_size", "9", "--sampled_tasks", "bad/new.txt"], r"subset size 9"),
+    "size of nothing": (ESTIMATE, ["--subset_size", "0"], r"--subset_size"),
+    "more than exist": (ESTIMATE, ["--number_of_subsets", "99", "--sampled_tasks", "bad/new.txt"], r"99 subsets of 2 out of 4 tasks.*only 6 exist"),
+    "margins of losses": (ESTIMATE, ["--estimator", "logistic"], r"margin"),
+    "no representations": (ESTIMATE, ["--estimator", "representation"], r"--representations"),
+    "truth without losses": (ESTIMATE, ["--calibrate", "bad/results.csv"], r"bad/results\.csv"),
+    "no truth": (ESTIMATE, ["--calibrate", "bad/none.csv"], r"bad/none\.csv"),
+    # selection
+    "start out of range": (SELECT, ["--start_from", "9"], r"9"),
+    "start twice": (SELECT, ["--start_from", "1", "1"], r"1"),
+    "no budget of rows": (SELECT, ["--budget_rows", "0"], r"--budget_rows.*at least 1"),
+    "budget below every task": (SELECT, ["--budget_rows", "1"], r"budget"),
+    "nothing estimated": (ENSEMBLE, ["results/none"], r"results/none"),
+    "estimates without columns": (COMPARE, ["bad/estimates.csv", "bad/results.csv"], r"bad/estimates\.csv"),
+    "no table": (COMPARE, ["bad/not.csv", "bad/results.csv"], r"bad/not\.csv"),
+    "nothing to export": (EXPORT, [], r"found 0 subsets to export, expected one"),
+    # chain of thought
+    "unknown data set": (COT, ["--dataset_key", "nothing", "--model_key", "-llama"], r"nothing"),
+    "unknown preset": (COT, ["--dataset_key", "strategy_qa", "--preset_key", "ft_cot_t70_3aug", "--model_key", "-llama"], r"ft_cot_t70_3aug"),
+    "data set that climbs": (COT, ["--dataset_key", "../../etc/passwd", "--model_key", "-llama"], r"\.\./\.\./etc/passwd"),
+    "no data set": (COT_ESTIMATE, [], r"--dataset_key"),
+    "no texts for a model": (BASE_MODEL, ["--data_files", "bad/empty.jsonl", "--output_dir", "bad/new"], r"bad/empty\.jsonl is empty"),
+}  # fmt: skip
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder, with size and time."""
+    return {
+        str(path): (path.stat().st_size if path.is_file() else 0, path.stat().st_mtime_ns if path.is_file() else 0)
+        for path in folder.rglob("*")
+        if "cache" not in path.relative_to(folder).parts[:1]
+    }
+
+
+@pytest.fixture(scope="module")
+def place(track: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("bad_input") / "workspace"
+    shutil.copytree(track[0], folder)
+    flags = track[1]
+    prepare(folder, Path(flags[flags.index("--model_key") + 1]))
+    return folder, flags
+
+
+def arguments_of(script: str, own: list[str], flags: list[str]) -> tuple[str, list[str]]:
+    """The script, and its flags: those that all stages share where it takes them, then the case's own."""
+    name, *more = script.split()
+    shared = list(flags)
+    if name in (ENSEMBLE, COMPARE, COT, COT_ESTIMATE, BASE_MODEL):
+        shared = []
+    elif name in (ESTIMATE, SELECT):
+        shared += ["--project_dim", "32"]
+    if "-no-lora" in own:
+        shared.remove("--train_lora")
+    llama = flags[flags.index("--model_key") + 1]
+    return name, [*more, *shared, *(llama if word == "-llama" else word for word in own if word != "-no-lora")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_written(
+    case: str, place: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    script, own, pattern = CASES[case]
+    folder, flags = place
+    monkeypatch.chdir(folder)
+    name, arguments = arguments_of(script, own, flags)
+    module, before = load_script(name), state(folder)
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(module.main, module.parse_args(arguments))
+    message = stopped.value.code
+    if message == 2:  # argparse: its usage, then one line
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert isinstance(message, str) and "error: " in message and "\n" not in message and "Traceback" not in message
+    assert pd.Series([message]).str.contains(pattern).all(), message
+    assert state(folder) == before
+    assert not (folder / "bad" / "executed").exists()
+
+
+def test_a_script_says_it_on_the_terminal(place: tuple[Path, list[str]]) -> None:
+    """The same from a shell: one line on the error stream, status 1."""
+    folder, flags = place
+    command = [sys.executable, str(ROOT / TRAIN), *flags, "--subset_file", "bad/word.txt"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    assert [line for line in ended.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: bad/word.txt, line 1: 'one' is no task id; expected numbers from 0 to 3"
+    ]
+    assert "Traceback" not in ended.stderr
+
+
+ODD: dict[str, Callable[[str], str]] = {
+    "unicode": lambda name: f"{name} é漢🙂",
+    "lines": lambda name: f"{name}\nsecond",
+    "climbs": lambda name: f"../../{name}",
+    "slashes": lambda name: f"/{name}/",
+    "formula": lambda name: f'="{name}",#',
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_names_of_tasks_work(
+    kind: str, model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From training to a selection and its export; nothing is written outside of the workspace."""
+    folder = tmp_path / "deep" / "workspace"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    names = [ODD[kind](name) for name in ("a", "b", "c")]
+    lines = [{"inputs": f"{n} {i}", "targets": "yes", "_task_name": n} for n in names for i in range(6)]
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--data_files", "rows.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "2"]
+
+    def run(script: str, *more: str) -> None:
+        name, *own = script.split()
+        module = load_script(name)
+        run_stage(module.main, module.parse_args([*own, *flags, *more]))
+
+    run(TRAIN, "--epochs", "1", "--checkpoint_at", "1.0")
+    run(GRADIENTS, "--project_dim", "8")
+    run(ESTIMATE, "--project_dim", "8", "--number_of_subsets", "3", "--save_name", "odd")
+    run(SELECT, "--project_dim", "8", "--save_name", "odd", "--per_target", "--weights")
+    run(EXPORT, "--task_idxes", "0", "2", "--save_name", "odd")
+    run(TRAIN, "--task_weights", "sampled_tasks/odd_weights.csv", "--epochs", "1", "--save_name", "odd")
+    exported = [json.loads(line)["task"] for line in Path("results/odd/selected.jsonl").read_text().splitlines()]
+    assert sorted(set(exported)) == sorted({sorted(names)[0], sorted(names)[2]})
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["workspace"]
