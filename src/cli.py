@@ -239,7 +239,10 @@ def add_meta_init(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Which repetition."""
     parser.add_argument(
-        "--run", type=not_negative_int, default=0, help="number of the run, seed of its projection and subsets (default: 0)"
+        "--run",
+        type=not_negative_int,
+        default=0,
+        help="number of the run, seed of its projection and subsets (default: 0)",
     )
 
 
@@ -386,7 +389,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
                        "and how much each task alone helps each target")  # fmt: skip
     group.add_argument("--tolerance", type=not_negative, default=0.0, help="smallest relative improvement that counts "
                        "(default: 0)")  # fmt: skip
-    group.add_argument("--patience", type=not_negative_int, default=0, help="steps without improvement before it stops (default: 0)")
+    group.add_argument(
+        "--patience", type=not_negative_int, default=0, help="steps without improvement before it stops (default: 0)"
+    )
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:

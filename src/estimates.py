@@ -260,15 +260,18 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     """Stage 3: the estimated loss of every target for every subset, one row each."""
     started = time.perf_counter()
     estimator = Estimator(args, stage_2)
+    columns = estimator.chosen_targets(args.target_task or estimator.targets_with_rows)
+    truth = read_table(Path(args.calibrate)) if args.calibrate else None
+    if truth is not None:  # before the subsets are drawn and written
+        fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
     path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
     subsets = load_or_draw_subsets(
         path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
     )
-    columns = estimator.chosen_targets(args.target_task or estimator.targets_with_rows)
     membership = membership_matrix(subsets, len(estimator.tasks))
     tables = {ESTIMATE: estimator(membership, columns)}
-    if args.calibrate:
-        rho, values = estimator.calibrated(read_table(Path(args.calibrate)), membership, columns)
+    if truth is not None:
+        rho, values = estimator.calibrated(truth, membership, columns)
         tables |= dict(zip((CALIBRATED, LOW, HIGH), values, strict=True))
         print(f"Calibrated on {args.calibrate}, with rho {rho:g}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]

@@ -145,6 +145,9 @@ class FitProgress(pl.Callback):
         if self.bar is not None:
             self.bar.close()
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")
+
 
 class Checkpoints(pl.Callback):
     """Saves the model at shares of the course and at the epoch of the best validation loss.

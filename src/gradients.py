@@ -526,11 +526,6 @@ class StoredPart:
             return dict(arrays)
 
     @property
-    def rows_checksum(self) -> str:
-        """sha256 of the rows, by which what was made from them names them."""
-        return self.manifest["files"][PROJECTED]["sha256"]
-
-    @property
     def targets(self) -> list[str]:
         """Names of the targets, in the order of their ids."""
         return self.manifest["targets"]

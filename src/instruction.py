@@ -253,9 +253,15 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
 
 
 def _numbered(source: str, records: Any) -> Iterator[tuple[str, Record]]:
-    with _clear_errors(source):
-        for number, record in enumerate(records, start=1):
-            yield f"{source}, row {number}", record
+    number = 0
+    records = iter(records)
+    while True:
+        with _clear_errors(source):
+            record = next(records, None)
+        if record is None:
+            return
+        number += 1
+        yield f"{source}, row {number}", record
 
 
 @contextlib.contextmanager
@@ -269,6 +275,7 @@ def _clear_errors(source: str) -> Iterator[None]:
         pa.ArrowException,
         datasets.exceptions.DatasetsError,
         pd.errors.ParserError,
+        pd.errors.EmptyDataError,
     ) as error:
         raise ValueError(f"{source} cannot be read ({_first_line(error)}); write it again") from error
 

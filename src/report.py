@@ -105,12 +105,20 @@ def read_table(path: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is no table of subsets.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; the stage that writes it has not run yet")
     # the parser's default is off by a last digit, so that a table that goes on would not be what one run writes
     options = {"keep_default_na": False, "na_values": ["nan"], "float_precision": "round_trip"}
-    return pd.read_csv(path, dtype={"subset": str}, **options)
+    try:
+        table = pd.read_csv(path, dtype={"subset": str}, **options)
+    except (ValueError, pd.errors.ParserError) as error:  # among them wrong encodings and empty files
+        raise ValueError(f"{path} cannot be read as a table ({str(error).splitlines()[0]}); make it again") from error
+    if "subset" not in table.columns:
+        raise ValueError(f"{path} has no column 'subset'; expected a table that a stage wrote")
+    table.attrs["path"] = str(path)
+    return table
 
 
 def columns_of(frame: pd.DataFrame, prefix: str) -> list[str]:
@@ -153,7 +161,10 @@ def fine_tuned_values(truth: pd.DataFrame, metric: str, targets: Sequence[str]) 
         ValueError: the table has no such target, or no subset.
     """
     if unknown := [target for target in targets if target not in columns_of(truth, metric)]:
-        raise ValueError(f"no {metric} of {unknown[0]!r} in the table; it has {', '.join(columns_of(truth, metric))}")
+        raise ValueError(
+            f"{truth.attrs.get('path', 'the table')}: no column {metric}/{unknown[0]}; it has "
+            f"{', '.join(columns_of(truth, metric)) or 'none of this kind'}"
+        )
     columns = [f"{metric}/{target}" for target in targets]
     tables = [rows.drop_duplicates("subset").set_index("subset")[columns] for _, rows in truth.groupby("run")]
     subsets = [text for text in tables[0].index if text and all(text in table.index for table in tables)]

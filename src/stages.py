@@ -198,9 +198,9 @@ def train(args: argparse.Namespace) -> None:
             meta_train(args, data, plan, hardware, run_index)
 
 
-def held_by_first(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold an artifact against other commands; of this one's processes only the first does."""
-    return locked(*([] if rank_zero_only.rank else [path]))
+def held_by_first(*paths: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold artifacts against other commands; of this one's processes only the first does, before it starts the others."""
+    return locked(*([] if rank_zero_only.rank else paths))
 
 
 def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple[int, ...]], np.ndarray | None] | None:
@@ -503,11 +503,10 @@ def collect(args: argparse.Namespace) -> None:
     """Stage 2: projected gradients of every training and validation row, at each checkpoint."""
     data = load_data(args)
     hardware = hardware_from(args)
-    processes = launch(hardware)
     run = run_from(args)
     folders = checkpoint_folders(args, run, data)
-    with locked(*(store_dir(args, run) / folder.name for folder in folders if processes.is_first)):
-        collect_at(args, data, hardware, processes, run, folders)
+    with held_by_first(*(store_dir(args, run) / folder.name for folder in folders)):
+        collect_at(args, data, hardware, launch(hardware), run, folders)
 
 
 def collect_at(
@@ -662,15 +661,15 @@ def cluster_tasks(
         Cluster of each stored row (R,), -1 for validation rows; names of the clusters.
     """
     path = clusters_file(store, num_clusters)
-    kept = read_arrays(path)
+    kept, data_fingerprint = read_arrays(path), stored[-1].manifest["data_fingerprint"]
     if kept is None:
         training = stored[-1].samples["task"] >= 0
         clusters = np.full(len(training), -1, dtype=np.int32)
         clusters[training] = cluster_samples(np.asarray(stored[-1].rows[training], np.float32), num_clusters, seed)
-        kept = {"clusters": clusters, "made_from": np.array(stored[-1].rows_checksum)}
+        kept = {"clusters": clusters, "data_fingerprint": np.array(data_fingerprint)}
         with atomic_write(path) as temporary:
             np.savez(temporary, **kept)
         print(f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters.")
-    if kept["made_from"] not in [part.rows_checksum for part in open_store(store, None, "stage 2")]:
-        raise ValueError(f"{path} has clusters of other rows than {store} has now; remove it, and it is made anew")
+    if kept.get("data_fingerprint") != data_fingerprint:
+        raise ValueError(f"{path} has clusters of other data than {store} has now; remove it, and it is made anew")
     return kept["clusters"], [f"cluster_{number:04d}" for number in range(num_clusters)]

@@ -150,7 +150,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "pickled weights": (TRAIN, model("pickled_weights"), r"--model_key bad/pickled_weights: cannot load .*safetensors"),
     "no end token": (TRAIN, model("no_end"), r"tokenizer of bad/no_end has no end-of-text token"),
     "no such layer": (TRAIN, ["--lora_target_modules", "nothing", "--save_name", "n"], r"--lora_target_modules nothing"),
-    "longer than the context": (TRAIN, [*data("long.jsonl"), "--max_length", "5000"], r"--max_length 5000: a row has \d+ tokens, .* reads 256"),
+    "longer than the context": (TRAIN, [*data("long.jsonl"), "--max_length", "5000", "--save_name", "m"], r"--max_length 5000: a row has \d+ tokens, .* reads 256"),
     "4 bits that are trained": ("custom_train_alpaca.py", ["--use_qlora", "-no-lora"], r"--use_qlora is for a base model"),
     # flags
     "no rank": (TRAIN, ["--lora_rank", "0"], r"--lora_rank.*expected a whole number of at least 1"),

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,6 +108,14 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [name for name, content in expected.items() if found[name] != content] == []
 
 
+def kill(process: int) -> None:
+    """Kill a process that has stopped, and wait until it is dead."""
+    os.kill(process, signal.SIGKILL)
+    stat = Path(f"/proc/{process}/stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+
+
 # --- killed ---------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +172,7 @@ def test_killed_while_the_store_is_finished(world: World) -> None:
     for moment in (*moments, f"{part}'", "step_step=16/projection_signs.npz"):
         stopped = world.stages.run(folder, world.commands[1], stop_at=moment)
         assert stopped.status > 0, (moment, stopped.output)
-        os.kill(stopped.status, signal.SIGKILL)
+        kill(stopped.status)
     assert world.stages.run(folder, world.commands[1]).status == 0
     assert_same(folder, world.states[2])
 
@@ -210,7 +219,7 @@ def test_the_second_process_is_refused(world: World, number: int, moment: str) -
     first = world.stages.run(folder, command, stop_at=moment)
     assert first.status > 0, first.output
     second = world.stages.run(folder, command)
-    os.kill(first.status, signal.SIGKILL)
+    kill(first.status)
     assert second.status == 1
     last = second.output.strip().splitlines()[-1]
     assert last.startswith("error: ") and f"process {first.status} on {socket.gethostname()}" in last

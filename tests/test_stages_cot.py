@@ -192,3 +192,20 @@ def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], 
     assert list(errors.columns) == ["scale", "seed", "first_order", "zero_order"] and len(errors) == 4
     assert (errors["first_order"] < errors["zero_order"]).all()
     assert Path("results/near/approximation_error.png").is_file()
+
+
+def test_clusters_of_other_data_are_refused(here: tuple[list[str], str]) -> None:
+    """They are kept by the store's name; a store that was made anew may hold other rows."""
+    flags, checkpoint = here
+    (store,) = Path("gradients").iterdir()
+    command = ["fast_estimate_linear_regression.py", *flags, "--load_model_dir", checkpoint, "--project_dim", "24"]
+    command += ["--load_clusters", "--num_clusters", "3", "--number_of_subsets", "2", "--save_name", "other"]
+    run_script(*command)
+    path = store / "clusters_3.npz"
+    kept = dict(np.load(path))
+    np.savez(path, **kept | {"data_fingerprint": np.array("of other data")})
+    with pytest.raises(ValueError, match=r"clusters_3\.npz has clusters of other data.*remove it"):
+        run_script(*command)
+    path.write_bytes(path.read_bytes()[:-100])  # damaged: the same again
+    run_script(*command)
+    np.testing.assert_array_equal(np.load(path)["clusters"], kept["clusters"])
