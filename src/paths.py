@@ -296,12 +296,13 @@ def locked(*paths: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
-    made = [parent for parent in lock.parents if not parent.exists()]
-    with os_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in lock.parents if not folder.exists()]
     while True:
-        with os_errors(lock):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another holder has just removed the empty folder
+            continue
         with contextlib.closing(os.fdopen(handle, "r+", encoding="utf-8")) as file:
             if _try_lock(handle) is False:
                 raise ValueError(
@@ -319,9 +320,9 @@ def _locked(path: Path) -> Iterator[None]:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # folders that nothing was written into
-                    for parent in made:
-                        parent.rmdir()
+                for folder in made:  # where nothing was written, nothing is left
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
             return
 
 
