@@ -11,8 +11,10 @@ import errno
 import importlib.util
 import math
 import os
+import resource
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -175,6 +177,7 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
     group.add_argument("--max_target_length", type=positive_int, default=512, help="longest completion of an "
                        "encoder-decoder, in tokens (default: 512)")  # fmt: skip
     group.add_argument("--save_name", help="suffix that tells this run's folders from others")
+    group.add_argument("--dry_run", action="store_true", help="say what would be read and written, and stop")
 
 
 def add_hardware(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +203,8 @@ def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float,
     group.add_argument("--lr", type=positive_float, default=lr, help=f"learning rate of AdamW (default: {lr:g})")
     group.add_argument("--weight_decay", type=not_negative, default=0.0, help="weight decay of AdamW (default: 0)")
     group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
+    group.add_argument("--logger", choices=("none", "csv", "tensorboard", "wandb"), default="none", help="also log "
+                       "meta-training's losses, below the run's folder or to W&B (default: none)")  # fmt: skip
     group.add_argument("--runs", type=positive_int, default=1, help="repetitions with seeds 0, 1, … (default: 1)")
     group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0, 0.08, 0.33], metavar="SHARE", help="keep "
                        "checkpoints at these shares of the optimizer steps, 0 for the start: where gradients are taken "
@@ -544,6 +549,26 @@ def progress(
     """A progress bar with rate and remaining time; in a log file, a line every few seconds."""
     interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
     return tqdm(iterable, desc=desc, total=total, unit=unit, mininterval=interval, dynamic_ncols=True, **options)
+
+
+def is_dry_run(args: argparse.Namespace, reads: Iterable[str | Path], writes: Iterable[str | Path]) -> bool:
+    """Whether `--dry_run` was asked for; then what would be read and written is printed, and whether it is there."""
+    if not args.dry_run:
+        return False
+    for verb, names in (("read", reads), ("write", writes)):
+        for name in names:
+            print(f"would {verb}  {name}{'' if verb == 'read' or not Path(name).exists() else '  (is there already)'}")
+    return True
+
+
+def spent(started: float) -> dict[str, float]:
+    """Seconds since `started` (`time.perf_counter`) and the process's largest memory so far in bytes, for a manifest."""
+    import torch
+
+    peaks = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
+    return {"seconds": time.perf_counter() - started, **peaks}
 
 
 def say_notices(notices: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate
-from src.cli import command_typed, hardware_from, progress, run_from, say_notices
+from src.cli import command_typed, hardware_from, is_dry_run, progress, run_from, say_notices
 from src.datamodule import tokenizer_fingerprint
 from src.estimation import Part, estimate, first_order_error, mixture_weights, ridge_solutions, zero_order_error
 from src.finetune import (
@@ -265,6 +265,11 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     if truth is not None:  # before the subsets are drawn and written
         fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
     path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
+    folder = results_dir(estimator.run.results_name)
+    drawn = [] if path.exists() else [path]
+    read = [part.folder for part in estimator.stored] + ([] if drawn else [path])
+    if is_dry_run(args, read, [*drawn, folder / ESTIMATES_FILE, folder / MANIFEST]):
+        return
     subsets = load_or_draw_subsets(
         path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
     )
@@ -280,7 +285,6 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     frame.insert(1, "run", estimator.run.run)
     if args.evaluate == "displaced":
         frame = pd.concat([frame, displaced_values(args, estimator, subsets)], axis=1)
-    folder = results_dir(estimator.run.results_name)
     seconds = {**estimator.seconds, "estimation": round(time.perf_counter() - started, 2)}
     facts = {"targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate, "seconds": seconds}
     write_table(folder / ESTIMATES_FILE, frame)
@@ -465,6 +469,10 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     name = estimator.run.results_name
     folder, method = results_dir(name), f"{args.direction}_selection"
     groups = [[column] for column in columns] if args.per_target else [columns]
+    figures = [AFFINITY_FILE, AFFINITY_FIGURE] if args.per_target else [SELECTION_FIGURE]
+    outputs = [subset_file(f"{name}_{method}"), *(folder / file for file in (SELECTION_FILE, *figures))]
+    if is_dry_run(args, [part.folder for part in estimator.stored], outputs):
+        return []
     paths = [search(args, estimator, group) for group in groups]
     labels = [", ".join(estimator.targets[column] for column in group) for group in groups]
     chosen = subset_file(f"{name}_{method}")
@@ -476,13 +484,11 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     write_table(folder / SELECTION_FILE, pd.concat(steps))
     comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
     write_subsets(chosen, selected, comment=comment)
-    written = [chosen, folder / SELECTION_FILE]
+    written = outputs
     if args.per_target:
         write_affinity(estimator, columns, folder)
-        written += [folder / AFFINITY_FILE, folder / AFFINITY_FIGURE]
     else:
         selection_figure(steps[0], estimator.tasks, folder / SELECTION_FIGURE)
-        written.append(folder / SELECTION_FIGURE)
     if args.weights:
         shares, course = mixture_weights(
             estimator.parts, columns, rho=args.rho, weight_by=args.weight_by, progress=progress

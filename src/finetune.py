@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -233,19 +234,39 @@ def strategy_of(hardware: Hardware) -> str | Strategy:
     return ModelParallelStrategy(data_parallel_size=hardware.num_processes, tensor_parallel_size=1, **backend)
 
 
+def make_logger(kind: str, folder: Path) -> Logger | None:
+    """Lightning's logger of a kind ("none", "csv", "tensorboard", "wandb") for a run's folder.
+
+    Raises:
+        ValueError: the package that it needs is not installed.
+    """
+    make = {
+        "none": lambda: None,
+        "csv": lambda: CSVLogger(folder, name="logs", version=""),
+        "tensorboard": lambda: TensorBoardLogger(folder, name="logs", version=""),
+        "wandb": lambda: WandbLogger(project="gradex", name=folder.name, save_dir=folder),
+    }
+    try:
+        return make[kind]()
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--logger {kind}: its package is not installed; pip install {kind}, or take csv") from error
+
+
 def build_trainer(
     hardware: Hardware,
     plan: TrainingPlan | None = None,
     callbacks: Sequence[pl.Callback] = (),
     validate: bool = False,
+    logger: Logger | None = None,
 ) -> pl.Trainer:
-    """A Trainer that writes nothing of its own: checkpoints, bars and logs are callbacks of ours.
+    """A Trainer that writes nothing of its own: checkpoints and bars are callbacks of ours.
 
     Args:
         hardware: Resolved hardware flags.
         plan: The training; None for evaluation only.
         callbacks: What else happens on the way.
         validate: Whether every epoch ends with a validation.
+        logger: Where losses are logged, if anywhere.
     """
     return pl.Trainer(
         accelerator=hardware.accelerator,
@@ -262,7 +283,7 @@ def build_trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=False,
+        logger=logger or False,
         # a step count in checkpoint names and bars is worth more than a log line every 50 steps
         log_every_n_steps=1,
     )
@@ -277,11 +298,12 @@ def fit(
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
     validate: bool = False,
+    logger: Logger | None = None,
 ) -> None:
     """Train the model's trainable parameters in place on the data module's training rows."""
     pl.seed_everything(seed, verbose=False)
     model.train()
-    trainer = build_trainer(hardware, plan, callbacks, validate)
+    trainer = build_trainer(hardware, plan, callbacks, validate, logger)
     trainer.fit(FineTuning(model, datamodule.data, plan), datamodule=datamodule)
 
 

@@ -27,9 +27,11 @@ from src.cli import (
     hardware_from,
     instruction_files,
     instruction_flags,
+    is_dry_run,
     progress,
     run_from,
     say_notices,
+    spent,
 )
 from src.cot import load_cot, parse_preset, save_predictions
 from src.data import TaskData
@@ -41,6 +43,7 @@ from src.finetune import (
     TrainingPlan,
     fine_tune_on_subset,
     fit,
+    make_logger,
 )
 from src.gradients import (
     PROJECTION_SIGNS,
@@ -189,13 +192,26 @@ def train(args: argparse.Namespace) -> None:
     if getattr(args, "load_clusters", False):
         data = clusters_as_tasks(args, data)
     chosen = chosen_subsets(args, data)
+    table = results_dir(run_from(args, 0).results_name) / RESULTS_FILE
+    folders = [run_from(args, run_index).meta_initialization_dir for run_index in range(args.runs)]
+    if is_dry_run(args, sources_read(args, args.load_model_dir), folders if chosen is None else [table]):
+        return
     if chosen is not None:
-        with held_by_first(results_dir(run_from(args, 0).results_name) / RESULTS_FILE):
+        with held_by_first(table):
             fine_tune_subsets(args, data, plan, hardware, *chosen)
         return
-    for run_index in range(args.runs):
-        with held_by_first(run_from(args, run_index).meta_initialization_dir):
+    for run_index, folder in enumerate(folders):
+        with held_by_first(folder):
             meta_train(args, data, plan, hardware, run_index)
+
+
+def sources_read(args: argparse.Namespace, *more: str | Path | None) -> list[str | Path]:
+    """What a stage reads: the data and the base model that the flags name, and more."""
+    if getattr(args, "dataset_key", None) is not None:
+        sources = [f"{args.dataset_key}, {args.preset_key} below {args.data_dir} and {args.saved_dir}"]
+    else:
+        sources = [*instruction_files(args), *args.target_files]
+    return [*sources, resolve_model_key(args.model_key), *(name for name in more if name is not None)]
 
 
 def held_by_first(*paths: Path) -> contextlib.AbstractContextManager[None]:
@@ -317,7 +333,8 @@ def meta_train(
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
         callbacks.append(SavePredictions(lambda epoch, completions: write_predictions(args, data, epoch, completions)))
-    fit(model, datamodule, plan, hardware, seed=run_index, callbacks=callbacks, validate=True)
+    logger = make_logger(args.logger, folder)
+    fit(model, datamodule, plan, hardware, seed=run_index, callbacks=callbacks, validate=True, logger=logger)
     if rank_zero_only.rank:  # of several processes the first writes, and speaks for all
         return
     write_manifest(
@@ -328,7 +345,7 @@ def meta_train(
             "best": checkpoints.best,
             "best_validation_loss": checkpoints.best_loss,
             "tasks": list(data.tasks),
-            "seconds": time.perf_counter() - started,
+            **spent(started),
             "command": command_typed(),
         },
     )
@@ -417,6 +434,8 @@ def export(args: argparse.Namespace) -> None:
     of_task = counts / counts.sum() if shares is None else pd.Series(shares, index=data.tasks)
     folder = results_dir(run_from(args, args.run).results_name)
     path = folder / f"{SELECTED_ROWS}.{args.format}"
+    if is_dry_run(args, sources_read(args, args.subset_file, args.task_weights), [path, folder / MIXTURE_FILE]):
+        return
     with atomic_write(path) as temporary:
         if args.format == "parquet":
             rows.to_parquet(temporary, index=False)
@@ -505,6 +524,8 @@ def collect(args: argparse.Namespace) -> None:
     hardware = hardware_from(args)
     run = run_from(args)
     folders = checkpoint_folders(args, run, data)
+    if is_dry_run(args, sources_read(args, *folders), [store_dir(args, run) / folder.name for folder in folders]):
+        return
     with held_by_first(*(store_dir(args, run) / folder.name for folder in folders)):
         collect_at(args, data, hardware, launch(hardware), run, folders)
 
@@ -611,8 +632,7 @@ def collect_at(
             continue
         step = read_manifest(folder, "custom_train.py").get("step", -1)
         names = {"tasks": list(data.tasks), "targets": list(data.targets)}
-        seconds = time.perf_counter() - started
-        facts = {"step": step, "checkpoint_dir": str(folder), "seconds": seconds, "command": command_typed()}
+        facts = {"step": step, "checkpoint_dir": str(folder), **spent(started), "command": command_typed()}
         writer.finish({**names, **facts, "data_source": data_source(args)})
         if args.save_projection_matrix:
             save_projection_signs(signs, projection, model.layout.shapes)

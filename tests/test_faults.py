@@ -94,7 +94,7 @@ def contents(folder: Path) -> dict[str, object]:
         if path.is_dir():
             found[name] = "a folder"
         elif path.name == MANIFEST:
-            timed = ("seconds", "command", "commands")
+            timed = ("seconds", "peak_memory", "command", "commands")
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in timed}
         elif path.name == "results.csv":
             found[name] = pd.read_csv(path, dtype=str).drop(columns="seconds").to_csv()

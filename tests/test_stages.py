@@ -398,3 +398,49 @@ def test_unprojected_gradients_go_through_the_stages(here: list[str]) -> None:
     # the first-order residual falls with the fourth power of the distance, the zero-order one with the square
     assert errors["first_order"][1] > 100 * errors["first_order"][0]
     assert Path("results/exact/approximation_error.png").is_file()
+
+
+def test_a_dry_run_writes_nothing_and_names_what_the_stage_then_writes(
+    here: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """Of every stage: the files it names are there after the real run, and were not before."""
+    at = ["--project_dim", "20", "--save_name", "dry"]
+    small = ["--epochs", "1", "--batch_size", "8", "--checkpoint_at", "1.0"]
+    stages = [
+        ("custom_train_alpaca.py", *here, *small, "--save_name", "dry"),
+        ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *here, *at),
+        (
+            "fast_estimate_linear_regression_alpaca.py",
+            *here,
+            *at,
+            "--number_of_subsets",
+            "3",
+            "--sampled_tasks",
+            "dry.txt",
+        ),
+        ("fast_estimate_forward_selection.py", *here, *at),
+        ("custom_train_alpaca.py", *here, *small, "--save_name", "dry", "--task_idxes", "0"),
+        ("scripts/export_selection.py", *here, "--save_name", "dry", "--task_idxes", "0"),
+    ]
+    for stage in stages:
+        before = files_below(Path())
+        capsys.readouterr()
+        run_script(*stage, "--dry_run")
+        printed = capsys.readouterr().out
+        assert {name for name in files_below(Path()) - before if not name.startswith("cache")} == set()
+        named = [line.split("  ")[1] for line in printed.splitlines() if line.startswith("would write")]
+        assert named and "would read" in printed and not any(Path(name).exists() for name in named), printed
+        run_script(*stage)
+        assert all(Path(name).exists() for name in named), stage[0]
+
+
+def test_losses_are_logged_where_asked(here: list[str]) -> None:
+    training = ["--epochs", "1", "--batch_size", "8", "--checkpoint_at", "1.0"]
+    run_script("custom_train_alpaca.py", *here, *training, "--save_name", "logged", "--logger", "csv")
+    (run,) = Path("external_lightning_logs").glob("*_logged_run_0")
+    logged = pd.read_csv(run / "logs" / "metrics.csv")
+    assert logged["train_loss"].count() == 8 and logged["val_loss"].count() == 1
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["peak_memory"] > 1e8 and manifest["seconds"] > 0
+    with pytest.raises(ValueError, match="--logger wandb: its package is not installed; pip install wandb"):
+        run_script("custom_train_alpaca.py", *here, *training, "--save_name", "other", "--logger", "wandb")
