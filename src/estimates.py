@@ -261,7 +261,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     started = time.perf_counter()
     estimator = Estimator(args, stage_2)
     columns = estimator.chosen_targets(args.target_task or estimator.targets_with_rows)
-    truth = read_table(Path(args.calibrate)) if args.calibrate else None
+    truth = read_table(Path(args.calibrate), of_subsets=True) if args.calibrate else None
     if truth is not None:  # before the subsets are drawn and written
         fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
     path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
@@ -302,8 +302,8 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     Every target that both tables have is judged over the subsets that both have. The base model and training on all
     tasks, where the truth has them, stand as predictors: they give every subset the same value.
     """
-    path, truth = Path(args.estimates), read_table(Path(args.truth))
-    estimates = read_table(path).drop_duplicates("subset").set_index("subset")
+    path, truth = Path(args.estimates), read_table(Path(args.truth), of_subsets=True)
+    estimates = read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
     available = [name for name in columns_of(estimates, ESTIMATE) if name in columns_of(truth, args.metric)]
     targets = args.target_task or available
     if unknown := [name for name in targets if name not in available]:
@@ -572,7 +572,7 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     folder = results_folder(args.results)
     manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
     check_file(folder, manifest, ESTIMATES_FILE, "Run stage 3 again, it was cut off or the table was changed.")
-    tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE)
+    tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE, of_subsets=True)
     targets = args.target_task or own_targets(columns_of(frame, ESTIMATE), tasks)
     membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))
     values = mean_over_targets(frame, ESTIMATE, targets)

@@ -100,12 +100,12 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(temporary, index=False, na_rep="nan")
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, of_subsets: bool = False) -> pd.DataFrame:
     """Read a table; the `subset` column stays text.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no table of subsets.
+        ValueError: it is no table, or, with `of_subsets`, has no column `subset`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; the stage that writes it has not run yet")
@@ -115,7 +115,7 @@ def read_table(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path, dtype={"subset": str}, **options)
     except (ValueError, pd.errors.ParserError) as error:  # among them wrong encodings and empty files
         raise ValueError(f"{path} cannot be read as a table ({str(error).splitlines()[0]}); make it again") from error
-    if "subset" not in table.columns:
+    if of_subsets and "subset" not in table.columns:
         raise ValueError(f"{path} has no column 'subset'; expected a table that a stage wrote")
     table.attrs["path"] = str(path)
     return table
