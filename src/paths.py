@@ -290,11 +290,13 @@ def locked(*paths: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
-    with os_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in lock.parents if not folder.exists()]
     while True:
-        with os_errors(lock):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another holder has just removed the empty folder
+            continue
         with contextlib.closing(os.fdopen(handle, "r+", encoding="utf-8")) as file:
             if _try_lock(handle) is False:
                 raise ValueError(
@@ -312,6 +314,9 @@ def _locked(path: Path) -> Iterator[None]:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+                for folder in made:  # where nothing was written, nothing is left
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
             return
 
 

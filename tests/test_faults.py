@@ -21,12 +21,14 @@ import pytest
 import torch
 
 from src import gradients
-from src.gradients import GradientCollector, StoreWriter, open_store
+from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store
 from src.paths import MANIFEST, atomic_write, locked, write_json
+from src.projection import make_projection
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import build_model_folder, write_sources
 from tests.faults import Stages
+from tests.test_models import adapted, make_datamodule
 
 STAGE_2 = ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs")
 STAGE_3, STAGE_4 = "fast_estimate_linear_regression_alpaca.py", "fast_estimate_forward_selection.py"
@@ -195,6 +197,24 @@ def test_a_machine_that_fails_loses_what_was_not_forced_to_disk(
     assert writer().missing().tolist() == [0, 2, 3]
 
 
+def test_one_process_takes_over_what_several_have_left(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """A run of two processes was killed; one alone goes on with the rows of both."""
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=1)  # a batch for each sample
+    indices = np.arange(len(datamodule.data))
+
+    def writer() -> StoreWriter:
+        groups = {"task": np.zeros(len(indices), int), "target": np.full(len(indices), -1)}
+        return StoreWriter(tmp_path / "x", {"dim": 8}, {"sample_index": indices, **groups}, 8, "")
+
+    for rank, samples in enumerate(([0, 1, 2], [10, 11])):
+        writer().shard(rank, np.arange(10 * rank, 10 * rank + 10)).write(np.array(samples), np.full((len(samples), 8), 7.0), np.zeros(len(samples)))  # fmt: skip
+    store = writer()
+    collect_gradients(model, datamodule, make_projection("sketch", 8, 0), store, output_function="loss")
+    assert not len(store.missing()) and [path.name for path in tmp_path.glob(".*")] == [".x.part"]
+    assert np.flatnonzero((store.rows == 7).all(axis=1)).tolist() == [0, 1, 2, 10, 11]
+
+
 def test_a_dead_writers_files_are_removed_and_a_living_ones_kept(tmp_path: Path) -> None:
     path = tmp_path / "[a] table.v2.json"
     (tmp_path / ".[a] table.v2.deadbeef.json").write_text("half")
@@ -234,8 +254,9 @@ def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
         held_by = f"run is being written by process {os.getpid()} on "
         with locked(tmp_path / "run"), pytest.raises(ValueError, match=held_by), locked(tmp_path / "run"):
             pass
-    with locked():
-        assert not list(tmp_path.iterdir())
+    with locked(), locked(tmp_path / "deep" / "er" / "run"):
+        assert {path.name for path in tmp_path.rglob("*")} == {"deep", "er", ".run.lock"}
+    assert not list(tmp_path.iterdir())
 
 
 # --- disks ----------------------------------------------------------------------------------------------------

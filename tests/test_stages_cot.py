@@ -197,7 +197,7 @@ def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], 
 def test_clusters_of_other_data_are_refused(here: tuple[list[str], str]) -> None:
     """They are kept by the store's name; a store that was made anew may hold other rows."""
     flags, checkpoint = here
-    (store,) = Path("gradients").iterdir()
+    store = next(Path("gradients").glob("*_lora_r_4_*"))
     command = ["fast_estimate_linear_regression.py", *flags, "--load_model_dir", checkpoint, "--project_dim", "24"]
     command += ["--load_clusters", "--num_clusters", "3", "--number_of_subsets", "2", "--save_name", "other"]
     run_script(*command)
