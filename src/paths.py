@@ -19,6 +19,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +260,14 @@ def _try_lock(handle: int) -> bool | None:
     return True
 
 
+def _lock_soon(handle: int, seconds: float = 1.0) -> bool:
+    """Lock an open file within some time: a process that was killed gives its locks back when all its threads are dead."""
+    until = time.monotonic() + seconds
+    while (free := _try_lock(handle)) is False and time.monotonic() < until:
+        time.sleep(0.05)
+    return free is not False
+
+
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
     """Give every error of the system a number and a file name: libraries leave out either, or raise their own kind."""
@@ -304,7 +313,7 @@ def _locked(path: Path) -> Iterator[None]:
         except FileNotFoundError:  # another holder has just removed the empty folder
             continue
         with contextlib.closing(os.fdopen(handle, "r+", encoding="utf-8")) as file:
-            if _try_lock(handle) is False:
+            if not _lock_soon(handle):
                 raise ValueError(
                     f"{path} is being written by {file.read().strip() or 'another process'}; wait until it has ended, "
                     "or end it and start again"

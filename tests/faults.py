@@ -27,9 +27,11 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "o
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: exit status (negative: the signal), what it printed, how long it took."""
+    """How a child ended: exit status (negative: the signal; None: it has not ended, but stopped), its process id, what it
+    printed, how long it took."""
 
-    status: int
+    status: int | None
+    process: int
     output: str
     seconds: float
 
@@ -73,7 +75,7 @@ class Stages:
             kill_at: It kills itself so, just before its k-th change of a folder.
             largest_file: Bytes beyond which no file can grow.
             stop_at: It stops (SIGSTOP) before a change of a folder that names this, and is left so; the answer comes as
-                soon as it has stopped, with its process id as `status`.
+                soon as it has stopped.
             unprivileged: Give up the right of root to write in spite of file modes.
         """
         request = {
@@ -160,8 +162,9 @@ def serve() -> None:
         seconds = time.perf_counter() - started
         text = os.read(reading, 1 << 20).decode(errors="replace")
         os.close(reading)
-        ended = process if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
-        print(json.dumps({"status": ended, "output": text, "seconds": seconds}), file=answers, flush=True)
+        ended = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+        answer = {"status": ended, "process": process, "output": text, "seconds": seconds}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from src.projection import make_projection
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import build_model_folder, write_sources
-from tests.faults import Stages
+from tests.faults import Outcome, Stages
 from tests.test_models import adapted, make_datamodule
 
 STAGE_2 = ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs")
@@ -110,10 +110,11 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [name for name, content in expected.items() if found[name] != content] == []
 
 
-def kill(process: int) -> None:
+def kill(stopped: Outcome) -> None:
     """Kill a process that has stopped, and wait until it is dead."""
-    os.kill(process, signal.SIGKILL)
-    stat = Path(f"/proc/{process}/stat")
+    assert stopped.status is None, stopped.output
+    os.kill(stopped.process, signal.SIGKILL)
+    stat = Path(f"/proc/{stopped.process}/stat")
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
 
@@ -173,8 +174,7 @@ def test_killed_while_the_store_is_finished(world: World) -> None:
     moments = [f"{part}/{name}" for name in ("samples.npz", "moments_tasks.npz", MANIFEST)]
     for moment in (*moments, f"{part}'", "step_step=16/projection_signs.npz"):
         stopped = world.stages.run(folder, world.commands[1], stop_at=moment)
-        assert stopped.status > 0, (moment, stopped.output)
-        kill(stopped.status)
+        kill(stopped)
     assert world.stages.run(folder, world.commands[1]).status == 0
     assert_same(folder, world.states[2])
 
@@ -237,12 +237,12 @@ def test_the_second_process_is_refused(world: World, number: int, moment: str) -
     """While the first is at work; when it has died, its place is taken."""
     folder, command = world.after(number, "two"), world.commands[number]
     first = world.stages.run(folder, command, stop_at=moment)
-    assert first.status > 0, first.output
+    assert first.status is None, first.output
     second = world.stages.run(folder, command)
-    kill(first.status)
+    kill(first)
     assert second.status == 1
     last = second.output.strip().splitlines()[-1]
-    assert last.startswith("error: ") and f"process {first.status} on {socket.gethostname()}" in last
+    assert last.startswith("error: ") and f"process {first.process} on {socket.gethostname()}" in last
     assert command[0] in last and "Traceback" not in second.output
     third = world.stages.run(folder, command)
     assert third.status == 0, third.output
