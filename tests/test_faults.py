@@ -142,7 +142,9 @@ def kill_and_go_on(world: World, seed: int, kills_of_each: int) -> int:
 
 
 def test_killed_stages_go_on_and_leave_what_one_run_leaves(world: World) -> None:
-    assert sum(kill_and_go_on(world, seed, kills_of_each=2) for seed in range(2)) >= 10
+    kills, seed = 0, 0
+    while kills < 10:
+        kills, seed = kills + kill_and_go_on(world, seed, kills_of_each=3), seed + 1
 
 
 @pytest.mark.slow
@@ -250,10 +252,11 @@ def test_the_second_process_is_refused(world: World, number: int, moment: str) -
 
 
 def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
-    for _ in range(2):
-        held_by = f"run is being written by process {os.getpid()} on "
-        with locked(tmp_path / "run"), pytest.raises(ValueError, match=held_by), locked(tmp_path / "run"):
-            pass
+    held_by = f"run is being written by process {os.getpid()} on "
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match=held_by), locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass
     with locked(), locked(tmp_path / "deep" / "er" / "run"):
         assert {path.name for path in tmp_path.rglob("*")} == {"deep", "er", ".run.lock"}
     assert not list(tmp_path.iterdir())
