@@ -20,11 +20,12 @@ from src import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_cot_data(parser)
     cli.add_model(parser, model_key="flan_t5_base")
     cli.add_start(parser)
     cli.add_training(parser, batch_size=8, lr=3e-4, epochs=20)
+    cli.add_meta_training(parser)
     cli.add_generation(parser)
     cli.add_truth(parser)
     cli.add_clusters(parser)
@@ -35,10 +36,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load the data and train."""
+    """Train on chain-of-thought rows."""
     from src import stages
 
-    cli.quiet_libraries()
     stages.train(args)
 
 

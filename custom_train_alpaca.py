@@ -19,21 +19,21 @@ from src import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_instruction_data(parser)
     cli.add_model(parser, model_key="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T")
     cli.add_start(parser)
     cli.add_training(parser, batch_size=128, lr=2e-5, epochs=10)
+    cli.add_meta_training(parser)
     cli.add_truth(parser)
     cli.add_hardware(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load the data and train."""
+    """Train on instruction rows."""
     from src import stages
 
-    cli.quiet_libraries()
     stages.train(args)
 
 

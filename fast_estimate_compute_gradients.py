@@ -19,7 +19,7 @@ from src import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_cot_data(parser)
     cli.add_model(parser, model_key="flan_t5_base")
     cli.add_meta_init(parser)
@@ -29,10 +29,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load the data and take the gradients."""
+    """Take the gradients of chain-of-thought rows."""
     from src import stages
 
-    cli.quiet_libraries()
     stages.collect(args)
 
 

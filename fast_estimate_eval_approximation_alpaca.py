@@ -30,7 +30,7 @@ STAGE_2 = (
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_cot_data(parser, or_instruction=True)
     cli.add_instruction_data(parser)
     cli.add_model(parser, model_key="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T")
@@ -45,7 +45,6 @@ def main(args: argparse.Namespace) -> None:
     """Take the gradients, or measure how good the first order is."""
     from src import estimates, stages
 
-    cli.quiet_libraries()
     if args.compute_pretrained_outputs:
         stages.collect(args)
     else:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from src import cli
 from src.estimation import DEFAULT_RHO, ESTIMATORS
+from src.selection import METHODS
 
 STAGE_2 = (
     "fast_estimate_compute_gradients.py (chain of thought) or fast_estimate_eval_approximation_alpaca.py "
@@ -23,7 +24,7 @@ STAGE_2 = (
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_cot_data(parser, or_instruction=True)
     cli.add_instruction_data(parser)
     cli.add_model(parser, model_key="flan_t5_base")
@@ -32,7 +33,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_clusters(parser)
     cli.add_targets(parser)
     cli.add_estimator(parser, ESTIMATORS, DEFAULT_RHO)
-    cli.add_selection(parser)
+    cli.add_selection(parser, METHODS)
     cli.add_training(parser, batch_size=8, lr=3e-4, epochs=20)
     cli.add_generation(parser)
     cli.add_hardware(parser)

@@ -23,27 +23,22 @@ STAGE_2 = "fast_estimate_compute_gradients.py with the same data and model flags
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_cot_data(parser)
     cli.add_model(parser, model_key="flan_t5_base")
     cli.add_meta_init(parser)
     cli.add_projection(parser)
     cli.add_clusters(parser)
-    cli.add_subsets(parser)
-    cli.add_targets(parser)
-    cli.add_estimator(parser, ESTIMATORS, DEFAULT_RHO)
-    cli.add_calibration(parser)
-    cli.add_evaluation(parser)
+    cli.add_estimation(parser, ESTIMATORS, DEFAULT_RHO)
     cli.add_generation(parser)
     cli.add_hardware(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Estimate every subset."""
+    """Estimate every subset of clusters or other tasks."""
     from src import estimates
 
-    cli.quiet_libraries()
     estimates.estimate_subsets(args, STAGE_2)
 
 

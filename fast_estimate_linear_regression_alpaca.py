@@ -21,25 +21,20 @@ STAGE_2 = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outpu
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_instruction_data(parser)
     cli.add_model(parser, model_key="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T")
     cli.add_meta_init(parser)
     cli.add_projection(parser)
-    cli.add_subsets(parser)
-    cli.add_targets(parser)
-    cli.add_estimator(parser, ESTIMATORS, DEFAULT_RHO)
-    cli.add_calibration(parser)
-    cli.add_evaluation(parser)
+    cli.add_estimation(parser, ESTIMATORS, DEFAULT_RHO)
     cli.add_hardware(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Estimate every subset."""
+    """Estimate every subset of sources."""
     from src import estimates
 
-    cli.quiet_libraries()
     estimates.estimate_subsets(args, STAGE_2)
 
 

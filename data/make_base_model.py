@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from src import cli
-from src.data import TaskData
+from src.data import TaskData, require_file
 from src.datamodule import TaskDataModule
 from src.instruction import load_instruction
 from src.paths import MANIFEST, file_fingerprint, whole_folder, write_manifest
@@ -73,15 +73,36 @@ def is_made(output_dir: Path, arguments: Mapping[str, Any], overwrite: bool) -> 
     return not faults
 
 
+def nothing_to_do(args: argparse.Namespace, more: Mapping[str, Any] | None = None) -> bool:
+    """Whether the folder of `--output_dir` is there already, or `--dry_run` asked what would be written; says so.
+
+    Args:
+        args: Flags of a script with `add_output`.
+        more: What else the folder depends on.
+    """
+    output_dir = Path(args.output_dir)
+    if cli.is_dry_run(args, getattr(args, "data_files", ()), [output_dir]):
+        return True
+    if is_made(output_dir, content_arguments(args) | dict(more or {}), args.overwrite):
+        print(f"{output_dir} is complete and was made with these arguments: nothing to do")
+        return True
+    return False
+
+
 @contextmanager
-def made_folder(output_dir: Path, arguments: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `output_dir` in one step, with a manifest, or not at all."""
-    with whole_folder(output_dir) as folder:
+def made_folder(args: argparse.Namespace, more: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes that of `--output_dir` in one step, with a manifest, or not at all.
+
+    Arguments as in `nothing_to_do`.
+    """
+    with whole_folder(Path(args.output_dir)) as folder:
         yield folder
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         versions = {library.__name__: library.__version__ for library in (np, tokenizers, torch, transformers)}
         digests = {path.relative_to(folder).as_posix(): file_fingerprint([path]) for path in files}
-        write_manifest(folder, {"arguments": dict(arguments), "versions": versions, "files": digests})
+        write_manifest(
+            folder, {"arguments": content_arguments(args) | dict(more or {}), "versions": versions, "files": digests}
+        )
 
 
 # --- model and tokenizer -------------------------------------------------------------------------------------
@@ -166,6 +187,19 @@ def pretrain(
 
 
 # --- text ----------------------------------------------------------------------------------------------------
+
+
+def pretrain_and_save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterator[dict[str, torch.Tensor]],
+    args: argparse.Namespace,
+    folder: Path,
+) -> None:
+    """Pretrain as the flags of `add_base_model` say, and write the Hugging Face folder."""
+    pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def training_texts(data: TaskData) -> list[tuple[str, str]]:
@@ -253,15 +287,13 @@ def completion_batches(
 def add_output(parser: argparse.ArgumentParser, output_dir: str) -> None:
     """Where to write, from which seed, and whether an older folder may be replaced."""
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default=output_dir, help="folder to write (default: %(default)s)")
+    group.add_argument(
+        "--output_dir", default=output_dir, metavar="FOLDER", help="folder to write (default: %(default)s)"
+    )
     group.add_argument("--seed", type=int, default=0, help="decides every row and every weight (default: %(default)s)")
-    group.add_argument("--overwrite", action="store_true", help="replace an older folder made by this script")
-
-
-def _step_count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 0")
-    return value
+    group.add_argument("--overwrite", action="store_true", help="replace an older folder made by this script (default: "
+                       "refuse to)")  # fmt: skip
+    cli.add_dry_run(parser)
 
 
 def add_base_model(
@@ -280,7 +312,12 @@ def add_base_model(
         ("--hidden_size", cli.positive_int, hidden_size, "width, a multiple of twice --num_heads"),
         ("--num_layers", cli.positive_int, num_layers, "layers; T5: of the encoder, and as many of the decoder"),
         ("--num_heads", cli.positive_int, num_heads, "attention heads"),
-        ("--pretrain_steps", _step_count, pretrain_steps, "optimizer steps of pretraining; 0 keeps random weights"),
+        (
+            "--pretrain_steps",
+            cli.not_negative_int,
+            pretrain_steps,
+            "optimizer steps of pretraining; 0 keeps random weights",
+        ),
         ("--pretrain_batch_size", cli.positive_int, batch_size, "rows per step"),
         ("--pretrain_lr", cli.positive_float, lr, "highest learning rate"),
     ):
@@ -289,40 +326,35 @@ def add_base_model(
 
 def content_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide what the folder holds."""
-    return {name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite")}
+    return {name: value for name, value in vars(args).items() if name not in ("output_dir", "overwrite", "dry_run")}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     add_output(parser, "data/base_model")
     group = parser.add_argument_group("text")
+    group.add_argument("--data_files", nargs="+", required=True, metavar="SOURCE", help="instruction data to learn the "
+                       "text of, as custom_train_alpaca.py takes them (required)")  # fmt: skip
     group.add_argument(
-        "--data_files",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="instruction data to learn the text of: .jsonl or .pkl",
+        "--vocab_size", type=cli.positive_int, default=2048, help="tokens, at most (default: %(default)s)"
     )
-    group.add_argument("--vocab_size", type=int, default=2048, help="tokens, at most (default: %(default)s)")
-    group.add_argument(
-        "--window", type=cli.positive_int, default=128, help="tokens of a row in pretraining (default: 128)"
-    )
-    add_base_model(parser, hidden_size=128, num_layers=4, num_heads=4, pretrain_steps=500, batch_size=32, lr=2e-3)
+    group.add_argument("--window", type=cli.positive_int, default=128, help="length of a row in pretraining, in tokens "
+                       "(default: %(default)s)")  # fmt: skip
     group.add_argument("--pretrain_on", choices=("text", "completions"), default="text", help="windows of the running text, "
                        "every token predicted; or whole rows, where only completions count (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--architecture", choices=("llama", "t5"), default="llama", help="(default: llama)")
+    add_base_model(parser, hidden_size=128, num_layers=4, num_heads=4, pretrain_steps=500, batch_size=32, lr=2e-3)
+    architecture = parser.add_argument_group("architecture")
+    architecture.add_argument("--architecture", choices=("llama", "t5"), default="llama", help="decoder or "
+                              "encoder-decoder (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Tokenizer, model, pretraining, folder."""
-    cli.quiet_libraries()
-    output_dir = Path(args.output_dir)
     # another file under the same name is another model
-    arguments = content_arguments(args) | {"data_sha256": file_fingerprint(map(Path, args.data_files))}
-    if is_made(output_dir, arguments, args.overwrite):
-        print(f"{output_dir} is complete and was made with these arguments: nothing to do")
+    more = {"data_sha256": file_fingerprint(require_file(Path(source)) for source in args.data_files)}
+    if nothing_to_do(args, more):
         return
     data = load_instruction(args.data_files)
     texts = training_texts(data)
@@ -336,13 +368,12 @@ def main(args: argparse.Namespace) -> None:
         batches = completion_batches(
             data, tokenizer, args.architecture, batch_size=args.pretrain_batch_size, seed=args.seed
         )
-    with made_folder(output_dir, arguments) as folder:
-        pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with made_folder(args, more) as folder:
+        pretrain_and_save(model, tokenizer, batches, args, folder)
     print(
-        f"Wrote {output_dir}: {args.architecture}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens. "
-        f"Next: --model_key {output_dir}"
+        f"Wrote {args.output_dir}: {args.architecture}, {model.num_parameters():,} parameters, {len(tokenizer):,} tokens. "
+        f"Next: stage 1, for example python custom_train_alpaca.py --data_files {' '.join(args.data_files)} --model_key "
+        f"{args.output_dir} --train_lora"
     )
 
 

@@ -284,7 +284,7 @@ def pretraining_batches(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     base.add_output(parser, "data/synthetic")
     group = parser.add_argument_group("sources and target")
     group.add_argument("--num_tasks", type=cli.positive_int, default=20, help="sources (default: 20)")
@@ -297,18 +297,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--target_rows", type=cli.positive_int, default=150, help="the target's rows for validation, and "
                        "again for test (default: 150)")  # fmt: skip
     base.add_base_model(parser, hidden_size=64, num_layers=3, num_heads=4, pretrain_steps=1500, batch_size=64, lr=3e-3)
-    parser.add_argument("--typo_rows", type=cli.share, default=0.6, help="share of the base model's pretraining rows that "
-                        "are full of typing errors; more make it less sure (default: 0.6)")  # fmt: skip
+    text = parser.add_argument_group("base model's text")
+    text.add_argument("--typo_rows", type=cli.share, default=0.6, help="share of the base model's pretraining rows that "
+                      "are full of typing errors; more make it less sure (default: 0.6)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Data, base model, folder."""
-    cli.quiet_libraries()
-    output_dir = Path(args.output_dir)
-    arguments = base.content_arguments(args)
-    if base.is_made(output_dir, arguments, args.overwrite):
-        print(f"{output_dir} is complete and was made with these arguments: nothing to do")
+    if base.nothing_to_do(args):
         return
     data_rng, pretraining_rng = np.random.default_rng(args.seed).spawn(2)  # the data do not depend on the model
     sources, target_skills = plan_sources(data_rng, args.num_tasks, args.noise, args.num_target_skills)
@@ -323,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     tokenizer = character_tokenizer()
     model = base.build_model(args, "llama", len(tokenizer))
-    with base.made_folder(output_dir, arguments) as folder:
+    with base.made_folder(args) as folder:
         write_jsonl(folder / "flan.jsonl", (row.flan for row in rows))
         write_jsonl(folder / "target.jsonl", targets)
         write_alpaca(folder, rows, data_rng)
@@ -335,9 +332,8 @@ def main(args: argparse.Namespace) -> None:
             typo_rows=args.typo_rows,
             seen=seen,
         )
-        base.pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        base.pretrain_and_save(model, tokenizer, batches, args, folder / "model")
+    output_dir = Path(args.output_dir)
     print(
         f"Wrote {output_dir}: {len(sources)} sources with {len(rows):,} rows, a target made of "
         f"{', '.join(target_skills)}, and a base model of {model.num_parameters():,} parameters. Next:\n"

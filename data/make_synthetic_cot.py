@@ -227,7 +227,7 @@ def pretraining_batches(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     base.add_output(parser, "data/synthetic_cot")
     group = parser.add_argument_group("questions and teachers")
     group.add_argument("--num_questions", type=cli.positive_int, default=400, help="additions, a quarter of them for "
@@ -235,24 +235,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS), help="who completes each "
                        "question, in this order; held-out questions are labelled by the first (default: all)")  # fmt: skip
     base.add_base_model(parser, hidden_size=64, num_layers=2, num_heads=4, pretrain_steps=1400, batch_size=64, lr=5e-3)
-    parser.add_argument("--careless_rows", type=cli.share, default=0.9, help="share of the base model's later pretraining "
-                        "rows that forget to carry (default: 0.9)")  # fmt: skip
+    text = parser.add_argument_group("base model's text")
+    text.add_argument("--careless_rows", type=cli.share, default=0.9, help="share of the base model's later pretraining "
+                      "rows that forget to carry (default: 0.9)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Data, base model, folder."""
-    output_dir = Path(args.output_dir)
-    arguments = base.content_arguments(args)
-    if base.is_made(output_dir, arguments, args.overwrite):
-        print(f"{output_dir} is complete and was made with these arguments: nothing to do")
+    if base.nothing_to_do(args):
         return
     data_rng, pretraining_rng = np.random.default_rng(args.seed).spawn(2)  # the data do not depend on the model
     seen: set[Question] = set()
     questions = list(islice(draw_questions(data_rng, seen), args.num_questions))
     tokenizer = arithmetic_tokenizer()
     model = base.build_model(args, "t5", len(tokenizer))
-    with base.made_folder(output_dir, arguments) as folder:
+    with base.made_folder(args) as folder:
         write_world(folder, questions, args.teachers, data_rng)
         batches = pretraining_batches(
             tokenizer,
@@ -262,9 +260,8 @@ def main(args: argparse.Namespace) -> None:
             careless_rows=args.careless_rows,
             seen=seen,
         )
-        base.pretrain(model, batches, args.pretrain_steps, args.pretrain_lr)
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        base.pretrain_and_save(model, tokenizer, batches, args, folder / "model")
+    output_dir = Path(args.output_dir)
     num_completions = 1 << (len(args.teachers) - 1).bit_length()  # presets know powers of two only
     print(
         f"Wrote {output_dir}: {len(questions):,} questions with a completion of each of {', '.join(args.teachers)}, and a "

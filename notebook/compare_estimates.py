@@ -20,7 +20,7 @@ from src import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__, "ESTIMATES.csv TRUTH.csv")
     cli.add_comparison(parser)
     cli.add_targets(parser)
     return parser.parse_args(argv)

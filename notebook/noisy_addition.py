@@ -35,7 +35,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="which additions (default: 0)")
     parser.add_argument(
         "--num_clean", type=cli.positive_int, default=300, help="samples with the right sum (default: 300)"

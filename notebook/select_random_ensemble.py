@@ -17,10 +17,11 @@ from src import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
-    parser.add_argument("results", help="folder of stage 3's estimates, for example results/<name>")
+    parser = cli.Parser(__doc__, "RESULTS")
+    cli.add_results(parser)
     cli.add_targets(parser)
     cli.add_threshold(parser)
+    cli.add_dry_run(parser)
     return parser.parse_args(argv)
 
 

@@ -111,7 +111,7 @@ def estimation_seconds(num_tasks: int = 100, num_subsets: int = 1000) -> float:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     worlds.add_flags(parser)
     parser.add_argument("--subsets", type=cli.positive_int, default=40, help="random halves to judge by (default: 40)")
     parser.add_argument("--calibration_subsets", type=cli.positive_int, default=6, help="more of them, for calibration "
@@ -121,7 +121,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Every world, the table, the figure, the lines."""
-    cli.quiet_libraries()
     frames = []
     for name in args.world:
         with redirect_stdout(sys.stderr) if args.json else nullcontext():

@@ -270,7 +270,7 @@ def _peak_in_this_process(way: str, arguments: tuple) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", choices=("llama", "t5"), default="llama", help="architecture (default: llama)")
     parser.add_argument("--dim", type=cli.positive_int, default=100, help="projection dimension d (default: 100)")
     parser.add_argument("--samples", type=cli.positive_int, default=256, help="rows of a pass (default: 256)")

@@ -75,7 +75,7 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--rows", type=cli.positive_int, default=5_000_000, help="(default: 5,000,000)")
     parser.add_argument("--dim", type=cli.positive_int, default=256, help="d (default: 256)")
     parser.add_argument("--tasks", type=cli.positive_int, default=2000, help="(default: 2,000)")

@@ -251,7 +251,7 @@ def search_seconds(num_tasks: int, steps: int, try_at_most: int | None, num_part
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     worlds.add_flags(parser)
     parser.add_argument(
         "--no_oracle", action="store_true", help="leave the oracle out; regret is then to the best method"
@@ -267,7 +267,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Every world, the table, the figure, the lines."""
-    cli.quiet_libraries()
     if args.search_tasks:
         print(json.dumps(search_seconds(args.search_tasks, args.search_steps, args.try_at_most)))
         return

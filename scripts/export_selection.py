@@ -18,7 +18,7 @@ from src import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_cot_data(parser, or_instruction=True)
     cli.add_instruction_data(parser)
     cli.add_model(parser, model_key="flan_t5_base")
@@ -26,7 +26,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_projection(parser)
     cli.add_clusters(parser)
     cli.add_truth(parser)
-    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the rows (default: jsonl)")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the rows (default: jsonl)")
     return parser.parse_args(argv)
 
 
@@ -34,7 +35,6 @@ def main(args: argparse.Namespace) -> None:
     """Select and write."""
     from src import stages
 
-    cli.quiet_libraries()
     stages.export(args)
 
 

@@ -119,13 +119,15 @@ class Stages:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
-    parser.add_argument("track", nargs="?", choices=tuple(TRACKS), default="instruction", help="(default: instruction)")
-    parser.add_argument("--seed", type=int, default=0, help="which synthetic world (default: 0)")
-    parser.add_argument("--num_halves", type=cli.positive_int, default=12, help="random halves that are really "
-                        "fine-tuned, at least 3 (default: 12)")  # fmt: skip
-    parser.add_argument("--world", nargs=argparse.REMAINDER, default=[], help="further flags of the script that writes "
-                        "the synthetic world")  # fmt: skip
+    parser = cli.Parser(__doc__, "[instruction|cot]")
+    parser.add_argument("track", nargs="?", choices=tuple(TRACKS), default="instruction", help="instruction tuning or "
+                        "chain of thought (default: instruction)")  # fmt: skip
+    group = parser.add_argument_group("world")
+    group.add_argument("--seed", type=int, default=0, help="which synthetic world (default: 0)")
+    group.add_argument("--num_halves", type=cli.positive_int, default=12, help="random halves that are really "
+                       "fine-tuned, at least 3 (default: 12)")  # fmt: skip
+    group.add_argument("--world", nargs=argparse.REMAINDER, default=[], metavar="...", help="everything behind it: flags of the "
+                       "script that writes the synthetic world (default: none)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -215,4 +217,4 @@ def summarise(
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run_stage(main, parse_args())

@@ -121,10 +121,11 @@ TABLES = {table.__name__: table for table in (approximation_error, correlation, 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.parser(__doc__)
+    parser = cli.Parser(__doc__, "TABLE")
     parser.add_argument("name", choices=tuple(TABLES), help="which table")
-    parser.add_argument("--results", nargs="+", required=True, metavar="SET", help="data sets, folders below "
-                        "results/tables/<name>/")  # fmt: skip
+    group = parser.add_argument_group("data sets")
+    group.add_argument("--results", nargs="+", required=True, metavar="SET", help="data sets, folders below "
+                       "results/tables/<name>/ (required)")  # fmt: skip
     return parser.parse_args(argv)
 
 

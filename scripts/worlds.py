@@ -18,7 +18,7 @@ import numpy as np
 
 from src import cli
 from src.estimates import Estimator
-from src.estimation import TaskMoments
+from src.estimation import ESTIMATORS, TaskMoments
 from src.paths import BENCHMARK_DATA, clusters_file, slug
 from src.stages import store_dir
 
@@ -143,7 +143,7 @@ def fine_tuning(world: World, args: argparse.Namespace, benchmark: str) -> str:
 
 def regression_args(world: World, args: argparse.Namespace, estimator: str) -> argparse.Namespace:
     """Stage 3's arguments for an estimator."""
-    function = "margin" if estimator == "logistic" else "loss"
+    function = ESTIMATORS[estimator].output_function or "loss"
     flags = f"{world.data} {world.tasks} --project_dim {args.project_dim} --estimator {estimator} --output_function {function}"
     return cli.load_script(world.scripts[2]).parse_args(flags.split())
 

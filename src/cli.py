@@ -7,6 +7,8 @@ takes the value that the previous stage stored.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import errno
 import importlib.util
 import math
@@ -14,13 +16,14 @@ import os
 import resource
 import shlex
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn, Protocol, TextIO, cast
 
 from tqdm import tqdm
 
@@ -31,11 +34,72 @@ AUTO = "auto"
 ROOT = Path(__file__).resolve().parents[1]
 LOG_INTERVAL_SECONDS = 15.0
 """How often a progress bar writes a line when nobody watches it move."""
+SHOWN_AFTER_SECONDS = 2.0
+"""What ends sooner shows no progress bar."""
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is the script's docstring, and whose errors are a line that says what to do.
+
+    Args:
+        doc: The script's docstring: what it does, reads and writes, and commands that work.
+        positionals: What comes before the flags, for the line of usage.
+    """
+
+    def __init__(self, doc: str | None, positionals: str = "") -> None:
+        typed = (_typed or sys.argv)[0]
+        super().__init__(
+            prog=typed,
+            usage=" ".join(["python", typed, *([positionals] if positionals else []), "[flags]"]),
+            description=doc,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does it; then flags that contradict each other are refused, and those without effect named."""
+        parsed, strangers = self.parse_known_args(args, namespace)
+        if strangers:
+            self._refuse(strangers)
+        for rule in RULES:
+            for flag in rule.flags:
+                if getattr(parsed, flag, None) == self.get_default(flag) or rule.holds(parsed):
+                    continue
+                if rule.refused:
+                    self.error(f"--{flag} {rule.message}")
+                say_once(f"note: --{flag} {rule.message}")
+        return parsed
+
+    def _refuse(self, words: Sequence[str]) -> NoReturn:
+        """End with the flags that were probably meant."""
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if not flags:
+            self.error(f"unexpected {' '.join(words)}")
+        known = [name for action in self._actions for name in action.option_strings]
+        meant = [name for flag in flags for name in difflib.get_close_matches(flag, known, n=1)]
+        self.error(f"unknown flag {' '.join(flags)}" + (f"; did you mean {' '.join(meant)}?" if meant else ""))
+
+    def error(self, message: str) -> NoReturn:
+        """One line for what is wrong, one for where to look; exit status 2."""
+        self.exit(2, f"error: {message}\nAll flags: python {self.prog} --help\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Flags in a column that is wide enough for most of them; a flag's values once, behind its last name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        metavar = action.metavar or self._get_default_metavar_for_optional(action)
+        several = action.nargs == "+" and not action.choices
+        values = f"{metavar} ..." if several else self._format_args(action, str(metavar))
+        return f"{', '.join(action.option_strings)} {values}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return _METAVARS.get(cast(Any, action.type), "TEXT")
 
 
 def positive_int(text: str) -> int:
@@ -93,6 +157,22 @@ def share_or_count(text: str) -> float | int:
     return int(value)
 
 
+_METAVARS = {
+    **dict.fromkeys((int, positive_int, not_negative_int, positive_int_or_auto), "N"),
+    **dict.fromkeys((float, positive_float, not_negative), "X"),
+    share: "SHARE",
+    share_or_count: "SIZE",
+}
+"""What stands for a flag's value in the help, by its type."""
+
+
+def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The parser's group of this title: flags of several functions may stand under one."""
+    return next((group for group in parser._action_groups if group.title == title), None) or parser.add_argument_group(
+        title
+    )
+
+
 # --- flags, once each ----------------------------------------------------------------------------------------
 
 
@@ -107,10 +187,12 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--completion_column", metavar="NAME", help="column of the completions (default: targets, "
                        "completion, messages or output)")  # fmt: skip
     group.add_argument("--target_files", nargs="+", default=[], metavar="SOURCE", help="target tasks that are "
-                       "never trained on; half of each is for validation, half for the final test")  # fmt: skip
-    group.add_argument("--train_instruction", action="store_true", help="Alpaca, FLAN v2 and chain-of-thought "
-                       f"together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name}")  # fmt: skip
-    group.add_argument("--data_key", help="short name of this data in folder names (default: from the files)")
+                       "never trained on; half of each is for validation, half for the final test (default: each training task is a "
+                       "target too)")  # fmt: skip
+    group.add_argument("--train_instruction", action="store_true", help="take Alpaca, FLAN v2 and chain of thought "
+                       f"together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name} (default: --data_files)")  # fmt: skip
+    group.add_argument("--data_key", metavar="NAME", help="short name of this data in folder names (default: made of the "
+                       "files' names)")  # fmt: skip
     add_tasks(group)
     group.add_argument("--loss_on_prompt", action="store_true", help="count the prompt in the loss, as published "
                        "(default: the completion only)")  # fmt: skip
@@ -136,17 +218,29 @@ def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = Fals
     """
     group = parser.add_argument_group("data (chain of thought)")
     group.add_argument(
-        "--dataset_key", required=not or_instruction, help="data set, for example strategy_qa or commonsense_qa"
+        "--dataset_key",
+        required=not or_instruction,
+        metavar="KEY",
+        help="data set: strategy_qa, commonsense_qa, gsm8k and so on",
     )
-    group.add_argument("--preset_key", default="ft_cot", help="training rows: ft, ft_cot or ft_cot_t70_<k>aug with "
+    group.add_argument("--preset_key", default="ft_cot", metavar="KEY", help="training rows: ft, ft_cot or ft_cot_t70_<k>aug with "
                        "k of 1 2 4 8 16 32 64 (default: ft_cot)")  # fmt: skip
-    group.add_argument("--train_key", default="ft_cot", help="free label of the training run, kept in prediction "
+    group.add_argument("--train_key", default="ft_cot", metavar="KEY", help="free label of the training run, kept in prediction "
                        "files (default: ft_cot)")  # fmt: skip
-    group.add_argument("--split_key", default="default", help="which split file (default: default)")
-    group.add_argument("--data_dir", default=str(DATA), help="folder of dataset/ and split/ (default: data)")
-    group.add_argument("--saved_dir", default=str(SAVED), help="folder of completion_data/ (default: saved)")
+    group.add_argument(
+        "--split_key",
+        default="default",
+        metavar="KEY",
+        help="which split: <data_dir>/split/<data set>__<key>.json (default: default)",
+    )
+    group.add_argument(
+        "--data_dir", default=str(DATA), metavar="FOLDER", help="folder of dataset/ and split/ (default: data)"
+    )
+    group.add_argument(
+        "--saved_dir", default=str(SAVED), metavar="FOLDER", help="folder of completion_data/ (default: saved)"
+    )
     group.add_argument("--keep_incorrect", action="store_true", help="also train on completions with a wrong answer, "
-                       "as published")  # fmt: skip
+                       "as published (default: right answers only)")  # fmt: skip
     group.add_argument("--letters", choices=("word", "published"), default="word", help="multiple choice: letters "
                        "that stand alone count as answers, or any capital letter as published (default: word)")  # fmt: skip
     if not or_instruction:
@@ -156,12 +250,14 @@ def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = Fals
 def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
     """The base model, its adapter and the context."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model_key", default=model_key, help="hub id, local folder, or short key such as "
+    group.add_argument("--model_key", default=model_key, metavar="MODEL", help="hub id, local folder, or short key such as "
                        f"flan_t5_base (default: {model_key})")  # fmt: skip
-    group.add_argument("--train_lora", action="store_true", help="train a LoRA adapter instead of the weights")
-    group.add_argument("--lora_rank", type=positive_int, default=16, help="rank of the adapter (default: 16)")
+    group.add_argument("--train_lora", action="store_true", help="train a LoRA adapter (default: every weight)")
+    group.add_argument(
+        "--lora_rank", type=positive_int, default=16, help="rank of the adapter, with --train_lora (default: 16)"
+    )
     group.add_argument("--lora_alpha", type=positive_int, default=32, help="scale of the adapter: its update counts "
-                       "alpha / rank (default: 32)")  # fmt: skip
+                       "alpha / rank, with --train_lora (default: 32)")  # fmt: skip
     group.add_argument("--lora_target_modules", nargs="+", metavar="NAME", help="layers that carry the adapter "
                        "(default: the attention's inputs, by architecture)")  # fmt: skip
     group.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), help="attention "
@@ -169,15 +265,29 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
     group.add_argument("--base_dtype", choices=("float32", "bfloat16"), default="float32", help="numbers that the base "
                        "model's weights are held in under --train_lora; the adapter is float32 (default: float32)")  # fmt: skip
     group.add_argument("--use_qlora", action="store_true", help="hold the base model in 4 bits (bitsandbytes NF4) and "
-                       "compute in bfloat16; the adapter is float32")  # fmt: skip
+                       "compute in bfloat16; the adapter is float32 (default: as --base_dtype says)")  # fmt: skip
     group.add_argument("--gradient_checkpointing", action="store_true", help="compute activations again in the "
-                       "backward instead of keeping them: less memory, more time, the same numbers")  # fmt: skip
+                       "backward: less memory, more time, the same numbers (default: keep them)")  # fmt: skip
     group.add_argument("--max_length", type=positive_int, default=512, help="longest row (decoder) or prompt "
                        "(encoder-decoder), in tokens (default: 512)")  # fmt: skip
     group.add_argument("--max_target_length", type=positive_int, default=512, help="longest completion of an "
                        "encoder-decoder, in tokens (default: 512)")  # fmt: skip
-    group.add_argument("--save_name", help="suffix that tells this run's folders from others")
-    group.add_argument("--dry_run", action="store_true", help="say what would be read and written, and stop")
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """What the results are called, and a look before anything is written."""
+    group = _group(parser, "run")
+    group.add_argument("--save_name", metavar="NAME", help="name of this run's results, and suffix that tells its folders "
+                       "from others (default: made of model, data and run)")  # fmt: skip
+    add_dry_run(parser)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """A look before anything is written."""
+    group = _group(parser, "run")
+    group.add_argument("--dry_run", action="store_true", help="say what would be read and written, and stop (default: do "
+                       "it)")  # fmt: skip
 
 
 def add_hardware(parser: argparse.ArgumentParser) -> None:
@@ -191,7 +301,9 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
                        "whole model in each, or fsdp, its weights spread over them; auto is ddp (default: auto)")  # fmt: skip
     group.add_argument("--precision", choices=("32", "16", "bf16"), default="32", help="32, or 16 / bf16 mixed "
                        "precision (default: 32)")  # fmt: skip
-    group.add_argument("--num_nodes", type=positive_int, default=1, help="machines (default: 1)")
+    group.add_argument(
+        "--num_nodes", type=positive_int, default=1, help="machines, each with as many processes (default: 1)"
+    )
 
 
 def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, epochs: int) -> None:
@@ -203,21 +315,26 @@ def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float,
     group.add_argument("--lr", type=positive_float, default=lr, help=f"learning rate of AdamW (default: {lr:g})")
     group.add_argument("--weight_decay", type=not_negative, default=0.0, help="weight decay of AdamW (default: 0)")
     group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
-    group.add_argument("--logger", choices=("none", "csv", "tensorboard", "wandb"), default="none", help="also log "
-                       "meta-training's losses, below the run's folder or to W&B (default: none)")  # fmt: skip
-    group.add_argument("--runs", type=positive_int, default=1, help="repetitions with seeds 0, 1, … (default: 1)")
+    group.add_argument("--runs", type=positive_int, default=1, help="repetitions, with seeds 0, 1, … (default: 1)")
+
+
+def add_meta_training(parser: argparse.ArgumentParser) -> None:
+    """What training on all tasks leaves on its way."""
+    group = parser.add_argument_group("meta-training")
     group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0, 0.08, 0.33], metavar="SHARE", help="keep "
                        "checkpoints at these shares of the optimizer steps, 0 for the start: where gradients are taken "
                        "(default: 0 0.08 0.33)")  # fmt: skip
     group.add_argument("--stop_after_checkpoints", action="store_true", help="end meta-training with the last of them: "
                        "estimates need no more (default: train to the end, for the model trained on everything)")  # fmt: skip
+    group.add_argument("--logger", choices=("none", "csv", "tensorboard", "wandb"), default="none", help="also log "
+                       "losses, below the run's folder or to W&B (default: none)")  # fmt: skip
 
 
 def add_start(parser: argparse.ArgumentParser) -> None:
     """A checkpoint to go on from."""
     group = parser.add_argument_group("start")
     group.add_argument("--load_model_dir", metavar="CHECKPOINT", help="start from this checkpoint below "
-                       "external_lightning_logs/ instead of the base model")  # fmt: skip
+                       "external_lightning_logs/ (default: the base model)")  # fmt: skip
 
 
 def add_truth(parser: argparse.ArgumentParser) -> None:
@@ -225,11 +342,12 @@ def add_truth(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("fine-tuning on subsets (default: meta-training on all tasks)")
     chosen = group.add_mutually_exclusive_group()
     chosen.add_argument("--subset_file", metavar="FILE", help="fine-tune the base model once for each line of a "
-                        "sampled_tasks file and append a row of losses for each")  # fmt: skip
+                        "sampled_tasks file and append a row of losses for each (default: meta-training)")  # fmt: skip
     chosen.add_argument("--task_weights", metavar="FILE", help="fine-tune the base model once on rows drawn from the "
-                        "tasks in these shares (fast_estimate_forward_selection.py --weights writes them)")  # fmt: skip
+                        "tasks in these shares, a CSV that fast_estimate_forward_selection.py --weights writes (default: "
+                        "meta-training)")  # fmt: skip
     chosen.add_argument("--task_idxes", type=task_or_all, nargs="*", metavar="ID", help="fine-tune once on these tasks, "
-                        "or on all; without numbers, only evaluate the base model")  # fmt: skip
+                        "or on `all`; without ids, only evaluate the base model (default: meta-training)")  # fmt: skip
 
 
 def add_meta_init(parser: argparse.ArgumentParser) -> None:
@@ -243,20 +361,19 @@ def add_meta_init(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Which repetition."""
-    parser.add_argument(
-        "--run",
-        type=not_negative_int,
-        default=0,
-        help="number of the run, seed of its projection and subsets (default: 0)",
-    )
+    group = _group(parser, "run")
+    group.add_argument("--run", type=not_negative_int, default=0, help="number of the run, and seed of its projection and "
+                       "subsets (default: 0)")  # fmt: skip
 
 
 def add_clusters(parser: argparse.ArgumentParser) -> None:
     """Tasks made of samples with similar gradients."""
     group = parser.add_argument_group("clusters as tasks")
     group.add_argument("--load_clusters", action="store_true", help="tasks are clusters of the training samples by "
-                       "their projected gradients, made on first use and kept beside them")  # fmt: skip
-    group.add_argument("--num_clusters", type=positive_int, default=100, help="number of clusters (default: 100)")
+                       "their projected gradients, made on first use and kept beside them (default: the data's own tasks)")  # fmt: skip
+    group.add_argument(
+        "--num_clusters", type=positive_int, default=100, help="number of clusters, with --load_clusters (default: 100)"
+    )
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -274,28 +391,24 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--evaluate", choices=("first_order", "displaced"), default="first_order", help="linear algebra "
                        "alone, or also run the validation rows through the model at the displaced weights "
                        "(default: first_order)")  # fmt: skip
-    add_scale(parser, several=False)
+    add_scale(group, several=False)
 
 
-def add_scale(parser: argparse.ArgumentParser, *, several: bool) -> None:
+def add_scale(group: argparse._ArgumentGroup, *, several: bool) -> None:
     """Length of a displacement."""
-    meaning = "length of the displacement, relative to the norm of the trained weights"
     default = "0.02 0.04 0.06 0.08 0.1" if several else "as the solution has it"
-    parser.add_argument(
-        "--scale",
-        type=positive_float,
-        nargs="+" if several else None,
-        default=[float(number) for number in default.split()] if several else None,
-        help=f"displaced weights: {meaning} (default: {default})",
-    )
+    group.add_argument("--scale", type=positive_float, nargs="+" if several else None,
+                       default=[float(number) for number in default.split()] if several else None, help="length of the "
+                       f"displacement, as a share of the norm of the trained weights (default: {default})")  # fmt: skip
 
 
 def add_approximation(parser: argparse.ArgumentParser) -> None:
     """Stage 2, or how good the first order is."""
-    parser.add_argument("--compute_pretrained_outputs", action="store_true", help="compute outputs and gradients at "
-                        "the checkpoints (stage 2); without it, measure the first-order approximation error there")  # fmt: skip
-    add_scale(parser, several=True)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds of the random directions (default: 0)")
+    group = parser.add_argument_group("stage 2, or the approximation error")
+    group.add_argument("--compute_pretrained_outputs", action="store_true", help="compute outputs and gradients at the "
+                       "checkpoints, which is stage 2 (default: measure the first-order approximation error there)")  # fmt: skip
+    add_scale(group, several=True)
+    group.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds of the random directions (default: 0)")
 
 
 def add_projection(parser: argparse.ArgumentParser) -> None:
@@ -315,11 +428,11 @@ def add_gradients(parser: argparse.ArgumentParser) -> None:
     add_projection(parser)
     group = parser.add_argument_group("gradients")
     group.add_argument("--representations", action="store_true", help="also keep each sample's pooled hidden states, for "
-                       "--estimator representation")  # fmt: skip
+                       "--estimator representation (default: do not)")  # fmt: skip
     group.add_argument("--save_projection_matrix", action="store_true", help="also write the projection's random signs, "
-                       "packed in bits, beside the gradients of each checkpoint")  # fmt: skip
+                       "packed in bits, beside the gradients of each checkpoint (default: do not; the seed draws them again)")  # fmt: skip
     group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
-                       "are always projected unless --projection none")  # fmt: skip
+                       "are always projected (default: they are, unless --projection none)")  # fmt: skip
     group.add_argument("--on_nonfinite", choices=("stop", "skip"), default="stop", help="a sample whose output or gradient "
                        "is not finite: stop and name it, or leave it out and count it (default: stop)")  # fmt: skip
     group.add_argument("--max_tokens_per_batch", type=positive_int_or_auto, default=4096, metavar="TOKENS", help="rows "
@@ -335,13 +448,22 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
                        "over them (default: the tasks of --target_files, else every task)")  # fmt: skip
 
 
-def add_estimator(parser: argparse.ArgumentParser, estimators: Iterable[str], rho: float) -> None:
-    """How estimates are made."""
+class Described(Protocol):
+    """Something to choose, with a line that says what it is."""
+
+    @property
+    def meaning(self) -> str: ...
+
+
+def _described(choices: Mapping[str, Described], default: str) -> str:
+    """The help of a flag that takes one of these."""
+    return "; ".join(f"{name}: {choice.meaning}" for name, choice in choices.items()) + f" (default: {default})"
+
+
+def add_estimator(parser: argparse.ArgumentParser, estimators: Mapping[str, Described], rho: float) -> None:
+    """How estimates are made; `rho` is the default ridge strength."""
     group = parser.add_argument_group("estimation")
-    group.add_argument("--estimator", choices=tuple(estimators), default="ridge", help="ridge: the quadratic model of "
-                       "subset and target; linear: ridge, first order in the target; kernel: ridge from all pairs of "
-                       "rows; logistic: the paper's, for --output_function margin; alignment: inner product of mean "
-                       "gradients; representation: similarity of hidden states; constant (default: ridge)")  # fmt: skip
+    group.add_argument("--estimator", choices=tuple(estimators), default="ridge", help=_described(estimators, "ridge"))
     group.add_argument("--rho", type=positive_float, default=rho, help="ridge strength, relative to the mean squared "
                        f"norm of a gradient (default: {rho})")  # fmt: skip
     group.add_argument("--weight_by", choices=("sample", "task"), default="sample", help="whether rows or tasks weigh "
@@ -352,7 +474,14 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What estimates are calibrated on."""
     group = parser.add_argument_group("calibration")
     group.add_argument("--calibrate", metavar="CSV", help="results of a few really fine-tuned subsets (stage 1's script "
-                       "with --subset_file): also write calibrated estimates and their 90 %% prediction intervals")  # fmt: skip
+                       "with --subset_file): also write calibrated estimates and their 90 %% prediction intervals (default: estimates "
+                       "as they are, for ranking)")  # fmt: skip
+
+
+def add_results(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Which results to go on from."""
+    parser.add_argument("results", metavar="RESULTS", nargs="+" if several else None, help="folder of stage 3's estimates, "
+                        "results/<name>")  # fmt: skip
 
 
 def add_comparison(parser: argparse.ArgumentParser) -> None:
@@ -360,8 +489,19 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("estimates", metavar="ESTIMATES.csv", help="table of stage 3")
     parser.add_argument("truth", metavar="TRUTH.csv", help="fine-tuned values: results.csv of stage 1's script with "
                         "--subset_file; with --runs 2 or more the noise ceiling is known")  # fmt: skip
-    parser.add_argument("--metric", default="validation_loss", help="columns of the truth to compare with, for example "
-                        "test_loss or test_accuracy (default: validation_loss)")  # fmt: skip
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--metric", default="validation_loss", metavar="NAME", help="columns of the truth to compare with, for "
+                       "example test_loss or test_accuracy (default: validation_loss)")  # fmt: skip
+    add_dry_run(parser)
+
+
+def add_estimation(parser: argparse.ArgumentParser, estimators: Mapping[str, Described], rho: float) -> None:
+    """Stage 3, but for its data: which subsets, for what, and how. Arguments as in `add_estimator`."""
+    add_subsets(parser)
+    add_targets(parser)
+    add_estimator(parser, estimators, rho)
+    add_calibration(parser)
+    add_evaluation(parser)
 
 
 def add_subsets(parser: argparse.ArgumentParser) -> None:
@@ -375,13 +515,13 @@ def add_subsets(parser: argparse.ArgumentParser) -> None:
                        "number (default: 0.5)")  # fmt: skip
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
-    """How forward selection goes and stops."""
+def add_selection(parser: argparse.ArgumentParser, methods: Mapping[str, Described]) -> None:
+    """How a search goes and stops."""
     group = parser.add_argument_group("selection")
+    group.add_argument("--method", "--direction", choices=tuple(methods), default="forward",
+                       help=_described(methods, "forward"))  # fmt: skip
     group.add_argument("--start_from", type=int, nargs="+", default=[], metavar="ID", help="tasks that are in from the "
                        "start (default: none)")  # fmt: skip
-    group.add_argument("--direction", choices=("forward", "backward"), default="forward", help="add the best task again "
-                       "and again, or remove the worst (default: forward)")  # fmt: skip
     group.add_argument("--max_tasks", type=positive_int, help="at most so many tasks (default: when nothing improves)")
     group.add_argument("--budget_rows", type=positive_int, help="at most so many training rows (default: no limit)")
     group.add_argument("--try_at_most", type=positive_int, help="after the first step try only so many tasks, those that "
@@ -389,11 +529,11 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--refine", type=positive_int, metavar="K", help="really fine-tune the K best subsets on the way, "
                        "with the training flags, and select the best of them (default: trust the estimates)")  # fmt: skip
     group.add_argument("--weights", action="store_true", help="also find how much to draw from each task, for "
-                       "--task_weights of stage 1's script")  # fmt: skip
+                       "--task_weights of stage 1's script (default: do not)")  # fmt: skip
     group.add_argument("--per_target", action="store_true", help="select for each target by itself: a subset for each, "
-                       "and how much each task alone helps each target")  # fmt: skip
-    group.add_argument("--tolerance", type=not_negative, default=0.0, help="smallest relative improvement that counts "
-                       "(default: 0)")  # fmt: skip
+                       "and how much each task alone helps each target (default: one subset for the mean over the targets)")  # fmt: skip
+    group.add_argument("--tolerance", type=not_negative, default=0.0, help="smallest improvement that counts, as a share of "
+                       "the estimate (default: 0)")  # fmt: skip
     group.add_argument(
         "--patience", type=not_negative_int, default=0, help="steps without improvement before it stops (default: 0)"
     )
@@ -401,24 +541,69 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
     """How random-ensemble scores become a subset."""
-    group = parser.add_argument_group("threshold (default: the mean score)")
+    group = parser.add_argument_group("threshold")
     chosen = group.add_mutually_exclusive_group()
-    chosen.add_argument("--top_k", type=positive_int, help="the best so many tasks")
-    chosen.add_argument("--ratio", type=share, help="the best share of the tasks")
-    chosen.add_argument("--threshold", type=float, help="tasks with a score of at most this")
+    chosen.add_argument("--top_k", type=positive_int, help="the best so many tasks (default: those above the mean)")
+    chosen.add_argument("--ratio", type=share, help="the best share of the tasks (default: those above the mean)")
+    chosen.add_argument("--threshold", type=float, help="tasks with a score of at most this, in nats per "
+                        "token (default: the mean score)")  # fmt: skip
+
+
+# --- flags that need each other ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Flags that mean something only beside others.
+
+    Attributes:
+        flags: Names of the flags.
+        holds: Whether the others are as they have to be.
+        message: What to say where they are not, behind the flag.
+        refused: End there; else go on without the flag, and say so.
+    """
+
+    flags: tuple[str, ...]
+    holds: Callable[[argparse.Namespace], bool]
+    message: str
+    refused: bool = False
+
+
+def _is(flag: str, *values: Any) -> Callable[[argparse.Namespace], bool]:
+    """Whether a flag has one of these values, or is none of the script's."""
+    return lambda args: getattr(args, flag, values[0]) in values
+
+
+RULES = (
+    Rule(("lora_rank", "lora_alpha", "lora_target_modules"), _is("train_lora", True),
+         "is for an adapter; pass --train_lora too, or leave it out to train every weight", refused=True),
+    Rule(("data_files", "target_files", "train_instruction"), _is("dataset_key", None),
+         "is instruction data, and --dataset_key chain of thought; name one of them", refused=True),
+    Rule(("data_files",), _is("train_instruction", False),
+         "and --train_instruction, which names files of its own; leave one of them out", refused=True),
+    Rule(("checkpoint_at", "stop_after_checkpoints", "logger"),
+         lambda args: (args.subset_file, args.task_weights, args.task_idxes) == (None, None, None),
+         "has no effect in fine-tuning on subsets, only in meta-training"),
+    Rule(("epochs", "lr", "batch_size", "accumulate", "weight_decay", "runs", "inference_batch_size", "max_new_tokens"),
+         lambda args: getattr(args, "refine", True) is not None, "has no effect without --refine"),
+    Rule(("num_clusters",), _is("load_clusters", True), "has no effect without --load_clusters"),
+    Rule(("scale",), _is("evaluate", "displaced"), "has no effect without --evaluate displaced"),
+    Rule(("scale", "seed"), _is("compute_pretrained_outputs", False),
+         "has no effect with --compute_pretrained_outputs, only on the approximation error"),
+    Rule(("representations", "save_projection_matrix", "on_nonfinite", "row_dtype", "max_tokens_per_batch"),
+         _is("compute_pretrained_outputs", True), "has no effect without --compute_pretrained_outputs"),
+    Rule(("project_dim",), _is("projection", "sketch", "two_sided", "dense"),
+         "has no effect with --projection none, which keeps all numbers"),
+    Rule(("rho",), _is("estimator", "ridge", "linear", "kernel", "logistic"),
+         "has no effect on this estimator, which has no ridge"),
+)  # fmt: skip
 
 
 # --- from arguments to names ---------------------------------------------------------------------------------
 
 
 def instruction_files(args: argparse.Namespace) -> list[str | Path]:
-    """The training sources of the instruction track.
-
-    Raises:
-        ValueError: `--train_instruction` and `--data_files` together.
-    """
-    if args.data_files and args.train_instruction:
-        raise ValueError("--train_instruction names its own files; leave it out, or leave out --data_files")
+    """The training sources of the instruction track."""
     if args.data_files:
         return args.data_files
     return [ALPACA_FILE, FLAN_FILE, ZS_COT_FILE] if args.train_instruction else [ALPACA_FILE]
@@ -546,9 +731,38 @@ def _started_from_outside() -> tuple[int, int] | None:
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", **options: Any
 ) -> tqdm:
-    """A progress bar with rate and remaining time; in a log file, a line every few seconds."""
-    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_SECONDS
-    return tqdm(iterable, desc=desc, total=total, unit=unit, mininterval=interval, dynamic_ncols=True, **options)
+    """A progress bar with rate and remaining time, for what takes over two seconds; in a log file, a line every so often."""
+    if not sys.stderr.isatty():
+        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "ncols": 0}
+    options |= {"dynamic_ncols": sys.stderr.isatty(), "delay": SHOWN_AFTER_SECONDS}
+    return tqdm(iterable, desc=desc, total=total, unit=f" {unit}", **options)
+
+
+class _Lines:
+    """A log file to a progress bar: each of its states is a line, where a terminal's is written over the last."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.last = file, ""
+
+    def write(self, text: str) -> None:
+        if (line := text.strip()) and line != self.last:
+            self.file.write(f"{line}\n")
+            self.last = line
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextlib.contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Says what is going on when it takes over two seconds and has no steps to count."""
+    timer = threading.Timer(SHOWN_AFTER_SECONDS, print, [f"{what} …"], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_dry_run(args: argparse.Namespace, reads: Iterable[str | Path], writes: Iterable[str | Path]) -> bool:
@@ -578,8 +792,10 @@ def say_notices(notices: Iterable[str]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries print on every start and a user cannot act on."""
+    """Silence what libraries print on every start and a user cannot act on; imports the slowest of them."""
     import logging
+
+    import pytorch_lightning  # noqa: F401
 
     for name in (
         "pytorch_lightning",
@@ -651,6 +867,8 @@ def _line_about(error: OSError) -> str:
 def run_stage(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     """Run a stage's `main`; an error that the user can mend is one line and exit status 1, not a traceback."""
     try:
+        with waiting_for("loading the libraries"):
+            quiet_libraries()
         return main(args)
     except (ValueError, OSError) as error:
         of_system = isinstance(error, OSError) and error.errno in _CURES

@@ -21,7 +21,15 @@ from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate
 from src.cli import command_typed, hardware_from, is_dry_run, progress, run_from, say_notices
 from src.datamodule import tokenizer_fingerprint
-from src.estimation import Part, estimate, first_order_error, mixture_weights, ridge_solutions, zero_order_error
+from src.estimation import (
+    ESTIMATORS,
+    Part,
+    estimate,
+    first_order_error,
+    mixture_weights,
+    ridge_solutions,
+    zero_order_error,
+)
 from src.finetune import (
     TrainingPlan,
     evaluate,
@@ -81,7 +89,7 @@ from src.report import (
     subset_text,
     write_table,
 )
-from src.selection import SelectionPath, forward_selection, random_ensemble_scores, ranking_convergence, select_by_score
+from src.selection import METHODS, SelectionPath, random_ensemble_scores, ranking_convergence, select_by_score
 from src.stages import (
     base_fingerprint,
     cluster_tasks,
@@ -123,17 +131,20 @@ class Estimator:
             store = store_dir(args, self.run)
             task_of_row, self.tasks = cluster_tasks(store, self.stored, args.num_clusters, args.run)
             self.division = f"clusters_{len(self.tasks)}"
-        manifest = self.stored[0].manifest
-        if args.estimator == "logistic" and manifest["output_function"] != "margin":
-            raise ValueError("--estimator logistic is of margins; take the gradients with --output_function margin too")
-        use_rows = args.estimator in ("logistic", "kernel") or kernel_is_smaller(manifest["num_rows"], manifest["dim"])
+        manifest, kind = self.stored[0].manifest, ESTIMATORS[args.estimator]
+        if kind.output_function not in (None, manifest["output_function"]):
+            raise ValueError(
+                f"--estimator {args.estimator} is of {kind.output_function}s; take the gradients with --output_function "
+                f"{kind.output_function} too"
+            )
+        use_rows = kind.needs_rows or kernel_is_smaller(manifest["num_rows"], manifest["dim"])
         self.parts: list[Part] = [
             part.estimation_part(
                 task_of_row,
                 len(self.tasks),
                 self.division or "tasks",
                 by_rows=use_rows,
-                represented=args.estimator == "representation",
+                represented=kind.represented,
             )
             for part in self.stored
         ]
@@ -444,9 +455,9 @@ def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
 
 
 def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int]) -> SelectionPath:
-    """Forward or backward selection for the mean over some targets; before refining, a few steps past the best."""
+    """The search of `--method` for the mean over some targets; before refining, a few steps past the best."""
     num_tasks = len(estimator.tasks)
-    return forward_selection(
+    return METHODS[args.method].search(
         lambda membership: estimator(membership & estimator.has_rows, columns).mean(axis=1),
         num_tasks,
         start_from=valid_subset(args.start_from, num_tasks),
@@ -455,7 +466,6 @@ def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int
         rows_of_task=estimator.parts[0].train.counts,
         tolerance=args.tolerance,
         patience=max(args.patience, 2) if args.refine else args.patience,
-        direction=args.direction,
         try_at_most=args.try_at_most,
         progress=progress,
     )
@@ -467,7 +477,7 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     estimator = Estimator(args, stage_2)
     columns = estimator.chosen_targets(args.target_task)
     name = estimator.run.results_name
-    folder, method = results_dir(name), f"{args.direction}_selection"
+    folder, method = results_dir(name), f"{args.method}_selection"
     groups = [[column] for column in columns] if args.per_target else [columns]
     figures = [AFFINITY_FILE, AFFINITY_FIGURE] if args.per_target else [SELECTION_FIGURE]
     outputs = [subset_file(f"{name}_{method}"), *(folder / file for file in (SELECTION_FILE, *figures))]

@@ -6,8 +6,9 @@ a second (DESIGN section 2, "Estimation from moments"). Where there are fewer ro
 from the rows' kernel, and no d x d matrix is made. Everything is lower-is-better: outputs are losses or, in a margin
 store, minus the margins, and so are the estimates.
 
-An estimator is a function of `_ESTIMATORS`: given one checkpoint's `Part` and the ridge strength lambda it returns a
-function from row weights (c, n) of some subsets to their estimates (c, k). To add one, write it and name it there.
+An estimator is an entry of `ESTIMATORS`: a function that takes one checkpoint's `Part` and the ridge strength lambda and
+returns a function from row weights (c, n) of some subsets to their estimates (c, k); and what it needs. To add one, write
+the function and name it there.
 
 Shapes: R stored rows, N rows of the tasks, d projection dimension, n tasks, m subsets, c subsets of a chunk, k targets.
 """
@@ -28,6 +29,7 @@ WEIGHT_BY = ("sample", "task")
 DEFAULT_RHO = 1e-3
 
 OnSubsets = Callable[[Tensor], Tensor]
+"""Row weights (c, n) -> estimates (c, k), or solutions (c, d)."""
 
 # Memory for the work on a chunk of subsets.
 _CHUNK_BYTES = 1 << 28
@@ -252,7 +254,7 @@ def estimate(
         ValueError: an unknown name, shapes that do not fit, a subset or target without rows, moments that are not
             finite, rho not above 0, or an estimator that needs rows in a part without them.
     """
-    if estimator not in _ESTIMATORS:
+    if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
     if not parts:
         raise ValueError("no projected gradients to estimate from: parts is empty")
@@ -272,7 +274,7 @@ def estimate(
     length = len(parts) * len(membership)
     with progress(desc="estimates", total=length, unit="subset") if progress else nullcontext() as bar:
         for part, (weights, strength) in zip(parts, weighted, strict=True):
-            total += _over_chunks(part, weights, _ESTIMATORS[estimator](part, strength), bar)
+            total += _over_chunks(part, weights, ESTIMATORS[estimator].make(part, strength), bar)
     return total / len(parts)
 
 
@@ -410,16 +412,38 @@ def _logistic(part: Part, strength: float) -> OnSubsets:
     return on_subsets
 
 
-_ESTIMATORS: dict[str, Callable[[Part, float], OnSubsets]] = {
-    "ridge": _ridge,
-    "linear": _linear,
-    "logistic": _logistic,
-    "kernel": _kernel,
-    "alignment": _alignment,
-    "representation": _alignment,
-    "constant": _constant,
+@dataclass(frozen=True)
+class EstimatorKind:
+    """An estimator, and what it needs.
+
+    Attributes:
+        make: From a part and lambda to a function of row weights.
+        meaning: What it is, for a person who chooses.
+        needs_rows: It reads a part's rows, not their moments alone.
+        output_function: The only one whose rows it takes; None = any.
+        represented: Its rows are representations instead of gradients.
+    """
+
+    make: Callable[[Part, float], OnSubsets]
+    meaning: str
+    needs_rows: bool = False
+    output_function: str | None = None
+    represented: bool = False
+
+
+ESTIMATORS = {
+    "ridge": EstimatorKind(_ridge, "quadratic models of the subset and of the target"),
+    "linear": EstimatorKind(_linear, "as ridge, first order in the target"),
+    "logistic": EstimatorKind(
+        _logistic, "the paper's, for --output_function margin", needs_rows=True, output_function="margin"
+    ),
+    "kernel": EstimatorKind(_kernel, "as ridge, from all pairs of rows", needs_rows=True),
+    "alignment": EstimatorKind(_alignment, "inner product of mean gradients, as in LESS"),
+    "representation": EstimatorKind(
+        _alignment, "similarity of hidden states, for stage 2's --representations", represented=True
+    ),
+    "constant": EstimatorKind(_constant, "the loss before training, which an estimate must beat"),
 }
-ESTIMATORS = tuple(_ESTIMATORS)
 
 
 def _ridge_solver(part: Part, strength: float) -> OnSubsets:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
-DIRECTIONS = ("forward", "backward")
+Estimate = Callable[[np.ndarray], np.ndarray]
+"""Membership (m, n) bool -> estimates (m,)."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class SelectionPath:
 
 
 def forward_selection(
-    estimate: Callable[[np.ndarray], np.ndarray],
+    estimate: Estimate,
     num_tasks: int,
     *,
     start_from: Sequence[int] = (),
     max_tasks: int | None = None,
     budget_rows: int | None = None,
-    rows_of_task: Sequence[int] | None = None,
+    rows_of_task: Sequence[int] | np.ndarray | None = None,
     tolerance: float = 0.0,
     patience: int = 0,
     direction: str = "forward",
@@ -88,31 +90,21 @@ def forward_selection(
             is not a number.
     """
     search = _Search(estimate, num_tasks, max_tasks, budget_rows, rows_of_task)
-    if direction not in DIRECTIONS:
-        raise ValueError(f"unknown direction {direction!r}; choose one of {', '.join(DIRECTIONS)}")
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"unknown direction {direction!r}; choose forward or backward")
     if try_at_most is not None and try_at_most < 1:
         raise ValueError(f"try_at_most must be at least 1, found {try_at_most}")
     if tolerance < 0 or patience < 0:
         raise ValueError(f"tolerance and patience must not be negative, found {tolerance} and {patience}")
-    if wrong := [task for task in start_from if not 0 <= task < num_tasks]:
-        raise ValueError(f"start_from holds task {wrong[0]}; tasks are 0 to {num_tasks - 1}")
     forward = direction == "forward"
-    current = np.zeros(num_tasks, bool)
-    current[list(start_from) if forward or len(start_from) else slice(None)] = True
-    if forward and not search.allows(current):
-        raise ValueError(f"the {len(set(start_from))} tasks of start_from are beyond max_tasks or budget_rows already")
-
+    current = search.start(start_from, forward)
     start_estimate = search.estimates(current[None])[0]
     best, best_estimate = (current, start_estimate) if current.any() and search.allows(current) else (None, np.inf)
     start, steps, without_improvement = current, [], 0
     last_estimates = np.full(num_tasks, -np.inf)  # a task that could not be tried yet comes first
     with progress(desc=f"{direction} selection", total=num_tasks, unit="step") if progress else nullcontext() as bar:
         while without_improvement <= patience:
-            movable = np.flatnonzero(~current if forward else current)
-            candidates = np.repeat(current[None], len(movable), axis=0)
-            candidates[np.arange(len(movable)), movable] = forward
-            open_to = [search.allows(subset) if forward else subset.any() for subset in candidates]
-            movable, candidates = movable[open_to], candidates[open_to]
+            movable, candidates = search.one_task_away(current, forward)
             if not len(movable):
                 break
             if try_at_most is not None and len(steps):
@@ -140,17 +132,39 @@ def forward_selection(
 class _Search:
     """What a search may ask: whether a subset is within the limits, and estimates."""
 
-    estimate: Callable[[np.ndarray], np.ndarray]
+    estimate: Estimate
     num_tasks: int
     max_tasks: int | None
     budget_rows: int | None
-    rows_of_task: Sequence[int] | None
+    rows_of_task: Sequence[int] | np.ndarray | None
 
     def __post_init__(self) -> None:
         if self.max_tasks is not None and self.max_tasks < 1:
             raise ValueError(f"max_tasks must be at least 1, found {self.max_tasks}")
         if self.budget_rows is not None and (self.rows_of_task is None or len(self.rows_of_task) != self.num_tasks):
             raise ValueError(f"budget_rows needs rows_of_task with the rows of each of the {self.num_tasks} tasks")
+
+    def start(self, tasks: Sequence[int], forward: bool) -> np.ndarray:
+        """The subset (n,) to start from; backward, no tasks means all.
+
+        Raises:
+            ValueError: a task out of range, or tasks beyond the limits.
+        """
+        if wrong := [task for task in tasks if not 0 <= task < self.num_tasks]:
+            raise ValueError(f"start_from holds task {wrong[0]}; tasks are 0 to {self.num_tasks - 1}")
+        subset = np.zeros(self.num_tasks, bool)
+        subset[list(tasks) if forward or len(tasks) else slice(None)] = True
+        if forward and not self.allows(subset):
+            raise ValueError(f"the {len(set(tasks))} tasks of start_from are beyond max_tasks or budget_rows already")
+        return subset
+
+    def one_task_away(self, subset: np.ndarray, forward: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The tasks that can be added to a subset (n,), or removed from it, (c,); and the subsets that this makes, (c, n)."""
+        movable = np.flatnonzero(~subset if forward else subset)
+        candidates = np.repeat(subset[None], len(movable), axis=0)
+        candidates[np.arange(len(movable)), movable] = forward
+        is_open = [self.allows(candidate) if forward else bool(candidate.any()) for candidate in candidates]
+        return movable[is_open], candidates[is_open]
 
     def allows(self, subset: np.ndarray) -> bool:
         """Whether a subset (n,) is within both limits."""
@@ -167,6 +181,21 @@ class _Search:
             subset = _tasks(membership[np.argmax(np.isnan(values))])
             raise ValueError(f"the estimate of subset {subset} is not a number")
         return values
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to search: `search(estimate, num_tasks, **options)` with the options of `forward_selection`."""
+
+    search: Callable[..., SelectionPath]
+    meaning: str
+
+
+METHODS = {
+    "forward": Method(forward_selection, "add the best task again and again"),
+    "backward": Method(partial(forward_selection, direction="backward"), "remove the worst again and again"),
+}
+"""Searches by name. To add one, write a function that returns a `SelectionPath` and name it here."""
 
 
 def random_ensemble_scores(membership: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
