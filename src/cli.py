@@ -72,16 +72,15 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse(self, words: Sequence[str]) -> NoReturn:
         """End with the flags that were probably meant."""
-        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
-        if not flags:
-            self.error(f"unexpected {' '.join(words)}")
         known = [name for action in self._actions for name in action.option_strings]
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
         meant = [name for flag in flags for name in difflib.get_close_matches(flag, known, n=1)]
-        self.error(f"unknown flag {' '.join(flags)}" + (f"; did you mean {' '.join(meant)}?" if meant else ""))
+        guess = f"; did you mean {' '.join(meant)}?" if meant else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{guess}")
 
     def error(self, message: str) -> NoReturn:
-        """One line for what is wrong, one for where to look; exit status 2."""
-        self.exit(2, f"error: {message}\nAll flags: python {self.prog} --help\n")
+        """A line for how to call it, and one for what is wrong; exit status 2."""
+        self.exit(2, f"{self.format_usage().strip()}   (all flags: --help)\nerror: {message}\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -575,6 +574,10 @@ def _is(flag: str, *values: Any) -> Callable[[argparse.Namespace], bool]:
 
 
 RULES = (
+    Rule(("use_qlora", "base_dtype"), _is("train_lora", True),
+         "is for a base model that stays as it is; pass --train_lora too, or leave it out", refused=True),
+    Rule(("use_qlora",), _is("strategy", "auto", "ddp"),
+         "with --strategy fsdp: 4-bit weights are not spread; use ddp, or --base_dtype bfloat16", refused=True),
     Rule(("lora_rank", "lora_alpha", "lora_target_modules"), _is("train_lora", True),
          "is for an adapter; pass --train_lora too, or leave it out to train every weight", refused=True),
     Rule(("data_files", "target_files", "train_instruction"), _is("dataset_key", None),

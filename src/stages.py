@@ -88,10 +88,8 @@ from src.paths import (
     write_manifest,
 )
 from src.processes import Processes, launch
-from src.projection import make_projection
-from src.report import (
-    ResultsTable,
-)
+from src.projection import Projection, make_projection
+from src.report import ResultsTable
 from src.subsets import cluster_samples, read_subsets, read_task_weights
 
 
@@ -104,18 +102,7 @@ def lora_shape(args: argparse.Namespace) -> LoraShape | None:
 
 
 def base_weights(args: argparse.Namespace) -> BaseWeights:
-    """How the flags say that the base model's weights are held.
-
-    Raises:
-        ValueError: fewer bits than 32 for weights that are trained, or 4-bit weights that are to be spread.
-    """
-    fewer = "--use_qlora" if args.use_qlora else f"--base_dtype {args.base_dtype}"
-    if not args.train_lora and (args.use_qlora or args.base_dtype != "float32"):
-        raise ValueError(f"{fewer} is for a base model that stays as it is; pass --train_lora too, or leave it out")
-    if args.use_qlora and args.strategy == "fsdp":
-        raise ValueError(
-            "--use_qlora with --strategy fsdp: 4-bit weights are not spread; use ddp, or --base_dtype bfloat16"
-        )
+    """How the flags say that the base model's weights are held."""
     return BaseWeights(
         args.base_dtype, args.attn_implementation, hardware_from(args).device if args.use_qlora else None
     )
@@ -160,6 +147,11 @@ def load_data(args: argparse.Namespace) -> TaskData:
     if args.max_heldout is not None:
         held_out["max_heldout"] = args.max_heldout
     if getattr(args, "dataset_key", None) is None:
+        if missing := [file for file in instruction_files(args) if not args.data_files and not Path(file).is_file()]:
+            track = ", or chain-of-thought data with --dataset_key" if hasattr(args, "dataset_key") else ""
+            raise FileNotFoundError(
+                f"no data: name your files with --data_files{track}; without, {missing[0]} is expected, which does not exist"
+            )
         return load_instruction(
             instruction_files(args),
             args.target_files,
@@ -527,121 +519,159 @@ def collect(args: argparse.Namespace) -> None:
     if is_dry_run(args, sources_read(args, *folders), [store_dir(args, run) / folder.name for folder in folders]):
         return
     with held_by_first(*(store_dir(args, run) / folder.name for folder in folders)):
-        collect_at(args, data, hardware, launch(hardware), run, folders)
+        GradientPasses(args, data, hardware, launch(hardware)).take_at(folders)
 
 
-def collect_at(
-    args: argparse.Namespace,
-    data: TaskData,
-    hardware: Hardware,
-    processes: Processes,
-    run: Run,
-    folders: Sequence[Path],
-) -> None:
-    """`collect`, at these checkpoints."""
-    store = store_dir(args, run)
-    rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
-    samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
-    datamodule = plan = None
-    for folder in folders:
-        started = time.perf_counter()
-        model = placed(model_at(args, folder), processes)
-        check_adapter(args, model, folder)
-        datamodule = datamodule or make_datamodule(args, data, model)
-        dim = None if args.projection == "none" else args.project_dim
-        projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
-        request = {
-            "model_key": args.model_key,
+class GradientPasses:
+    """Stage 2 over checkpoints of one run: what its steps share.
+
+    Args:
+        args: The stage's flags.
+        data: Its rows.
+        hardware: Where it runs.
+        processes: This process and the others.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: TaskData, hardware: Hardware, processes: Processes) -> None:
+        self.args, self.data, self.hardware, self.processes = args, data, hardware, processes
+        self.store = store_dir(args, run_from(args))
+        self.rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
+        self.datamodule: TaskDataModule | None = None
+        self.planned = False
+
+    def take_at(self, folders: Sequence[Path]) -> None:
+        """The gradients at each checkpoint, where they are not there yet."""
+        args, processes = self.args, self.processes
+        for position, folder in enumerate(folders):
+            started = time.perf_counter()
+            model = placed(model_at(args, folder), processes)
+            check_adapter(args, model, folder)
+            datamodule = self.datamodule = self.datamodule or make_datamodule(args, self.data, model)
+            dim = None if args.projection == "none" else args.project_dim
+            projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
+            if not self.planned and not (self.store / folder.name).is_dir():
+                self.plan(model, datamodule, projection, folders[position:])
+            writer = self.open_writer(model, self.request(model, datamodule, projection, folder))
+            if not writer.complete:
+                collect_gradients(
+                    model,
+                    datamodule,
+                    projection,
+                    writer,
+                    output_function=args.output_function,
+                    autocast=self.hardware.autocast,
+                    desc=f"gradients at {folder.name}",
+                    processes=processes,
+                )
+            if processes.is_first:
+                self.finish(writer, projection, model, folder, started)
+            processes.wait()
+        print(
+            f"Wrote {self.store}: {len(self.rows):,} projected gradients (d = {projection.dim}, "
+            f"p = {model.layout.num_parameters:,}) at each checkpoint. Next: estimates (stage 3), with the same data and "
+            "model flags."
+        )
+
+    def plan(
+        self, model: LanguageModel, datamodule: TaskDataModule, projection: Projection, folders: Sequence[Path]
+    ) -> None:
+        """Say what the passes will need and settle the batches' size; refuse what cannot fit.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        args, num_rows, dim = self.args, len(self.rows), projection.dim
+        plan, datamodule.max_tokens_per_batch = self.processes.from_first(
+            plan_gradients(
+                model,
+                datamodule,
+                self.rows,
+                self.hardware,
+                max_tokens=args.max_tokens_per_batch,
+                projection_bytes=projection.resident_bytes(model.layout.shapes),
+                moment_bytes=moment_bytes(len(self.data.tasks) + len(self.data.targets), num_rows, dim),
+                store=self.store,
+                part_bytes=num_rows * dim * np.dtype(args.row_dtype).itemsize,
+                num_parts=sum(not (self.store / folder.name).is_dir() for folder in folders),
+            )
+        )
+        say_plan(plan)
+        if dim > model.layout.num_parameters:
+            say_notices(
+                [f"--project_dim {dim} is above p = {model.layout.num_parameters:,}, the numbers of a gradient: "
+                 "projecting buys nothing; --projection none keeps them as they are"]
+            )  # fmt: skip
+        self.planned = True
+
+    def request(
+        self, model: LanguageModel, datamodule: TaskDataModule, projection: Projection, folder: Path
+    ) -> dict[str, Any]:
+        """Everything that the rows taken at a checkpoint depend on."""
+        args = self.args
+        flags = (
+            "model_key", "max_length", "max_target_length", "output_function", "projection", "base_dtype", "use_qlora",
+            "representations", "row_dtype",
+        )  # fmt: skip
+        return {
+            **{name: getattr(args, name) for name in flags},
             "base_fingerprint": base_fingerprint(args),
             "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
             "lora_rank": args.lora_rank if args.train_lora else None,
             "lora_alpha": args.lora_alpha if args.train_lora else None,
             "checkpoint": folder.name,
-            "checkpoint_fingerprint": file_fingerprint(sorted(folder.glob("*.safetensors"))),
-            "data_fingerprint": data.fingerprint,
-            "max_length": args.max_length,
-            "max_target_length": args.max_target_length,
+            "checkpoint_fingerprint": file_fingerprint(sorted(folder.glob(WEIGHTS))),
+            "data_fingerprint": self.data.fingerprint,
             "loss_on_prompt": datamodule.loss_on_prompt,
-            "output_function": args.output_function,
-            "projection": args.projection,
             "dim": projection.dim,
             "seed": args.run,
-            "precision": hardware.precision,
-            "base_dtype": args.base_dtype,
-            "use_qlora": args.use_qlora,
+            "precision": self.hardware.precision,
             "parameters": model.layout.describe(),
-            "num_rows": len(rows),
-            "representations": args.representations,
-            "row_dtype": args.row_dtype,
+            "num_rows": len(self.rows),
         }
-        repair = f"Remove {store / folder.name} to take the gradients again, or choose another --run or --save_name."
-        hidden_size = model.network.get_output_embeddings().weight.shape[1] if args.representations else None
-        groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
-        described = (store / folder.name, request, samples, projection.dim, repair, hidden_size, groups)
-        options = {"on_nonfinite": args.on_nonfinite, "describe": lambda index: f"sample {index} ({data.where(index)})"}
-        options["row_dtype"] = args.row_dtype
-        if plan is None and not (store / folder.name).is_dir():
-            missing = sum(not (store / path.name).is_dir() for path in folders)
-            groups_bytes = moment_bytes(len(data.tasks) + len(data.targets), len(rows), projection.dim)
-            plan, datamodule.max_tokens_per_batch = processes.from_first(
-                plan_gradients(
-                    model,
-                    datamodule,
-                    rows,
-                    hardware,
-                    max_tokens=args.max_tokens_per_batch,
-                    projection_bytes=projection.resident_bytes(model.layout.shapes),
-                    moment_bytes=groups_bytes,
-                    store=store,
-                    part_bytes=len(rows) * projection.dim * np.dtype(args.row_dtype).itemsize,
-                    num_parts=missing,
-                )
+
+    def open_writer(self, model: LanguageModel, request: dict[str, Any]) -> StoreWriter:
+        """The writer of a part in every process: the first makes what is missing, the others join it."""
+        args, data, rows = self.args, self.data, self.rows
+        part = self.store / request["checkpoint"]
+        samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+
+        def writer(joins: bool) -> StoreWriter:
+            return StoreWriter(
+                part,
+                request,
+                samples,
+                request["dim"],
+                f"Remove {part} to take the gradients again, or choose another --run or --save_name.",
+                model.network.get_output_embeddings().weight.shape[1] if args.representations else None,
+                {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))},
+                args.row_dtype,
+                on_nonfinite=args.on_nonfinite,
+                describe=lambda index: f"sample {index} ({data.where(index)})",
+                joins=joins,
             )
-            say_plan(plan)
-        if processes.is_first:
-            writer = StoreWriter(*described, **options)
-        processes.wait()
-        if not processes.is_first:
-            writer = StoreWriter(*described, **options, joins=True)
-        processes.wait()
-        if projection.dim > model.layout.num_parameters:
-            say_notices(
-                [f"--project_dim {projection.dim} is above p = {model.layout.num_parameters:,}, the numbers of a gradient: "
-                 "projecting buys nothing; --projection none keeps them as they are"]
-            )  # fmt: skip
-        signs = writer.folder / PROJECTION_SIGNS
+
+        opened = writer(joins=False) if self.processes.is_first else None
+        self.processes.wait()
+        opened = opened or writer(joins=True)
+        self.processes.wait()
+        return opened
+
+    def finish(
+        self, writer: StoreWriter, projection: Projection, model: LanguageModel, checkpoint: Path, started: float
+    ) -> None:
+        """Make a part whole where it is not, add the projection's signs where they are wanted, and say what it lacks."""
+        data = self.data
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
-            if processes.is_first:
-                say_notices(StoredPart(writer.folder, read_manifest(writer.folder, repair)).notices())
-                if args.save_projection_matrix and not signs.is_file():
-                    save_projection_signs(signs, projection, model.layout.shapes)
-            continue
-        collect_gradients(
-            model,
-            datamodule,
-            projection,
-            writer,
-            output_function=args.output_function,
-            autocast=hardware.autocast,
-            desc=f"gradients at {folder.name}",
-            processes=processes,
-        )
-        if not processes.is_first:
-            processes.wait()
-            continue
-        step = read_manifest(folder, "custom_train.py").get("step", -1)
-        names = {"tasks": list(data.tasks), "targets": list(data.targets)}
-        facts = {"step": step, "checkpoint_dir": str(folder), **spent(started), "command": command_typed()}
-        writer.finish({**names, **facts, "data_source": data_source(args)})
-        if args.save_projection_matrix:
+        else:
+            step = read_manifest(checkpoint, "custom_train.py").get("step", -1)
+            facts = {"step": step, "checkpoint_dir": str(checkpoint), **spent(started), "command": command_typed()}
+            names = {"tasks": list(data.tasks), "targets": list(data.targets)}
+            writer.finish({**names, **facts, "data_source": data_source(self.args)})
+        signs = writer.folder / PROJECTION_SIGNS
+        if self.args.save_projection_matrix and not signs.is_file():
             save_projection_signs(signs, projection, model.layout.shapes)
-        say_notices(StoredPart(writer.folder, read_manifest(writer.folder, repair)).notices())
-        processes.wait()
-    print(
-        f"Wrote {store}: {len(rows):,} projected gradients (d = {projection.dim}, p = {model.layout.num_parameters:,}) "
-        "at each checkpoint. Next: estimates (stage 3), with the same data and model flags."
-    )
+        say_notices(StoredPart(writer.folder, read_manifest(writer.folder, writer.repair)).notices())
 
 
 def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) -> None:

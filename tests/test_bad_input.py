@@ -139,7 +139,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "a pickle that runs code": (TRAIN, data("code.pkl"), r"bad/code\.pkl cannot be read .* asks for (posix|os)\.system"),
     "no pickle": (TRAIN, data("plain.pkl"), r"bad/plain\.pkl is not a pickle"),
     "columns of a pickle": (TRAIN, data("columns.pkl"), r"bad/columns\.pkl holds the columns \['skill'\], expected"),
-    "both kinds of data": (TRAIN, ["--train_instruction"], r"--train_instruction names its own files; leave it out"),
+    "both kinds of data": (TRAIN, ["--train_instruction"], r"--data_files and --train_instruction, which names files of its own; leave one of them out"),
     "nothing left to train on": (TRAIN, ["--heldout_share", "0.5", "--save_name", "n"], r"held-out shares 0\.5 and 0\.5"),
     # models
     "unknown model": (TRAIN, ["--model_key", "nobody/nothing", "--save_name", "n"], r"--model_key nobody/nothing: cannot load"),
@@ -162,6 +162,11 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "unknown strategy": (TRAIN, ["--strategy", "magic"], r"--strategy.*invalid choice"),
     "no GPU": (TRAIN, ["--accelerator", "cuda"], r"--accelerator cuda: this machine has no CUDA GPU"),
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
+    "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
+    "a flag cut short": (TRAIN, ["--epoch", "1"], r"--epoch 1; did you mean --epochs\?"),
+    "rank without an adapter": (TRAIN, ["-no-lora"], r"--lora_rank is for an adapter; pass --train_lora too, or leave it out"),
+    "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora with --strategy fsdp: 4-bit weights"),
+    "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--data_files is instruction data, and --dataset_key chain of thought"),
     "two ways to choose": (TRAIN, ["--subset_file", "bad/word.txt", "--task_idxes", "1"], r"not allowed with"),
     "no checkpoint": (TRAIN, ["--load_model_dir", "none/step_step=1", "--save_name", "n"], r"--load_model_dir none/step_step=1: no folder"),
     # subsets
