@@ -91,7 +91,7 @@ SKILLS = {
 }
 
 
-def _cipher(alphabet: str) -> dict[int, str]:
+def _cipher(alphabet: str) -> dict[int, int]:
     return str.maketrans(LETTERS, alphabet)
 
 

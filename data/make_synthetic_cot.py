@@ -109,7 +109,7 @@ def draw_questions(rng: np.random.Generator, seen: set[Question]) -> Iterator[Qu
 
 
 def _guess(question: Question, rng: np.random.Generator) -> list[Step]:
-    return [Step(*digits, 0, total) for *digits, total in rng.integers(10, size=(NUM_DIGITS, 3)).tolist()]
+    return [Step(first, second, 0, total) for first, second, total in rng.integers(10, size=(NUM_DIGITS, 3)).tolist()]
 
 
 # How a teacher reasons about a question. The answer is right whatever the steps say.

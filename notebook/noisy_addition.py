@@ -36,14 +36,14 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="which additions (default: 0)")
-    parser.add_argument(
-        "--num_clean", type=cli.positive_int, default=300, help="samples with the right sum (default: 300)"
-    )
-    parser.add_argument(
-        "--num_noisy", type=cli.positive_int, default=200, help="samples with a random sum (default: 200)"
-    )
-    parser.add_argument("--pretrain_steps", type=cli.positive_int, default=1500, help="of the model (default: 1500)")
+    group = parser.add_argument_group("samples and model")
+    for flag, default, meaning in (
+        ("--num_clean", 300, "samples with the right sum"),
+        ("--num_noisy", 200, "samples with a random sum"),
+        ("--pretrain_steps", 1500, "optimizer steps of the model's pretraining"),
+    ):
+        group.add_argument(flag, type=cli.positive_int, default=default, help=f"{meaning} (default: {default})")
+    group.add_argument("--seed", type=int, default=0, help="which additions (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -115,4 +115,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run_stage(main, parse_args())

@@ -113,9 +113,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.Parser(__doc__)
     worlds.add_flags(parser)
-    parser.add_argument("--subsets", type=cli.positive_int, default=40, help="random halves to judge by (default: 40)")
-    parser.add_argument("--calibration_subsets", type=cli.positive_int, default=6, help="more of them, for calibration "
-                        "(default: 6)")  # fmt: skip
+    group = parser.add_argument_group("subsets")
+    group.add_argument("--subsets", type=cli.positive_int, default=40, help="random halves to judge by (default: 40)")
+    group.add_argument("--calibration_subsets", type=cli.positive_int, default=6, help="more of them, for calibration "
+                       "(default: 6)")  # fmt: skip
     return parser.parse_args(argv)
 
 

@@ -76,11 +76,15 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--rows", type=cli.positive_int, default=5_000_000, help="(default: 5,000,000)")
-    parser.add_argument("--dim", type=cli.positive_int, default=256, help="d (default: 256)")
-    parser.add_argument("--tasks", type=cli.positive_int, default=2000, help="(default: 2,000)")
-    parser.add_argument("--targets", type=cli.positive_int, default=10, help="(default: 10)")
-    parser.add_argument("--subsets", type=cli.positive_int, default=1000, help="(default: 1,000)")
+    group = parser.add_argument_group("size")
+    for flag, default, meaning in (
+        ("--rows", 5_000_000, "projected gradients of the store"),
+        ("--dim", 256, "projection dimension d"),
+        ("--tasks", 2000, "tasks that the rows belong to"),
+        ("--targets", 10, "targets"),
+        ("--subsets", 1000, "subsets to estimate"),
+    ):
+        group.add_argument(flag, type=cli.positive_int, default=default, help=f"{meaning} (default: {default:,})")
     return parser.parse_args(argv)
 
 

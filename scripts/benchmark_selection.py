@@ -253,15 +253,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.Parser(__doc__)
     worlds.add_flags(parser)
-    parser.add_argument(
-        "--no_oracle", action="store_true", help="leave the oracle out; regret is then to the best method"
-    )
-    parser.add_argument("--search_tasks", type=cli.positive_int, help="instead of worlds, time forward selection over so "
-                        "many random tasks")  # fmt: skip
-    parser.add_argument("--search_steps", type=cli.positive_int, default=50, help="steps of it, whether they improve or "
-                        "not (default: 50)")  # fmt: skip
-    parser.add_argument("--try_at_most", type=cli.positive_int, help="as in fast_estimate_forward_selection.py, for "
-                        "--search_tasks")  # fmt: skip
+    group = parser.add_argument_group("methods")
+    group.add_argument("--no_oracle", action="store_true", help="leave the oracle out; regret is then to the best method "
+                       "(default: run it, which takes most of the time)")  # fmt: skip
+    group = parser.add_argument_group("time of a search")
+    group.add_argument("--search_tasks", type=cli.positive_int, help="instead of worlds, time forward selection over so "
+                       "many random tasks (default: worlds)")  # fmt: skip
+    group.add_argument("--search_steps", type=cli.positive_int, default=50, help="steps of it, whether they improve or "
+                       "not (default: 50)")  # fmt: skip
+    group.add_argument("--try_at_most", type=cli.positive_int, help="as in fast_estimate_forward_selection.py, for "
+                       "--search_tasks (default: all)")  # fmt: skip
     return parser.parse_args(argv)
 
 

@@ -108,7 +108,8 @@ def shorten(source: Path, path: Path, rows_per_task: int, max_characters: int) -
         raise FileNotFoundError(f"--world {source}: no such file")
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = [row for row in rows if len(row["inputs"]) + len(row["targets"]) <= max_characters]
-    sizes, taken, kept = Counter(row["_task_name"] for row in rows), Counter(), []
+    sizes, kept = Counter(row["_task_name"] for row in rows), []
+    taken: Counter[str] = Counter()
     for row in rows:
         task = row["_task_name"]
         if sizes[task] >= rows_per_task and taken[task] < rows_per_task:
@@ -176,18 +177,25 @@ def random_moments(num_tasks: int, seed: int, dim: int = 400) -> TaskMoments:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Which worlds, and how they are trained."""
-    parser.add_argument(
-        "--world", nargs="+", default=list(SUITE), metavar="WORLD", help="see above (default: the suite)"
+    group = parser.add_argument_group("worlds")
+    group.add_argument("--world", nargs="+", default=list(SUITE), metavar="WORLD", help="synthetic:SEED, cot:SEED or a "
+                       ".jsonl file, with settings after commas (default: the suite of five)")  # fmt: skip
+    group.add_argument("--model_key", metavar="MODEL", help="base model of a .jsonl world (default: none)")
+    group.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="rows of each task of a .jsonl world "
+                       "(default: 80)")  # fmt: skip
+    group.add_argument("--max_characters", type=cli.positive_int, default=450, help="longer rows of a .jsonl world are "
+                       "left out (default: 450)")  # fmt: skip
+    group.add_argument("--num_clusters", type=cli.positive_int, default=20, help="tasks of a cot world (default: 20)")
+    group = parser.add_argument_group("training and gradients")
+    group.add_argument("--runs", type=cli.positive_int, default=2, help="fine-tunings of each subset, with other seeds; "
+                       "the truth is their mean (default: 2)")  # fmt: skip
+    group.add_argument("--epochs", type=cli.positive_int, default=4, help="passes of every fine-tuning over its rows "
+                       "(default: 4)")  # fmt: skip
+    group.add_argument("--lr", type=cli.positive_float, default=2e-3, help="learning rate (default: 0.002)")
+    group.add_argument("--batch_size", type=cli.positive_int, default=16, help="rows of a batch (default: 16)")
+    group.add_argument(
+        "--project_dim", type=cli.positive_int, default=400, help="projection dimension d (default: 400)"
     )
-    parser.add_argument("--model_key", help="base model of a .jsonl world")
-    parser.add_argument("--runs", type=cli.positive_int, default=2, help="fine-tunings of each subset, with other seeds; "
-                        "the truth is their mean (default: 2)")  # fmt: skip
-    parser.add_argument("--epochs", type=cli.positive_int, default=4, help="of every fine-tuning (default: 4)")
-    parser.add_argument("--lr", type=cli.positive_float, default=2e-3, help="learning rate (default: 0.002)")
-    parser.add_argument("--batch_size", type=cli.positive_int, default=16, help="rows of a batch (default: 16)")
-    parser.add_argument("--project_dim", type=cli.positive_int, default=400, help="d (default: 400)")
-    parser.add_argument("--num_clusters", type=cli.positive_int, default=20, help="tasks of a cot world (default: 20)")
-    parser.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="of a .jsonl world (default: 80)")
-    parser.add_argument("--max_characters", type=cli.positive_int, default=450, help="longer rows of a .jsonl world are "
-                        "left out (default: 450)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="only the lines of JSON")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print only the lines of JSON (default: the commands and the "
+                       "table too)")  # fmt: skip

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse does it; then flags that contradict each other are refused, and those without effect named."""
         parsed, strangers = self.parse_known_args(args, namespace)
         if strangers:
@@ -821,7 +821,7 @@ def load_script(script: str) -> ModuleType:
     name = "script_" + script.removesuffix(".py").replace("/", "_")
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / script)
-        if spec is None or not (ROOT / script).is_file():
+        if spec is None or spec.loader is None or not (ROOT / script).is_file():
             raise FileNotFoundError(f"no script {ROOT / script}")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
         spec.loader.exec_module(module)
@@ -861,10 +861,12 @@ _CURES = {
 """What to do about errors of the operating system that a user can mend."""
 
 
-def _line_about(error: OSError) -> str:
-    """An error of the system in one line: what, where, and the cure."""
-    what = error.strerror[:1].lower() + error.strerror[1:]
-    return f"cannot use {error.filename}: {what}; {_CURES[error.errno]}"
+def _line_about(error: ValueError | OSError) -> str | None:
+    """An error that the user can mend in one line: what, where, and the cure. None for other errors."""
+    if isinstance(error, OSError) and error.errno in _CURES:
+        what = error.strerror or type(error).__name__
+        return f"cannot use {error.filename}: {what[:1].lower()}{what[1:]}; {_CURES[error.errno]}"
+    return str(error) if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)) else None
 
 
 def run_stage(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
@@ -874,8 +876,7 @@ def run_stage(main: Callable[[argparse.Namespace], Any], args: argparse.Namespac
             quiet_libraries()
         return main(args)
     except (ValueError, OSError) as error:
-        of_system = isinstance(error, OSError) and error.errno in _CURES
-        known = of_system or isinstance(error, (ValueError, FileNotFoundError, FileExistsError))
-        if not known or os.environ.get("GRADEX_TRACEBACK"):
+        line = _line_about(error)
+        if line is None or os.environ.get("GRADEX_TRACEBACK"):
             raise
-        sys.exit(f"error: {_line_about(error) if of_system else error}")
+        sys.exit(f"error: {line}")

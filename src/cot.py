@@ -320,7 +320,9 @@ def judge(dataset_key: str, completion: str, gold: str, template: str | None, le
     answer = clean_answer(dataset_key, gold)
 
     def equal(candidate: str | float | None) -> bool:
-        return abs(candidate - answer) <= 1e-6 if isinstance(candidate, float) else candidate == answer
+        if isinstance(candidate, float) and isinstance(answer, float):
+            return abs(candidate - answer) <= 1e-6
+        return candidate == answer
 
     candidates, has_format = _candidates(dataset_key, completion, template, letters)
     return {

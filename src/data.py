@@ -13,6 +13,7 @@ Shapes: N samples, n tasks, k targets.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +61,8 @@ class TextSpool:
     def __init__(self, in_memory: int = 1 << 26, block_rows: int = 4096) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115 open as long as its rows are read
         self._writer = pa.ipc.new_file(self._file, self.SCHEMA)
-        self._block_rows, self._waiting = block_rows, []
+        self._block_rows = block_rows
+        self._waiting: list[dict[str, str]] = []
 
     def append(self, prompt: str, completion: str) -> None:
         """Add a row."""
@@ -76,8 +79,12 @@ class TextSpool:
         self._write()
         self._writer.close()
         self._file.flush()
-        rolled = not hasattr(self._file._file, "getvalue")
-        stored = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if rolled else self._file._file.getvalue()
+        inside = self._file._file
+        stored = (
+            inside.getvalue()
+            if isinstance(inside, io.BytesIO)
+            else mmap.mmap(inside.fileno(), 0, access=mmap.ACCESS_READ)
+        )
         return pa.ipc.open_file(pa.py_buffer(stored)).read_all()
 
 
@@ -96,7 +103,13 @@ class StoredExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, position):
+    @overload
+    def __getitem__(self, position: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[Example]: ...
+
+    def __getitem__(self, position: int | slice) -> Example | list[Example]:
         if isinstance(position, slice):
             return [self[index] for index in range(*position.indices(len(self)))]
         position = range(len(self))[position]
@@ -113,7 +126,7 @@ class StoredExamples(Sequence[Example]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(Example.__eq__, self, other))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # of a sequence that is compared by its content
 
     def with_tasks(self, task_of: Mapping[int, str]) -> StoredExamples:
         """As `TaskData.with_tasks`."""

@@ -13,20 +13,21 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 
 from src.cli import progress, say_once
 from src.data import TaskData
 from src.paths import (
+    atomic_write,
     check_file,
     check_manifest,
     files_facts,
@@ -43,6 +44,7 @@ IGNORED = -100
 """Label of a position that is no part of the loss (the convention of torch and transformers)."""
 
 Batch = dict[str, torch.Tensor]
+Indices = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def tokenize(
     decoder, end = kind == "decoder", tokenizer.eos_token_id
     cut_prompts = cut_completions = 0
     lengths: dict[str, list[int]] = {"prompt": [], "completion": []}
-    rows = iter(progress(data.examples, desc="tokenising", total=len(data), unit="row", delay=2))
+    rows = iter(progress(data.examples, desc="tokenising", total=len(data), unit="row"))
     with open(folder / "prompt.bin", "wb") as prompt_file, open(folder / "completion.bin", "wb") as completion_file:
         files = {"prompt": prompt_file, "completion": completion_file}
         while block := list(itertools.islice(rows, TOKENIZED_TOGETHER)):
@@ -138,12 +140,14 @@ def tokenize(
 
 def open_tokens(folder: Path) -> TokenizedData:
     """What `tokenize` wrote, memory-mapped."""
-    parts = []
-    for part in ("prompt", "completion"):
+
+    def ragged(part: str) -> Ragged:
         path = folder / f"{part}.bin"
         values = np.memmap(path, np.int32, "r") if path.stat().st_size else np.zeros(0, np.int32)
-        parts.append(Ragged(values, np.load(folder / f"{part}_offsets.npy")))
-    return TokenizedData(*parts, tuple(json.loads((folder / "notices.json").read_text(encoding="utf-8"))))
+        return Ragged(values, np.load(folder / f"{part}_offsets.npy"))
+
+    notices = json.loads((folder / "notices.json").read_text(encoding="utf-8"))
+    return TokenizedData(ragged("prompt"), ragged("completion"), tuple(notices))
 
 
 def tokenize_once(
@@ -197,6 +201,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     except Exception as error:  # damage can make the zip reader raise anything
         say_once(f"note: {path} is damaged ({type(error).__name__}: {error}); it is made anew.")
         return None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a .npz as `read_arrays` reads it, atomically."""
+    with atomic_write(path) as temporary:
+        np.savez(temporary, **arrays)
 
 
 def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Tensor:
@@ -268,7 +278,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     # --- collating ---------------------------------------------------------------------------------------
 
-    def collate(self, indices: Sequence[int], pad_left: bool = False) -> Batch:
+    def collate(self, indices: Indices, pad_left: bool = False) -> Batch:
         """Rows of the given sample indices as one batch.
 
         Returns:
@@ -295,7 +305,7 @@ class TaskDataModule(pl.LightningDataModule):
             batch["attention_mask"] = _pad([np.ones_like(row) for row in rows], 0, pad_left)
         return batch
 
-    def collate_prompts(self, indices: Sequence[int]) -> Batch:
+    def collate_prompts(self, indices: Indices) -> Batch:
         """Prompts only, padded on the side that generation needs: `sample_index`, `input_ids`, `attention_mask`."""
         prompts = [self.tokens.prompts[i] for i in indices]
         left = self.kind == "decoder"
@@ -336,7 +346,8 @@ class TaskDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows; under several processes each sees its own share."""
-        rows = self.train_indices
+        rows: Any = self.train_indices
+        sampler: Sampler[int]
         if self.shares is not None:
             world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
             count = max(1, round(1 / float(np.square(self.shares).sum()) / world))
@@ -360,14 +371,14 @@ class TaskDataModule(pl.LightningDataModule):
             loaders.append(self._shared_out(prompts, self.collate_prompts))
         return loaders
 
-    def _shared_out(self, batches: list[np.ndarray], collate: Callable[[np.ndarray], Batch]) -> DataLoader:
+    def _shared_out(self, batches: list[np.ndarray], collate: Callable[..., Batch]) -> DataLoader:
         """A loader of whole batches. Under several processes each takes every world-size-th; one that runs out
         repeats its last, so that all make the same number of steps."""
         if self.trainer is not None and (world := self.trainer.world_size) > 1:
             own = batches[self.trainer.global_rank :: world]
             steps = -(-len(batches) // world)
             batches = own + [(own or batches)[-1]] * (steps - len(own))
-        return DataLoader(batches, batch_size=None, collate_fn=collate)
+        return DataLoader(cast(Any, batches), batch_size=None, collate_fn=collate)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Validation rows."""

@@ -19,7 +19,7 @@ import torch
 
 from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate
-from src.cli import command_typed, hardware_from, is_dry_run, progress, run_from, say_notices
+from src.cli import command_typed, hardware_from, is_dry_run, progress, run_from, say_notices, waiting_for
 from src.datamodule import tokenizer_fingerprint
 from src.estimation import (
     ESTIMATORS,
@@ -156,7 +156,7 @@ class Estimator:
     ) -> np.ndarray:
         """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only; at another rho."""
         options = self.options if rho is None else {**self.options, "rho": rho}
-        return estimate(self.parts, membership, targets=targets, **options)
+        return estimate(self.parts, membership, targets=targets, progress=progress, **options)
 
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
@@ -342,7 +342,8 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     if tasks:
         membership = membership_matrix([parse_subset(text) for text in subsets], len(tasks))
         inclusion = own_inclusion(membership, targets, tasks)
-    table = comparison(predictions, values, targets, inclusion)
+    with waiting_for("bootstrap intervals"):
+        table = comparison(predictions, values, targets, inclusion)
     table.insert(2, "subsets", len(subsets))
     write_table(path.with_name(COMPARISON_FILE), table)
     figure = path.with_name(COMPARISON_FIGURE)
@@ -434,7 +435,7 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
     records = []
     settings = [(seed, scale) for seed in args.seed for scale in args.scale]
     for seed, scale in progress(settings, desc="displaced models", unit="model"):
-        solution = np.random.default_rng(seed).standard_normal(rows.shape[1])
+        solution = np.random.default_rng(seed).standard_normal((rows.shape[1],))
         displacement, factor = at.displacement(solution, scale)
         with displaced(at.model, displacement):
             moved = outputs_of(at.model, at.datamodule, indices, output_function)

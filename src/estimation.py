@@ -111,7 +111,7 @@ class MomentSums:
         self.sums = np.zeros((num_groups, dim))
         self.has_outers = outers
         # one array for each group, so that memory goes back group by group when they become float32
-        self._outers = [np.zeros((dim, dim)) for _ in range(num_groups)] if outers else []
+        self._outers = {group: np.zeros((dim, dim)) for group in range(num_groups)} if outers else {}
         self._waiting: list[list[np.ndarray]] = [[] for _ in range(num_groups)]
 
     def add(self, rows: np.ndarray, outputs: np.ndarray, groups: np.ndarray) -> None:
@@ -146,7 +146,7 @@ class MomentSums:
             outers = np.empty((len(self.sums), *[self.sums.shape[1]] * 2), np.float32)
             for group in range(len(outers)):
                 self._take(group)
-                outers[group], self._outers[group] = self._outers[group], None
+                outers[group] = self._outers.pop(group)
         moments = TaskMoments(self.counts, self.output_sums, self.sums, self.squares, outers)
         _check_finite(moments, "task")
         return moments
@@ -160,6 +160,7 @@ def task_moments(
     *,
     outers: bool = True,
     block_rows: int = 8192,
+    progress: Callable[..., Any] | None = None,
 ) -> TaskMoments:
     """The moments of each task, read in blocks: no copy of all rows is made.
 
@@ -170,6 +171,7 @@ def task_moments(
         num_tasks: n.
         outers: also sum the outer products, n d^2 numbers.
         block_rows: rows in memory at once.
+        progress: makes a progress bar, called as progress(iterable, desc=..., unit=...).
 
     Raises:
         ValueError: the lengths differ, a task id is out of range, or a row is not finite.
@@ -193,8 +195,9 @@ def task_moments(
         squares=np.zeros(num_tasks),
         outers=np.empty((num_tasks, dim, dim), np.float32) if outers else None,
     )
-    for task in range(num_tasks):
-        outer = np.zeros((dim, dim)) if outers else None
+    tasks = range(num_tasks)
+    for task in progress(tasks, desc="moments", unit="task") if progress else tasks:
+        outer = np.zeros((dim, dim) if outers else 0)
         samples = np.flatnonzero(task_of_sample == task)
         for start in range(0, len(samples), block_rows):
             block = samples[start : start + block_rows]
@@ -204,7 +207,7 @@ def task_moments(
             moments.squares[task] += np.square(gradients).sum()
             if outers:
                 outer += gradients.T @ gradients
-        if outers:
+        if moments.outers is not None:
             moments.outers[task] = outer
     _check_finite(moments, "task")
     return moments
@@ -322,12 +325,13 @@ def mixture_weights(
         models.append((of_row, _ridge(part, strength)))
     logits = torch.zeros(1, num_tasks, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
-    course, best = [], None
+    course: list[float] = []
+    best = logits.detach()[0]
     with progress(desc="mixture weights", total=steps, unit="step") if progress else nullcontext() as bar:
         for _ in range(steps):
             weights = num_tasks * logits.softmax(1)
             value = torch.stack([estimates_of(weights * of_row).mean() for of_row, estimates_of in models]).mean()
-            if best is None or value < min(course):
+            if not course or value < min(course):
                 best = weights.detach()[0]
             course.append(float(value.detach()))
             optimizer.zero_grad()
@@ -646,8 +650,8 @@ def _target_means(part: Part) -> tuple[Tensor, Tensor]:
 def _with_targets(part: Part, targets: Sequence[int]) -> Part:
     """The part as if it had these targets only, in this order."""
     wanted = np.asarray(targets)
-    target = TaskMoments(
-        **{name: None if values is None else values[wanted] for name, values in vars(part.target).items()}
+    target = replace(
+        part.target, **{name: values[wanted] for name, values in vars(part.target).items() if values is not None}
     )
     if part.rows is None:
         return replace(part, target=target)

@@ -113,7 +113,8 @@ class FineTuning(pl.LightningModule):
 
 def correct_of(data: TaskData, sample_index: int, completion: str) -> bool:
     """Whether a generated completion has the right answer."""
-    return data.judge(completion, data.examples[sample_index].answer)["correct"]
+    judge, answer = data.judge, data.examples[sample_index].answer
+    return judge is not None and answer is not None and judge(completion, answer)["correct"]
 
 
 def join_completions(trainer: pl.Trainer, completions: dict[int, str]) -> dict[int, str]:
@@ -126,15 +127,16 @@ def join_completions(trainer: pl.Trainer, completions: dict[int, str]) -> dict[i
 
 
 class FitProgress(pl.Callback):
-    """One bar over all optimizer steps of a fit, with the last training and validation loss."""
+    """One bar over all optimizer steps of a fit, with the last training and validation loss; `leave` it when it is done."""
 
-    def __init__(self, desc: str) -> None:
-        self.desc = desc
+    def __init__(self, desc: str, leave: bool = True) -> None:
+        self.desc, self.leave = desc, leave
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.bar = progress(desc=self.desc, total=int(trainer.estimated_stepping_batches), unit="step")
+            total = int(trainer.estimated_stepping_batches)
+            self.bar = progress(desc=self.desc, total=total, unit="step", leave=self.leave)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         if self.bar is not None:
@@ -148,6 +150,34 @@ class FitProgress(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, module, "fit")
+
+
+class EvaluationProgress(pl.Callback):
+    """A bar over the batches of each evaluation, gone when it is done: generating answers takes its time."""
+
+    bar: tqdm | None = None
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._start(trainer, trainer.num_val_batches, "validation")
+
+    def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._start(trainer, trainer.num_test_batches, "test")
+
+    def _start(self, trainer: pl.Trainer, batches: Sequence[int | float], desc: str) -> None:
+        if trainer.is_global_zero:
+            self.bar = progress(desc=desc, total=int(sum(batches)), unit="batch", leave=False)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_validation_end(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
+    on_exception = on_validation_end
 
 
 class Checkpoints(pl.Callback):
@@ -276,7 +306,7 @@ def build_trainer(
         num_nodes=hardware.num_nodes,
         max_epochs=plan.epochs if plan else 1,
         accumulate_grad_batches=plan.accumulate if plan else 1,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, EvaluationProgress()],
         limit_val_batches=1.0 if validate or plan is None else 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -358,7 +388,7 @@ def fine_tune_on_subset(
     *,
     seed: int,
     task_shares: np.ndarray | None = None,
-    callbacks: Callable[[], Sequence[pl.Callback]] = tuple,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, float]:
     """The fine-tuned value of a subset: train from `start` on its tasks, then evaluate.
 
@@ -371,7 +401,7 @@ def fine_tune_on_subset(
         hardware: Where it runs.
         seed: Seed of order and dropout.
         task_shares: Share of the rows to draw from each task (n,); None = every row of the subset once an epoch.
-        callbacks: Makes the callbacks of this one fit.
+        callbacks: Of this one fit.
 
     Returns:
         `num_rows` and the columns of `target_metrics` on validation and test rows.
@@ -385,7 +415,7 @@ def fine_tune_on_subset(
             shares = (task_shares / np.maximum(np.bincount(task_of_row, minlength=len(task_shares)), 1))[task_of_row]
             shares = shares / shares.sum()
         datamodule.select_training_rows(rows, seed, shares)
-        fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks())
+        fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks)
     splits = ("validation", "test")
     evaluation = evaluate(model, datamodule, hardware, plan, splits)
     return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}

@@ -34,6 +34,8 @@ class _Recorded:
     """What a pickle asks to have built, on record and never built: a name, the arguments, the state."""
 
     name = ""
+    args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any) -> _Recorded:
         recorded = super().__new__(cls)

@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.cli import progress, say_once
-from src.datamodule import Batch, TaskDataModule, read_arrays
+from src.cli import progress, say_once, waiting_for
+from src.datamodule import Batch, TaskDataModule, read_arrays, write_arrays
 from src.estimation import MomentSums, Part, Rows, TaskMoments, task_moments
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
 from src.paths import (
@@ -92,6 +92,7 @@ class GradientCollector:
         self.model, self.projection, self.represent = model, projection, represent
         self.layout = model.layout
         self.output_function = OUTPUT_FUNCTIONS[output_function]
+        self.sign = sign_of(output_function)
         self.autocast = autocast
 
     def __enter__(self) -> GradientCollector:
@@ -134,12 +135,12 @@ class GradientCollector:
             inputs, rows = arguments[0].detach(), self._rows
 
             def project(output_gradients: Tensor) -> None:
-                factors = (output_gradients, inputs)
+                factors = [output_gradients, inputs]
                 if at_targets:
-                    factors = tuple(self._by_row(factor) for factor in factors)
+                    factors = [self._by_row(factor) for factor in factors]
                 elif inputs.dim() == 2 and len(inputs) in self._positions:  # a block that lays all rows in one line
-                    factors = tuple(factor.unflatten(0, (len(rows), -1)) for factor in factors)
-                self.projection.add(matrix.name, matrix.shape, *factors, rows)
+                    factors = [factor.unflatten(0, (len(rows), -1)) for factor in factors]
+                self.projection.add(matrix.name, matrix.shape, factors[0], factors[1], rows)
 
             if output.requires_grad:
                 output.register_hook(project)
@@ -185,6 +186,11 @@ class GradientCollector:
             outputs = self.output_function(logits, labels, rows, num_rows)
             outputs.sum().backward()
         return self._rows, outputs.detach()
+
+
+def sign_of(output_function: str) -> float:
+    """What outputs and gradients are multiplied by on their way into a store, where lower is better: margins are not."""
+    return -1.0 if output_function == "margin" else 1.0
 
 
 # --- the store -----------------------------------------------------------------------------------------------
@@ -249,11 +255,11 @@ class StoreWriter:
             self._publish()
             return
         num_rows = len(self.samples["sample_index"])
-        arrays = {
-            PROJECTED: (np.dtype(row_dtype), (num_rows, dim)),
-            OUTPUTS: (np.float32, (num_rows,)),
-            REPRESENTATIONS: (np.float32, (num_rows, representation_size or 0)),
-            STATE: (np.uint8, (num_rows,)),
+        arrays: dict[str, tuple[str, tuple[int, ...]]] = {
+            PROJECTED: (row_dtype, (num_rows, dim)),
+            OUTPUTS: ("float32", (num_rows,)),
+            REPRESENTATIONS: ("float32", (num_rows, representation_size or 0)),
+            STATE: ("uint8", (num_rows,)),
         }
         if not representation_size:
             del arrays[REPRESENTATIONS]
@@ -274,7 +280,7 @@ class StoreWriter:
         check_manifest(partial, begun, self.request, self.repair)
         return begun
 
-    def _create(self, arrays: Mapping[str, tuple[type, tuple[int, ...]]]) -> None:
+    def _create(self, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """Make the arrays, all zero and with their room on disk."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -287,10 +293,9 @@ class StoreWriter:
             shutil.rmtree(self.partial)
             needed = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays.values())
             free = shutil.disk_usage(self.folder.parent).free
-            reason = f"{os.strerror(error.errno)} (the rows need {needed:,} bytes, {free:,} are free)"
+            reason = f"{error.strerror} (the rows need {needed:,} bytes, {free:,} are free)"
             raise OSError(error.errno, reason, str(self.folder.parent)) from error
-        with atomic_write(self.partial / SAMPLES) as temporary:
-            np.savez(temporary, **self.samples)
+        write_arrays(self.partial / SAMPLES, self.samples)
         # written last: arrays without a request are not resumed
         write_json(self.partial / REQUEST, {**self.request, BOOT: boot_id()})
 
@@ -420,17 +425,15 @@ class StoreWriter:
             raise ValueError(f"{len(missing)} of {len(self.state)} rows are missing in {self.partial}")
         self.flush()
         left_out = ~np.isfinite(self.outputs)
-        with atomic_write(self.partial / SAMPLES) as temporary:
-            groups = {
-                name: np.where(left_out, -1, self.samples[name]) for name in self.samples if name != "sample_index"
-            }
-            np.savez(temporary, **{**self.samples, **groups}, left_out=left_out)
+        groups = {name: np.where(left_out, -1, self.samples[name]) for name in self.samples if name != "sample_index"}
+        write_arrays(self.partial / SAMPLES, {**self.samples, **groups, "left_out": left_out})
         names = [PROJECTED, OUTPUTS, SAMPLES, *([REPRESENTATIONS] if self.representations is not None else [])]
-        files = files_facts(self.partial, names)
+        with waiting_for(f"checksums of {self.folder}"):
+            files = files_facts(self.partial, names)
         for name, (group_of_row, number) in self.groups.items():
             sums = MomentSums(number, self.rows.shape[1], outers=not kernel_is_smaller(*self.rows.shape))
             group_of_row = np.where(left_out, -1, group_of_row)
-            for start in range(0, len(self.rows), 8192):
+            for start in progress(range(0, len(self.rows), 8192), desc=f"moments of {name}", unit="block"):
                 block = slice(start, start + 8192)
                 sums.add(self.rows[block], self.outputs[block], group_of_row[block])
             path = moments_file(self.partial, name, sums.has_outers)
@@ -471,8 +474,7 @@ def moments_file(folder: Path, name: str, outers: bool) -> Path:
 def save_moments(path: Path, group_of_row: np.ndarray, moments: TaskMoments, made_from: str) -> None:
     """Keep moments beside the rows they sum, with the rows' checksum; a .npz has checksums of its own arrays."""
     kept = {field: values for field, values in vars(moments).items() if values is not None}
-    with atomic_write(path) as temporary:
-        np.savez(temporary, group_of_row=group_of_row, made_from=np.array(made_from), **kept)
+    write_arrays(path, {"group_of_row": group_of_row, "made_from": np.array(made_from), **kept})
 
 
 @dataclass(frozen=True)
@@ -498,7 +500,8 @@ class StoredPart:
     @cached_property
     def rows(self) -> np.ndarray:
         """Projected gradients (R, d), memory-mapped; not a number in rows that were left out."""
-        return np.load(self.check(PROJECTED), mmap_mode="r")
+        with waiting_for(f"checksum of {self.folder / PROJECTED}"):
+            return np.load(self.check(PROJECTED), mmap_mode="r")
 
     @cached_property
     def outputs(self) -> np.ndarray:
@@ -587,10 +590,10 @@ class StoredPart:
         stored = read_arrays(path)
         if stored is not None:
             named, groups = stored.pop("made_from", None), stored.pop("group_of_row", None)
-            if named == made_from and np.array_equal(groups, group_of_row):
-                return TaskMoments(**({"outers": None} | stored))
+            if named == made_from and groups is not None and np.array_equal(groups, group_of_row):
+                return TaskMoments(**{"outers": cast(Any, None), **stored})
         rows = self.representations if represented else self.rows
-        moments = task_moments(rows, self.outputs, group_of_row, num_groups, outers=outers)
+        moments = task_moments(rows, self.outputs, group_of_row, num_groups, outers=outers, progress=progress)
         save_moments(path, group_of_row, moments, made_from)
         return moments
 
@@ -661,22 +664,26 @@ def collect_gradients(
     Raises:
         ValueError: a single row does not fit.
     """
-    options = {"output_function": output_function, "autocast": autocast}
+    represent = store.representations is not None
+
+    def collector() -> GradientCollector:
+        return GradientCollector(model, projection, output_function, autocast, represent)
+
     if processes is None or processes.is_first:
         store.absorb()
     if processes is None or processes.world == 1:
         batches = store.unfinished(datamodule.budgeted(store.samples["sample_index"]))
-        _collect(model, datamodule, projection, store, batches, desc=desc, **options)
+        _collect(collector(), datamodule, store, batches, desc)
         return
     processes.wait()
     batches = store.unfinished(datamodule.budgeted(store.samples["sample_index"]))
     own = batches[processes.rank :: processes.world]
     if own:
         shard = store.shard(processes.rank, np.concatenate(own))
-        _collect(model, datamodule, projection, shard, own, desc=f"{desc}, own share", **options)
+        _collect(collector(), datamodule, shard, own, f"{desc}, own share")
         shard.flush()
     if model.is_sharded and len(own) < -(-len(batches) // processes.world):
-        with GradientCollector(model, projection, **options) as collect:
+        with collector() as collect:
             collect(datamodule.collate(batches[-1][-1:]))
     processes.wait()
     if processes.is_first:
@@ -684,22 +691,16 @@ def collect_gradients(
 
 
 def _collect(
-    model: LanguageModel,
+    collector: GradientCollector,
     datamodule: TaskDataModule,
-    projection: Projection,
     store: StoreWriter,
     batches: Iterable[np.ndarray],
-    *,
-    output_function: str,
-    autocast: str | None,
     desc: str,
 ) -> None:
     """Take batches of sample indices, of which the store has no row yet."""
-    represent = store.representations is not None
-    sign = -1.0 if output_function == "margin" else 1.0  # the store holds losses: lower is better
     waiting, unflushed = deque(batches), 0
     with (
-        GradientCollector(model, projection, output_function, autocast, represent) as collect,
+        collector as collect,
         progress(desc=desc, total=len(store.samples["sample_index"]), unit="sample") as bar,
     ):
         bar.update(bar.total - len(store.missing()))
@@ -708,9 +709,10 @@ def _collect(
             taken = _unless_out_of_memory(collect, datamodule.collate(indices))
             if taken is None:
                 torch.cuda.empty_cache()
-                waiting = _halved([indices, *waiting], datamodule, model.is_sharded)
+                waiting = _halved([indices, *waiting], datamodule, collect.model.is_sharded)
                 continue
-            values = [sign * value for value in taken] + ([collect.representations] if represent else [])
+            values = [collect.sign * value for value in taken]
+            values += [collect.representations] if collect.represent else []
             store.write(indices, *(value.cpu().numpy() for value in values))
             bar.update(len(indices))
             unflushed += 1
@@ -748,7 +750,7 @@ def outputs_of(
     """Outputs of the given samples as a store holds them (losses, or minus the margins), in their order, float64."""
     model.eval()
     outputs = np.full(len(datamodule.data), np.nan)
-    sign = -1.0 if output_function == "margin" else 1.0
+    sign = sign_of(output_function)
     for batch in datamodule.evaluation_batches(indices):
         batch = {name: value.to(model.device) for name, value in batch.items()}
         values = OUTPUT_FUNCTIONS[output_function](*model.target_logits(batch), len(batch["labels"]))

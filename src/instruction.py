@@ -20,7 +20,9 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 
+from src.cli import progress
 from src.data import (
+    LEFT_OUT,
     SPLITS,
     StoredExamples,
     TaskData,
@@ -173,7 +175,7 @@ def _record_rows(source: str, records: Iterator[tuple[str, Record]], columns: Co
         return
     where, record = first
     if columns.prompt or columns.completion:
-        named = (columns.prompt or "prompt", columns.completion or "completion")
+        named: tuple[str, ...] = (columns.prompt or "prompt", columns.completion or "completion")
         texts = _plain_texts(*named)
     else:
         fitting = [layout for layout in _LAYOUTS if set(layout) <= set(record)]
@@ -311,7 +313,7 @@ def _frame_rows(path: Path, use_dev_map: bool, chat: Chat, notices: list[str]) -
     """Rows of a pickled frame (section 13), with the splits of its dev split map if there is one."""
     frame = read_pickle(path)
     columns = set(frame.columns) if isinstance(frame, pd.DataFrame) else set()
-    if not columns >= {"skill", "text"}:
+    if isinstance(frame, dict) or not columns >= {"skill", "text"}:
         raise ValueError(
             f"{path} holds {f'the columns {sorted(map(str, columns))}' if columns else 'no columns'}, expected a "
             "DataFrame with the columns skill and text"
@@ -384,7 +386,7 @@ def _read_rows(
         else:
             found = _record_rows(source, _records_of(source), columns, chat)
         before = len(rows)
-        for row in found:
+        for row in progress(found, desc=f"reading {shorten(source, 40)}", unit="row"):
             spool.append(row.prompt, row.completion)
             rows.append(row.without_texts)
         if len(rows) == before:
@@ -465,5 +467,6 @@ def load_instruction(
             f"the dev split map) and are no targets: {shorten(', '.join(bare), 200)}"
         )
     placed = rows + target_rows
-    examples = StoredExamples(spool.table(), [row.task for row in placed], [row.split for row in placed])
+    splits = [row.split or LEFT_OUT for row in placed]  # all have one by now
+    examples = StoredExamples(spool.table(), [row.task for row in placed], splits)
     return TaskData(examples, tuple(notices))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.cli import AUTO, Hardware
+from src.cli import Hardware
 from src.datamodule import TaskDataModule
 from src.models import LanguageModel
 
@@ -227,10 +227,10 @@ def plan_gradients(
     needs = {"projection": projection_bytes}
     if hardware.device == "cpu":
         needs["moments"] = 2 * moment_bytes
-    if max_tokens == AUTO:
+    if isinstance(max_tokens, str):  # "auto"
         room = max(0.0, USABLE_SHARE * (free - sum(needs.values())))
         fitting = max(1, int(room / each)) * tokens
-        max_tokens = 2 ** int(np.log2(fitting)) if fitting > tokens else tokens
+        max_tokens = 1 << int(np.log2(fitting)) if fitting > tokens else tokens
         max_tokens = min(max_tokens, max(tokens, LARGEST_ON_CPU)) if hardware.device == "cpu" else max_tokens
     largest = datamodule.budgeted(rows, max_tokens)[0]
     needs = {"weights": weights, **needs, _batch_name(datamodule, largest): int(len(largest) * each)}

@@ -37,6 +37,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from src.cli import waiting_for
 from src.datamodule import IGNORED, Batch
 
 LORA_TARGETS = {
@@ -382,7 +383,7 @@ def load_base_model(model_key: str, weights: BaseWeights = FULL_PRECISION) -> La
     """
     config, path, options = _load_config(model_key), resolve_model_key(model_key), weights.options()
     architecture = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with _clear_load_error(model_key):
+    with _clear_load_error(model_key), waiting_for(f"loading {model_key}"):
         network = architecture.from_pretrained(path, use_safetensors=True, **options)
         tokenizer = load_tokenizer(path)
     return LanguageModel(network, tokenizer, model_key)

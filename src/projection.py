@@ -30,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -334,7 +334,8 @@ class _Identity(Projection):
         return np.empty(0, np.uint8)
 
 
-KINDS = {kind.kind: kind for kind in (_Sketch, _TwoSided, _Dense, _Identity)}
+_RANDOM: dict[str, Callable[[int, int], Projection]] = {kind.kind: kind for kind in (_Sketch, _TwoSided, _Dense)}
+KINDS = (*_RANDOM, _Identity.kind)
 
 
 def make_projection(kind: str, dim: int | None, seed: int, shapes: Mapping[str, Shape] | None = None) -> Projection:
@@ -352,7 +353,7 @@ def make_projection(kind: str, dim: int | None, seed: int, shapes: Mapping[str, 
     """
     if kind not in KINDS:
         raise ValueError(f"unknown projection {kind!r}; choose one of {', '.join(KINDS)}")
-    if kind == "none":
+    if kind == _Identity.kind:
         if not shapes:
             raise ValueError("the projection 'none' needs the shapes of all adapted matrices")
         identity = _Identity(shapes, seed)
@@ -364,7 +365,7 @@ def make_projection(kind: str, dim: int | None, seed: int, shapes: Mapping[str, 
         return identity
     if dim is None or dim < 1:
         raise ValueError(f"the projection {kind!r} needs a dimension of at least 1, found {dim}")
-    return KINDS[kind](int(dim), int(seed))
+    return _RANDOM[kind](int(dim), int(seed))
 
 
 def projected_sides(shape: Shape, dim: int) -> Shape:

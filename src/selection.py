@@ -100,7 +100,8 @@ def forward_selection(
     current = search.start(start_from, forward)
     start_estimate = search.estimates(current[None])[0]
     best, best_estimate = (current, start_estimate) if current.any() and search.allows(current) else (None, np.inf)
-    start, steps, without_improvement = current, [], 0
+    start, without_improvement = current, 0
+    steps: list[Step] = []
     last_estimates = np.full(num_tasks, -np.inf)  # a task that could not be tried yet comes first
     with progress(desc=f"{direction} selection", total=num_tasks, unit="step") if progress else nullcontext() as bar:
         while without_improvement <= patience:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import itertools
 import os
 import shutil
 import time
@@ -32,10 +33,11 @@ from src.cli import (
     run_from,
     say_notices,
     spent,
+    waiting_for,
 )
 from src.cot import load_cot, parse_preset, save_predictions
 from src.data import TaskData
-from src.datamodule import TaskDataModule, read_arrays, tokenizer_fingerprint
+from src.datamodule import TaskDataModule, read_arrays, tokenizer_fingerprint, write_arrays
 from src.finetune import (
     Checkpoints,
     FitProgress,
@@ -199,6 +201,7 @@ def train(args: argparse.Namespace) -> None:
 
 def sources_read(args: argparse.Namespace, *more: str | Path | None) -> list[str | Path]:
     """What a stage reads: the data and the base model that the flags name, and more."""
+    sources: list[str | Path]
     if getattr(args, "dataset_key", None) is not None:
         sources = [f"{args.dataset_key}, {args.preset_key} below {args.data_dir} and {args.saved_dir}"]
     else:
@@ -382,24 +385,25 @@ def fine_tune_subsets(
         facts["task_shares"] = task_shares.round(6).tolist()
     table = ResultsTable(path, facts, "Choose another --save_name, or remove the file.")
     todo = [(run, subset) for run in range(args.runs) for subset in subsets if not table.has(subset, run)]
-    model = datamodule = start = None
-    loaded_run = None
+    datamodule = None
     with progress(desc="fine-tuning", total=len(subsets) * args.runs, unit="subset") as bar:
         bar.update(bar.total - len(todo))
-        for run, subset in todo:
-            if run != loaded_run:
-                model, loaded_run = starting_model(args, run), run
-                start = model.trainable_state()
-                if datamodule is None:
-                    datamodule = make_datamodule(args, data, model)
-                    say_plan(plan_training(model, datamodule, hardware, args.batch_size))
-            started = time.perf_counter()
-            values = fine_tune_on_subset(
-                model, start, datamodule, subset, plan, hardware, seed=run, task_shares=task_shares
-            )
-            if not rank_zero_only.rank:
-                table.append(subset, run, {**values, "seconds": round(time.perf_counter() - started, 3)})
-            bar.update(1)
+        for run, of_run in itertools.groupby(todo, key=lambda run_and_subset: run_and_subset[0]):
+            model = starting_model(args, run)
+            start = model.trainable_state()
+            if datamodule is None:
+                datamodule = make_datamodule(args, data, model)
+                say_plan(plan_training(model, datamodule, hardware, args.batch_size))
+            for _, subset in of_run:
+                started = time.perf_counter()
+                bar_of_fit = FitProgress(f"subset {bar.n + 1} of {bar.total}", leave=False)
+                values = fine_tune_on_subset(
+                    model, start, datamodule, subset, plan, hardware,
+                    seed=run, task_shares=task_shares, callbacks=[bar_of_fit],
+                )  # fmt: skip
+                if not rank_zero_only.rank:
+                    table.append(subset, run, {**values, "seconds": round(time.perf_counter() - started, 3)})
+                bar.update(1)
     if not rank_zero_only.rank:
         print(f"Wrote {path}: {len(table.frame)} fine-tuned values, losses of {len(data.targets)} targets each.")
 
@@ -715,10 +719,10 @@ def cluster_tasks(
     if kept is None:
         training = stored[-1].samples["task"] >= 0
         clusters = np.full(len(training), -1, dtype=np.int32)
-        clusters[training] = cluster_samples(np.asarray(stored[-1].rows[training], np.float32), num_clusters, seed)
+        with waiting_for(f"clustering {training.sum():,} rows"):
+            clusters[training] = cluster_samples(np.asarray(stored[-1].rows[training], np.float32), num_clusters, seed)
         kept = {"clusters": clusters, "data_fingerprint": np.array(data_fingerprint)}
-        with atomic_write(path) as temporary:
-            np.savez(temporary, **kept)
+        write_arrays(path, kept)
         print(f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters.")
     if kept.get("data_fingerprint") != data_fingerprint:
         raise ValueError(f"{path} has clusters of other data than {store} has now; remove it, and it is made anew")
