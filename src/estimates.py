@@ -315,6 +315,9 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     """
     path, truth = Path(args.estimates), read_table(Path(args.truth), of_subsets=True)
     estimates = read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
+    written = [path.with_name(COMPARISON_FILE), path.with_name(COMPARISON_FIGURE)]
+    if is_dry_run(args, [path, args.truth], written):
+        return pd.DataFrame()
     available = [name for name in columns_of(estimates, ESTIMATE) if name in columns_of(truth, args.metric)]
     targets = args.target_task or available
     if unknown := [name for name in targets if name not in available]:
@@ -345,12 +348,14 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     with waiting_for("bootstrap intervals"):
         table = comparison(predictions, values, targets, inclusion)
     table.insert(2, "subsets", len(subsets))
-    write_table(path.with_name(COMPARISON_FILE), table)
-    figure = path.with_name(COMPARISON_FIGURE)
-    comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, figure)
+    write_table(written[0], table)
+    comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, written[1])
     shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
     print(shown.round(3).to_string(index=False))
-    print(f"Wrote {path.with_name(COMPARISON_FILE)} and {figure}: {len(subsets)} subsets, {len(targets)} targets.")
+    print(
+        f"Wrote {written[0]} and {written[1]}: {len(subsets)} subsets, {len(targets)} targets. Next: stage 3 again with "
+        f"--calibrate {args.truth}"
+    )
     return table
 
 
@@ -428,6 +433,10 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
     run = run_from(args)
     part = open_store(store_dir(args, run), args.load_model_dir, stage_2)[-1]
     check_belongs(args, [part], stage_2)
+    folder = results_dir(run.results_name)
+    written = [folder / APPROXIMATION_FILE, folder / APPROXIMATION_FIGURE]
+    if is_dry_run(args, [part.folder, part.manifest["checkpoint_dir"], args.model_key], written):
+        return
     at = ModelAtPart(args, part)
     validation = part.samples["target"] >= 0
     indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]
@@ -441,13 +450,12 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
             moved = outputs_of(at.model, at.datamodule, indices, output_function)
         errors = (first_order_error(start, rows, factor * solution, moved), zero_order_error(start, moved))
         records.append({"scale": scale, "seed": seed, "first_order": errors[0], "zero_order": errors[1]})
-    folder = results_dir(run.results_name)
-    write_table(folder / APPROXIMATION_FILE, frame := pd.DataFrame(records))
-    approximation_figure(frame, folder / APPROXIMATION_FIGURE)
+    write_table(written[0], frame := pd.DataFrame(records))
+    approximation_figure(frame, written[1])
     means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
     for scale, row in means.iterrows():
         print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
-    print(f"Wrote {folder / APPROXIMATION_FILE} and {folder / APPROXIMATION_FIGURE}. Next: estimates (stage 3).")
+    print(f"Wrote {written[0]} and {written[1]}. Next: estimates (stage 3).")
 
 
 def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
@@ -589,12 +597,14 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     values = mean_over_targets(frame, ESTIMATE, targets)
     scores, errors = random_ensemble_scores(membership, values)
     selected = select_by_score(scores, top_k=args.top_k, ratio=args.ratio, threshold=args.threshold)
+    chosen = subset_file(f"{folder.relative_to(RESULTS)}_random_ensemble")
+    if is_dry_run(args, [folder / ESTIMATES_FILE], [chosen, folder / SCORES_FILE, folder / SCORES_FIGURE]):
+        return ()
     table = pd.DataFrame({"task": range(len(tasks)), "name": tasks, "score": scores, "standard_error": errors})
     table["selected"] = table["task"].isin(selected)
     write_table(folder / SCORES_FILE, table.sort_values("score"))
     settling = ranking_convergence(membership, values)
     scores_figure(scores, errors, selected, tasks, settling, folder / SCORES_FIGURE)
-    chosen = subset_file(f"{folder.relative_to(RESULTS)}_random_ensemble")
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}")
     print(
         f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: "

@@ -406,21 +406,22 @@ def test_a_dry_run_writes_nothing_and_names_what_the_stage_then_writes(
     """Of every stage: the files it names are there after the real run, and were not before."""
     at = ["--project_dim", "20", "--save_name", "dry"]
     small = ["--epochs", "1", "--batch_size", "8", "--checkpoint_at", "1.0"]
+    estimation = ("fast_estimate_linear_regression_alpaca.py", *here, *at, "--number_of_subsets", "6")
+    one_task = [*here, "--save_name", "dry", "--task_idxes", "0"]
+    data_files = here[here.index("--data_files") : here.index("--data_files") + 2]
     stages = [
         ("custom_train_alpaca.py", *here, *small, "--save_name", "dry"),
         ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *here, *at),
-        (
-            "fast_estimate_linear_regression_alpaca.py",
-            *here,
-            *at,
-            "--number_of_subsets",
-            "3",
-            "--sampled_tasks",
-            "dry.txt",
-        ),
+        ("fast_estimate_eval_approximation_alpaca.py", *here, *at, "--scale", "0.1"),
+        (*estimation, "--sampled_tasks", "dry.txt"),
         ("fast_estimate_forward_selection.py", *here, *at),
-        ("custom_train_alpaca.py", *here, *small, "--save_name", "dry", "--task_idxes", "0"),
-        ("scripts/export_selection.py", *here, "--save_name", "dry", "--task_idxes", "0"),
+        ("notebook/select_random_ensemble.py", "results/dry"),
+        ("custom_train_alpaca.py", *small, *one_task),
+        ("scripts/export_selection.py", *one_task),
+        ("custom_train_alpaca.py", *here, *small, "--save_name", "dry_truth", "--subset_file", "dry.txt"),
+        ("notebook/compare_estimates.py", "results/dry/estimates.csv", "results/dry_truth/results.csv"),
+        ("scripts/report.py", "results/dry"),
+        ("data/make_base_model.py", *data_files, "--output_dir", "dry_model", "--pretrain_steps", "0"),
     ]
     for stage in stages:
         before = files_below(Path())
