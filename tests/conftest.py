@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from src.cli import quiet_libraries
+from tests.faults import Stages
 
 quiet_libraries()
 torch.set_num_threads(1)  # tiny models lose more than they gain by a second thread
@@ -23,12 +24,27 @@ torch.set_num_threads(1)  # tiny models lose more than they gain by a second thr
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+LONGEST_FIRST = ("test_quickstart", "test_processes", "test_faults", "test_tables", "test_bad_input", "test_benchmarks")
+TOGETHER = {"test_faults": "stages", "test_processes": "stages"}
+"""Modules that share a fixture which is dear to make."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+    """Tests marked `gpu` are skipped where there is none. On several cores a module's tests stay together, the longest
+    modules first."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.stem, item.path.stem)))
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="session")
+def stages() -> Iterator[Stages]:
+    """Runs stages in processes of their own that need no imports."""
+    with Stages() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Stages that die: a process that has imported everything forks a child for each stage and kills it when told to.
+"""Stages that die, and stages of several processes: a process that has imported everything forks a child for each and
+kills it when told to.
 
     python -m tests.faults      reads a request, a line of JSON, from standard input and answers with a line
 
@@ -12,12 +13,14 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.cli import ROOT, load_script, quiet_libraries, run_stage
 
@@ -78,17 +81,44 @@ class Stages:
                 soon as it has stopped.
             unprivileged: Give up the right of root to write in spite of file modes.
         """
-        request = {
-            "folder": str(folder),
-            "command": [str(word) for word in command],
-            "kill_after": kill_after,
-            "kill_at": kill_at,
-            "largest_file": largest_file,
-            "stop_at": stop_at,
-            "unprivileged": unprivileged,
-        }
+        (outcome,) = self._ask(
+            folder,
+            command,
+            kill_after=kill_after,
+            kill_at=kill_at,
+            largest_file=largest_file,
+            stop_at=stop_at,
+            unprivileged=unprivileged,
+        )
+        return outcome
+
+    def run_together(
+        self, folder: Path, command: Sequence[str], environments: Sequence[dict[str, str]]
+    ) -> list[Outcome]:
+        """`python <command>` in a folder, as many processes at once as there are environments, each with its own."""
+        return self._ask(folder, command, environments=list(environments))
+
+    def _ask(self, folder: Path, command: Sequence[str], **options: Any) -> list[Outcome]:
+        request = {"folder": str(folder), "command": [str(word) for word in command], **options}
         print(json.dumps(request), file=self.server.stdin, flush=True)
-        return Outcome(**json.loads(self.server.stdout.readline()))
+        return [Outcome(**outcome) for outcome in json.loads(self.server.stdout.readline())]
+
+
+def torchrun_environments(count: int) -> list[dict[str, str]]:
+    """What torchrun tells the processes that it starts on one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    job |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    return [{**job, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(count))]
+
+
+def srun_environments(count: int) -> list[dict[str, str]]:
+    """What srun tells the processes that it starts on one node."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost"}
+    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": str(count), "SLURM_NTASKS_PER_NODE": str(count)}
+    return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in map(str, range(count))]
 
 
 def give_up_override() -> None:
@@ -100,32 +130,58 @@ def give_up_override() -> None:
         libc.capset(header, sets)
 
 
-def child(request: dict, output: int) -> None:
+def child(request: dict, output: int, environment: dict[str, str]) -> None:
     """The stage itself, in the forked process."""
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(request["folder"])
     script, *arguments = sys.argv[:] = request["command"]
-    if request["largest_file"] is not None:
+    if environment:
+        from pytorch_lightning.utilities import rank_zero_only
+
+        os.environ.update(environment)
+        rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))  # as its import reads it
+    if request.get("largest_file") is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
-    if request["unprivileged"]:
+    if request.get("unprivileged"):
         give_up_override()
-    changes = 0
+    changes, stop_at, kill_at = 0, request.get("stop_at"), request.get("kill_at")
 
     def watch(event: str, details: tuple) -> None:
         nonlocal changes
         if event in CHANGES:
             changes += 1
-            if changes == request["kill_at"]:
+            if changes == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if request["stop_at"] and request["stop_at"] in str(details):
+            if stop_at and stop_at in str(details):
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    if request["kill_at"] or request["stop_at"]:
+    if kill_at or stop_at:
         sys.addaudithook(watch)
     module = load_script(script)
     run_stage(module.main, module.parse_args(arguments))
+
+
+def fork(request: dict, environment: dict[str, str]) -> tuple[int, int]:
+    """Start a child; its process id, and where its output can be read."""
+    reading, output = os.pipe()  # a file would be bound by a limit on file sizes
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            child(request, output, environment)
+            status = 0
+        except SystemExit as error:
+            print(error, file=sys.stderr)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(output)
+    return process, reading
 
 
 def serve() -> None:
@@ -138,33 +194,20 @@ def serve() -> None:
     quiet_libraries()
     for line in sys.stdin:
         request = json.loads(line)
-        reading, output = os.pipe()  # a file would be bound by a limit on file sizes
         started = time.perf_counter()
-        process = os.fork()
-        if not process:
-            status = 1
-            try:
-                child(request, output)
-                status = 0
-            except SystemExit as error:
-                print(error, file=sys.stderr)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        os.close(output)
-        if request["kill_after"] is not None:
+        children = [fork(request, environment) for environment in request.get("environments", [{}])]
+        if request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
-            os.kill(process, signal.SIGKILL)  # not yet waited for, so the number is still its own
-        _, status = os.waitpid(process, os.WUNTRACED if request["stop_at"] else 0)
-        seconds = time.perf_counter() - started
-        text = os.read(reading, 1 << 20).decode(errors="replace")
-        os.close(reading)
-        ended = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
-        answer = {"status": ended, "process": process, "output": text, "seconds": seconds}
-        print(json.dumps(answer), file=answers, flush=True)
+            os.kill(children[0][0], signal.SIGKILL)  # not yet waited for, so the number is still its own
+        outcomes = []
+        for process, reading in children:
+            _, status = os.waitpid(process, os.WUNTRACED if request.get("stop_at") else 0)
+            text = os.read(reading, 1 << 20).decode(errors="replace")
+            os.close(reading)
+            ended = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+            seconds = time.perf_counter() - started
+            outcomes.append({"status": ended, "process": process, "output": text, "seconds": seconds})
+        print(json.dumps(outcomes), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +81,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with Stages() as stages:
-        yield World(tmp_path_factory.mktemp("faults"), stages)
+def world(tmp_path_factory: pytest.TempPathFactory, stages: Stages) -> World:
+    return World(tmp_path_factory.mktemp("faults"), stages)
 
 
 def contents(folder: Path) -> dict[str, object]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# First-order approximation error by relative distance from the meta-initialization: bash scripts/tables/approximation_error.sh [--smoke]
+# First-order approximation error by relative distance from the meta-initialization: bash scripts/tables/approximation_error.sh [--smoke] [--dry_run]
 source "$(dirname "$0")/common.sh"
 for set in "${sets[@]}"; do
     choose "$set"

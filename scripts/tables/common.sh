@@ -1,11 +1,17 @@
 # Sourced by the tables. Default: the paper's data, models and hyperparameters, as arXiv:2409.19458 and the commands of its
-# repository give them, on GPUs. --smoke: the same stages on the embedded default, minutes of a CPU.
+# repository give them, on GPUs. --smoke: the same stages on the embedded default, minutes of a CPU. --dry_run: print the
+# commands of the stages and stop.
 set -euo pipefail
 name=$(basename "$0" .sh)
 root=$(cd "$(dirname "$0")/../.." && pwd)
-(source "$root/scripts/environment.sh")
-smoke=false
-[ "${1:-}" = "--smoke" ] && smoke=true
+smoke=false dry_run=false
+for word in "$@"; do
+    case $word in
+    --smoke) smoke=true ;;
+    --dry_run) dry_run=true ;;
+    *) echo "error: unrecognized argument $word; expected --smoke or --dry_run" >&2 && exit 2 ;;
+    esac
+done
 results=tables/$name
 
 commands=()
@@ -59,5 +65,10 @@ take_gradients() { run $gradients "${data[@]}" "${store[@]}"; }
 
 render() { # the table of these data sets, after everything noted before
     run scripts/render_table.py "$name" --results "$@"
-    printf '%s\n' "${commands[@]}" | "$root/.venv/bin/python" "$root/scripts/run_commands.py"
+    if $dry_run; then
+        printf 'python %s\n' "${commands[@]}"
+    else
+        (source "$root/scripts/environment.sh")
+        printf '%s\n' "${commands[@]}" | "$root/.venv/bin/python" "$root/scripts/run_commands.py"
+    fi
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Correlation of estimates and fine-tuned values over random halves, by data set: bash scripts/tables/correlation.sh [--smoke]
+# Correlation of estimates and fine-tuned values over random halves, by data set: bash scripts/tables/correlation.sh [--smoke] [--dry_run]
 source "$(dirname "$0")/common.sh"
 for set in "${sets[@]}"; do
     choose "$set"

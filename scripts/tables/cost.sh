@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Seconds of meta-training, gradients and estimates of many subsets, beside fine-tuning them: bash scripts/tables/cost.sh [--smoke]
+# Seconds of meta-training, gradients and estimates of many subsets, beside fine-tuning them: bash scripts/tables/cost.sh [--smoke] [--dry_run]
 source "$(dirname "$0")/common.sh"
 for set in "${sets[@]}"; do
     choose "$set"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Test accuracy (chain of thought) and test loss by method of selection: bash scripts/tables/fine_tuned.sh [--smoke]
+# Test accuracy (chain of thought) and test loss by method of selection: bash scripts/tables/fine_tuned.sh [--smoke] [--dry_run]
 source "$(dirname "$0")/common.sh"
 for set in "${sets[@]}"; do
     choose "$set"
