@@ -22,7 +22,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.Parser(__doc__, "ESTIMATES.csv TRUTH.csv")
     cli.add_comparison(parser)
-    cli.add_targets(parser)
+    cli.add_targets(parser, "targets to judge (default: all that both tables have)")
     return parser.parse_args(argv)
 
 

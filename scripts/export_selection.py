@@ -25,9 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_run(parser)
     cli.add_projection(parser)
     cli.add_clusters(parser)
-    cli.add_truth(parser)
-    rows = parser.add_argument_group("rows")
-    rows.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the rows (default: jsonl)")
+    cli.add_exported(parser)
     return parser.parse_args(argv)
 
 

@@ -192,15 +192,14 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
                        f"together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name} (default: --data_files)")  # fmt: skip
     group.add_argument("--data_key", metavar="NAME", help="short name of this data in folder names (default: made of the "
                        "files' names)")  # fmt: skip
-    add_tasks(group)
+    add_tasks(group, "column that names a row's task (default: _task_name, skill or task, else a file is a task)")
     group.add_argument("--loss_on_prompt", action="store_true", help="count the prompt in the loss, as published "
                        "(default: the completion only)")  # fmt: skip
 
 
-def add_tasks(group: argparse._ArgumentGroup) -> None:
-    """What a row's task is, and how many rows are kept back from training."""
-    group.add_argument("--task_column", metavar="NAME", help="column that names a row's task (default: _task_name, skill "
-                       "or task, else a file is a task; chain of thought: clusters make the tasks)")  # fmt: skip
+def add_tasks(group: argparse._ArgumentGroup, task_column: str) -> None:
+    """What a row's task is (`task_column` describes the flag), and how many rows are kept back from training."""
+    group.add_argument("--task_column", metavar="NAME", help=task_column)
     group.add_argument("--heldout_share", type=share, default=0.1, help="share of each task's rows held out for "
                        "validation, and again for test (default: 0.1)")  # fmt: skip
     group.add_argument("--max_heldout", type=positive_int, help="at most so many rows of each task are held out for "
@@ -235,15 +234,15 @@ def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = Fals
     group.add_argument(
         "--data_dir", default=str(DATA), metavar="FOLDER", help="folder of dataset/ and split/ (default: data)"
     )
-    group.add_argument(
-        "--saved_dir", default=str(SAVED), metavar="FOLDER", help="folder of completion_data/ (default: saved)"
-    )
+    group.add_argument("--saved_dir", default=str(SAVED), metavar="FOLDER", help="folder of completion_data/: the teacher's "
+                       "completions are read there, the model's own are written there (default: saved)")  # fmt: skip
     group.add_argument("--keep_incorrect", action="store_true", help="also train on completions with a wrong answer, "
                        "as published (default: right answers only)")  # fmt: skip
     group.add_argument("--letters", choices=("word", "published"), default="word", help="multiple choice: letters "
                        "that stand alone count as answers, or any capital letter as published (default: word)")  # fmt: skip
     if not or_instruction:
-        add_tasks(group)
+        add_tasks(group, "field of the completions or of the data set that names a row's task, such as teacher (default: "
+                  "all rows are one task, which --load_clusters divides)")  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
@@ -336,25 +335,50 @@ def add_start(parser: argparse.ArgumentParser) -> None:
                        "external_lightning_logs/ (default: the base model)")  # fmt: skip
 
 
+def add_chosen_tasks(
+    parser: argparse.ArgumentParser, title: str, *, subset_file: str, task_weights: str, task_idxes: str
+) -> None:
+    """Chosen tasks, named in one of three ways, each with its meaning."""
+    chosen = parser.add_argument_group(title).add_mutually_exclusive_group()
+    chosen.add_argument("--subset_file", metavar="FILE", help=subset_file)
+    chosen.add_argument("--task_weights", metavar="FILE", help=task_weights)
+    chosen.add_argument("--task_idxes", type=task_or_all, nargs="*", metavar="ID", help=task_idxes)
+
+
 def add_truth(parser: argparse.ArgumentParser) -> None:
     """Fine-tuning on chosen tasks only."""
-    group = parser.add_argument_group("fine-tuning on subsets (default: meta-training on all tasks)")
-    chosen = group.add_mutually_exclusive_group()
-    chosen.add_argument("--subset_file", metavar="FILE", help="fine-tune the base model once for each line of a "
-                        "sampled_tasks file and append a row of losses for each (default: meta-training)")  # fmt: skip
-    chosen.add_argument("--task_weights", metavar="FILE", help="fine-tune the base model once on rows drawn from the "
-                        "tasks in these shares, a CSV that fast_estimate_forward_selection.py --weights writes (default: "
-                        "meta-training)")  # fmt: skip
-    chosen.add_argument("--task_idxes", type=task_or_all, nargs="*", metavar="ID", help="fine-tune once on these tasks, "
-                        "or on `all`; without ids, only evaluate the base model (default: meta-training)")  # fmt: skip
+    add_chosen_tasks(
+        parser,
+        "fine-tuning on subsets",
+        subset_file="fine-tune the base model once for each line of a sampled_tasks file and append a row of losses for "
+        "each (default: meta-training on all tasks)",
+        task_weights="fine-tune the base model once on rows drawn from the tasks in these shares, a CSV that "
+        "fast_estimate_forward_selection.py --weights writes (default: meta-training)",
+        task_idxes="fine-tune once on these tasks, or on `all`; without ids, only evaluate the base model (default: "
+        "meta-training)",
+    )
+
+
+def add_exported(parser: argparse.ArgumentParser) -> None:
+    """The one subset to export, and how."""
+    add_chosen_tasks(
+        parser,
+        "what is exported",
+        subset_file="the rows of the tasks in this sampled_tasks file of one line (default: --task_weights or --task_idxes)",
+        task_weights="the rows of the tasks that have shares in this CSV, with these shares as weights (default: "
+        "--subset_file or --task_idxes)",
+        task_idxes="the rows of these tasks, or of `all` (default: --subset_file or --task_weights)",
+    )
+    group = parser.add_argument_group("rows")
+    group.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the rows (default: jsonl)")
 
 
 def add_meta_init(parser: argparse.ArgumentParser) -> None:
     """Which checkpoints of meta-training."""
     group = parser.add_argument_group("meta-initialization")
     group.add_argument("--load_model_dir", nargs="+", metavar="CHECKPOINT", help="checkpoints below "
-                       "external_lightning_logs/, for example RUN/epoch_epoch=17 (default: those that "
-                       "--checkpoint_at kept in this run; their estimates are added)")  # fmt: skip
+                       "external_lightning_logs/, for example RUN/epoch_epoch=17 (default: stage 2 takes those that --checkpoint_at kept "
+                       "in this run, later stages all that have gradients, and average their estimates)")  # fmt: skip
     add_run(parser)
 
 
@@ -395,10 +419,11 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def add_scale(group: argparse._ArgumentGroup, *, several: bool) -> None:
     """Length of a displacement."""
-    default = "0.02 0.04 0.06 0.08 0.1" if several else "as the solution has it"
+    default = "0.02 0.04 0.06 0.08 0.1" if several else "as long as the solution is"
+    displacement = "displacements" if several else "displacement, with --evaluate displaced,"
     group.add_argument("--scale", type=positive_float, nargs="+" if several else None,
                        default=[float(number) for number in default.split()] if several else None, help="length of the "
-                       f"displacement, as a share of the norm of the trained weights (default: {default})")  # fmt: skip
+                       f"{displacement} as a share of the norm of the trained weights (default: {default})")  # fmt: skip
 
 
 def add_approximation(parser: argparse.ArgumentParser) -> None:
@@ -440,11 +465,11 @@ def add_gradients(parser: argparse.ArgumentParser) -> None:
                        "kept in on disk; float16 takes half the room (default: float32)")  # fmt: skip
 
 
-def add_targets(parser: argparse.ArgumentParser) -> None:
+def add_targets(parser: argparse.ArgumentParser, meaning: str | None = None) -> None:
     """What the estimates are for."""
     group = parser.add_argument_group("target")
-    group.add_argument("--target_task", nargs="+", metavar="NAME", help="target tasks; selection minimises the mean "
-                       "over them (default: the tasks of --target_files, else every task)")  # fmt: skip
+    group.add_argument("--target_task", nargs="+", metavar="NAME", help=meaning or "target tasks; selection minimises the "
+                       "mean over them (default: the tasks of --target_files, else every task)")  # fmt: skip
 
 
 class Described(Protocol):
@@ -463,8 +488,8 @@ def add_estimator(parser: argparse.ArgumentParser, estimators: Mapping[str, Desc
     """How estimates are made; `rho` is the default ridge strength."""
     group = parser.add_argument_group("estimation")
     group.add_argument("--estimator", choices=tuple(estimators), default="ridge", help=_described(estimators, "ridge"))
-    group.add_argument("--rho", type=positive_float, default=rho, help="ridge strength, relative to the mean squared "
-                       f"norm of a gradient (default: {rho})")  # fmt: skip
+    group.add_argument("--rho", type=positive_float, default=rho, help="strength of the ridge: lambda is rho times the "
+                       f"mean squared norm of a gradient (default: {rho})")  # fmt: skip
     group.add_argument("--weight_by", choices=("sample", "task"), default="sample", help="whether rows or tasks weigh "
                        "equally (default: sample)")  # fmt: skip
 

@@ -27,7 +27,7 @@ from src.estimation import (
     estimate,
     first_order_error,
     mixture_weights,
-    ridge_solutions,
+    solutions,
     zero_order_error,
 )
 from src.finetune import (
@@ -64,6 +64,7 @@ from src.paths import (
     files_facts,
     read_manifest,
     results_dir,
+    shorten,
     subset_file,
     weights_file,
     write_manifest,
@@ -188,7 +189,14 @@ class Estimator:
             "tasks": self.tasks,
             "checkpoints": [part.manifest["checkpoint_fingerprint"] for part in self.stored],
             **self.options,
+            "ranks_only": self.ranks_only,
         }
+
+    @property
+    def ranks_only(self) -> bool:
+        """Whether the estimates are no losses, so that only their order says something."""
+        of_losses = self.stored[0].manifest["output_function"] == "loss"
+        return ESTIMATORS[self.options["estimator"]].ranks_only or not of_losses
 
     @property
     def meta_training(self) -> dict[str, Any]:
@@ -334,7 +342,8 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
         for prefix in (ESTIMATE, CALIBRATED)
         if columns_of(estimates, prefix)
     }
-    tasks = read_manifest(path.parent, "stage 3")["tasks"] if (path.parent / MANIFEST).is_file() else []
+    manifest = read_manifest(path.parent, "stage 3") if (path.parent / MANIFEST).is_file() else {}
+    tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
     known = {"base model": "", "all tasks": subset_text(range(len(tasks)))} if tasks else {"base model": ""}
     for name, text in known.items():
         if (truth["subset"] == text).any():
@@ -348,8 +357,10 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     with waiting_for("bootstrap intervals"):
         table = comparison(predictions, values, targets, inclusion)
     table.insert(2, "subsets", len(subsets))
+    if ranks_only:
+        table.loc[table["predictor"] == ESTIMATE, ["relative_error", "squared_relative_error"]] = np.nan
     write_table(written[0], table)
-    comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, written[1])
+    comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, written[1], ranks_only=ranks_only)
     shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
     print(shown.round(3).to_string(index=False))
     print(
@@ -404,7 +415,7 @@ class ModelAtPart:
 def displaced_values(
     args: argparse.Namespace, estimator: Estimator, subsets: Sequence[tuple[int, ...]]
 ) -> pd.DataFrame:
-    """Validation metrics of the model at w* + lift(x_S), a row per subset: columns `displaced_loss/<target>` and,
+    """Validation metrics of the model at w* + lift(x_S) of the estimator, a row per subset: columns `displaced_loss/<target>` and,
     where answers are judged, `displaced_accuracy/<target>`.
 
     w* is the last checkpoint of the store, or the one that `--load_model_dir` names. With `--scale` the
@@ -412,10 +423,10 @@ def displaced_values(
     """
     at = ModelAtPart(args, estimator.stored[-1])
     membership = membership_matrix(subsets, len(estimator.tasks))
-    solutions = ridge_solutions(estimator.parts[-1], membership, rho=args.rho, weight_by=args.weight_by)
+    displacements = solutions(estimator.parts[-1], membership, **estimator.options)
     plan = TrainingPlan(epochs=1, lr=1.0, **generation_options(args))
     records = []
-    for solution in progress(solutions, desc="displaced models", unit="subset"):
+    for solution in progress(displacements, desc="displaced models", unit="subset"):
         displacement, _ = at.displacement(solution, args.scale)
         with displaced(at.model, displacement):
             evaluation = evaluate(at.model, at.datamodule, at.hardware, plan, ("validation",))
@@ -451,7 +462,8 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
         errors = (first_order_error(start, rows, factor * solution, moved), zero_order_error(start, moved))
         records.append({"scale": scale, "seed": seed, "first_order": errors[0], "zero_order": errors[1]})
     write_table(written[0], frame := pd.DataFrame(records))
-    approximation_figure(frame, written[1])
+    about = f"{run.data_key}, {output_function} at {part.folder.name}, {len(indices):,} validation rows"
+    approximation_figure(frame, written[1], title=about)
     means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
     for scale, row in means.iterrows():
         print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
@@ -507,7 +519,10 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     if args.per_target:
         write_affinity(estimator, columns, folder)
     else:
-        selection_figure(steps[0], estimator.tasks, folder / SELECTION_FIGURE)
+        title = f"{method.replace('_', ' ').capitalize()} for {shorten(labels[0], 40)}"
+        selection_figure(
+            steps[0], estimator.tasks, folder / SELECTION_FIGURE, title=title, ranks_only=estimator.ranks_only
+        )
     if args.weights:
         shares, course = mixture_weights(
             estimator.parts, columns, rho=args.rho, weight_by=args.weight_by, progress=progress
@@ -572,7 +587,9 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
     estimates = estimator(alone & estimator.has_rows, columns)
     targets = [estimator.targets[column] for column in columns]
     frame = pd.DataFrame(estimates[0] - estimates[1:], columns=targets)
-    affinity_figure(frame.to_numpy(), estimator.tasks, targets, folder / AFFINITY_FIGURE)
+    affinity_figure(
+        frame.to_numpy(), estimator.tasks, targets, folder / AFFINITY_FIGURE, ranks_only=estimator.ranks_only
+    )
     frame.insert(0, "task", estimator.tasks)
     write_table(folder / AFFINITY_FILE, frame)
 
@@ -604,7 +621,10 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     table["selected"] = table["task"].isin(selected)
     write_table(folder / SCORES_FILE, table.sort_values("score"))
     settling = ranking_convergence(membership, values)
-    scores_figure(scores, errors, selected, tasks, settling, folder / SCORES_FIGURE)
+    scores_figure(
+        scores, errors, selected, tasks, settling, folder / SCORES_FIGURE,
+        target=shorten(", ".join(targets), 40), ranks_only=manifest.get("ranks_only", False),
+    )  # fmt: skip
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}")
     print(
         f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: "

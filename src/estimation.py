@@ -281,15 +281,26 @@ def estimate(
     return total / len(parts)
 
 
-def ridge_solutions(
-    part: Part, membership: np.ndarray, rho: float = DEFAULT_RHO, weight_by: str = "sample"
+def solutions(
+    part: Part,
+    membership: np.ndarray,
+    *,
+    estimator: str = "ridge",
+    rho: float = DEFAULT_RHO,
+    weight_by: str = "sample",
 ) -> np.ndarray:
-    """x_S of estimator "ridge" for every subset, (m, d) float64; `Projection.lift` takes one to the parameters.
+    """x_S of an estimator for every subset, (m, d) float64; `Projection.lift` takes one to the parameters.
 
     Arguments and errors as in `estimate`.
+
+    Raises:
+        ValueError: an estimator without a solution.
     """
+    if (solver := ESTIMATORS[estimator].solver) is None:
+        having = ", ".join(name for name, kind in ESTIMATORS.items() if kind.solver)
+        raise ValueError(f"estimator {estimator!r} has no solution to displace a model by; choose one of {having}")
     weights, strength = _row_weights(part, membership, rho, weight_by)
-    return _over_chunks(part, weights, _ridge_solver(part, strength), None)
+    return _over_chunks(part, weights, solver(part, strength), None)
 
 
 def mixture_weights(
@@ -396,58 +407,11 @@ def _constant(part: Part, strength: float) -> OnSubsets:
 
 
 def _logistic(part: Part, strength: float) -> OnSubsets:
-    """Newton's method for all subsets of a chunk at once, its d x d systems solved by conjugate gradients.
-
-    Lambda is a share of their trace, so these systems are well conditioned: a few products with the rows solve them,
-    where forming a d x d Hessian for every subset and step would cost about d/10 times as much.
-    """
-    rows = _needed_rows(part)
-    gradients, outputs, task_of_row = _rows_of_groups(rows, rows.task_of_row)
-    target_gradients, target_outputs, target_of_row = _rows_of_groups(rows, rows.target_of_row)
+    rows, solve = _needed_rows(part), _logistic_solver(part, strength)
+    gradients, outputs, target_of_row = _rows_of_groups(rows, rows.target_of_row)
     in_target = one_hot(target_of_row, len(part.target.counts)).double()
     in_target /= in_target.sum(0)  # (rows of targets, k)
-    counts = _tensor(part.train.counts)
-
-    def on_subsets(weights: Tensor) -> Tensor:
-        shares = _shares(weights, counts)[:, task_of_row]  # (c, N)
-        solutions = _minimise_logistic(gradients, outputs, shares, strength)
-        return softplus(target_outputs + solutions @ target_gradients.T) @ in_target
-
-    return on_subsets
-
-
-@dataclass(frozen=True)
-class EstimatorKind:
-    """An estimator, and what it needs.
-
-    Attributes:
-        make: From a part and lambda to a function of row weights.
-        meaning: What it is, for a person who chooses.
-        needs_rows: It reads a part's rows, not their moments alone.
-        output_function: The only one whose rows it takes; None = any.
-        represented: Its rows are representations instead of gradients.
-    """
-
-    make: Callable[[Part, float], OnSubsets]
-    meaning: str
-    needs_rows: bool = False
-    output_function: str | None = None
-    represented: bool = False
-
-
-ESTIMATORS = {
-    "ridge": EstimatorKind(_ridge, "quadratic models of the subset and of the target"),
-    "linear": EstimatorKind(_linear, "as ridge, first order in the target"),
-    "logistic": EstimatorKind(
-        _logistic, "the paper's, for --output_function margin", needs_rows=True, output_function="margin"
-    ),
-    "kernel": EstimatorKind(_kernel, "as ridge, from all pairs of rows", needs_rows=True),
-    "alignment": EstimatorKind(_alignment, "inner product of mean gradients, as in LESS"),
-    "representation": EstimatorKind(
-        _alignment, "similarity of hidden states, for stage 2's --representations", represented=True
-    ),
-    "constant": EstimatorKind(_constant, "the loss before training, which an estimate must beat"),
-}
+    return lambda weights: softplus(outputs + solve(weights) @ gradients.T) @ in_target
 
 
 def _ridge_solver(part: Part, strength: float) -> OnSubsets:
@@ -465,6 +429,18 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
         return -_solve(second_moments, (shares @ sums).float()).double()
 
     return solve
+
+
+def _logistic_solver(part: Part, strength: float) -> OnSubsets:
+    """From row weights (c, n) to the x_S (c, d) of "logistic": Newton's method for all subsets of a chunk at once, its
+    d x d systems solved by conjugate gradients.
+
+    Lambda is a share of their trace, so these systems are well conditioned: a few products with the rows solve them,
+    where forming a d x d Hessian for every subset and step would cost about d/10 times as much.
+    """
+    rows, counts = _needed_rows(part), _tensor(part.train.counts)
+    gradients, outputs, task_of_row = _rows_of_groups(rows, rows.task_of_row)
+    return lambda weights: _minimise_logistic(gradients, outputs, _shares(weights, counts)[:, task_of_row], strength)
 
 
 def _combined(shares: Tensor, outers: Tensor) -> Tensor:
@@ -704,3 +680,52 @@ def _check_finite(moments: TaskMoments, noun: str) -> None:
 
 def _tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(values, np.float64))
+
+
+# --- the table -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EstimatorKind:
+    """An estimator, and what it needs.
+
+    Attributes:
+        make: From a part and lambda to a function of row weights.
+        meaning: What it is, for a person who chooses.
+        solver: From a part and lambda to a function from row weights to the solutions x_S; None where there are none.
+        needs_rows: It reads a part's rows, not their moments alone.
+        output_function: The only one whose rows it takes; None = any.
+        represented: Its rows are representations instead of gradients.
+        ranks_only: Its estimates are no losses; only their order says something.
+    """
+
+    make: Callable[[Part, float], OnSubsets]
+    meaning: str
+    solver: Callable[[Part, float], OnSubsets] | None = None
+    needs_rows: bool = False
+    output_function: str | None = None
+    represented: bool = False
+    ranks_only: bool = False
+
+
+ESTIMATORS = {
+    "ridge": EstimatorKind(_ridge, "quadratic models of the subset and of the target", _ridge_solver),
+    "linear": EstimatorKind(_linear, "as ridge, first order in the target", _ridge_solver),
+    "logistic": EstimatorKind(
+        _logistic,
+        "the paper's regression, for --output_function margin",
+        _logistic_solver,
+        needs_rows=True,
+        output_function="margin",
+        ranks_only=True,
+    ),
+    "kernel": EstimatorKind(_kernel, "as ridge, from all pairs of rows", _kernel_solver, needs_rows=True),
+    "alignment": EstimatorKind(_alignment, "inner product of mean gradients, as in LESS", ranks_only=True),
+    "representation": EstimatorKind(
+        _alignment,
+        "similarity of hidden states, for stage 2's --representations",
+        represented=True,
+        ranks_only=True,
+    ),
+    "constant": EstimatorKind(_constant, "the target's loss before training, which an estimate must beat"),
+}

@@ -9,7 +9,7 @@ Letters: m subsets, n tasks, k targets.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from src.accuracy import AVERAGE, MEAN, linear_datamodeling_score
-from src.paths import atomic_write, check_manifest, write_json
+from src.paths import atomic_write, check_manifest, shorten, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import font_manager, ticker
 
 BLUE, ORANGE, GREEN, GREY = (
     "#0072B2",
@@ -39,8 +40,11 @@ plt.rcParams.update(
         "axes.grid": True,
         "grid.alpha": 0.25,
         "font.size": 10,
+        # names of tasks may be in any script; of these fonts those count that are installed
+        "font.family": ["DejaVu Sans", *sorted({"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Emoji"}
+                                               & set(font_manager.get_font_names()))],
     }
-)
+)  # fmt: skip
 
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
 VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "validation_loss", "test_loss", "test_accuracy"
@@ -213,7 +217,7 @@ def estimates_figure(
     """
     figure, axes = plt.subplots(figsize=(5.6, 4.4))
     score = linear_datamodeling_score(estimates, fine_tuned)
-    axes.scatter(estimates, fine_tuned, color=BLUE, s=28, label=f"random subsets (Spearman {score:.2f})")
+    axes.scatter(estimates, fine_tuned, color=BLUE, s=28, label=f"random subset (Spearman {score:.2f})")
     for (name, (estimate, value)), marker, color in zip(
         (selected or {}).items(), "*DsP", (ORANGE, GREEN, GREY, BLUE), strict=False
     ):
@@ -227,17 +231,28 @@ def estimates_figure(
             linewidth=0.6,
             label=name,
         )
-    axes.set_xlabel("estimated loss, no fine-tuning (nats per token)")
+    axes.set_xlabel(estimate_label())
     axes.set_ylabel("loss after fine-tuning (nats per token)")
-    axes.set_title(f"Validation loss of {target}")
+    axes.set_title(f"Validation loss of {target}, {len(estimates)} random subsets")
     axes.legend(loc="best", frameon=True, fontsize=8)
     save_figure(figure, path)
 
 
+def estimate_label(ranks_only: bool = False) -> str:
+    """What an axis of estimates is called."""
+    return "estimate, for ranking only (lower is better)" if ranks_only else "estimated loss (nats per token)"
+
+
 def comparison_figure(
-    estimates: np.ndarray, fine_tuned: np.ndarray, table: pd.DataFrame, predictor: str, path: Path
+    estimates: np.ndarray,
+    fine_tuned: np.ndarray,
+    table: pd.DataFrame,
+    predictor: str,
+    path: Path,
+    *,
+    ranks_only: bool = False,
 ) -> None:
-    """Estimates against fine-tuned values of the mean over targets, and the score of every target.
+    """Estimates against fine-tuned values of the mean over targets; of several targets, also the score of each.
 
     Args:
         estimates: (m, k).
@@ -245,28 +260,43 @@ def comparison_figure(
         table: What `accuracy.comparison` gives.
         predictor: Which of its predictors the estimates are.
         path: The PNG.
+        ranks_only: The estimates are no losses.
     """
     rows = table[(table["predictor"] == predictor) & ~table["target"].isin([AVERAGE, MEAN])].sort_values("lds")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, max(4.4, 0.19 * len(rows))), width_ratios=(1, 1.1))
+    several = len(rows) > 1
+    size = (10.5, max(4.4, 0.19 * len(rows))) if several else (5.6, 4.4)
+    figure, panels = plt.subplots(1, 1 + several, figsize=size, squeeze=False)
     means = estimates.mean(axis=1), fine_tuned.mean(axis=1)
+    left = panels[0, 0]
     left.scatter(*means, color=BLUE, s=28)
-    left.set_xlabel("estimated loss, no fine-tuning (nats per token)")
+    left.set_xlabel(estimate_label(ranks_only))
     left.set_ylabel("loss after fine-tuning (nats per token)")
-    what = f"mean over {len(rows)} targets" if len(rows) > 1 else rows["target"].iloc[0]
-    left.set_title(f"{what}: Spearman {linear_datamodeling_score(*means):.2f}")
+    what = f"Mean over {len(rows)} targets" if several else shorten(rows["target"].iloc[0], 40)
+    left.set_title(f"{what}: Spearman {linear_datamodeling_score(*means):.2f} over {len(estimates)} subsets")
+    if several:
+        _scores_of_targets(panels[0, 1], rows)
+    save_figure(figure, path)
+
+
+def _scores_of_targets(axes: plt.Axes, rows: pd.DataFrame) -> None:
+    """The score of every target with its interval, beside the noise ceiling where it is known."""
     positions = np.arange(len(rows))
     interval = np.abs(rows[["lds_low", "lds_high"]].to_numpy(float).T - rows["lds"].to_numpy(float))
-    right.errorbar(rows["lds"], positions, xerr=interval, fmt="o", color=BLUE, ecolor=GREY, markersize=4,
-                   label="score, 90 % bootstrap interval")  # fmt: skip
+    axes.errorbar(rows["lds"], positions, xerr=interval, fmt="o", color=BLUE, ecolor=GREY, markersize=4,
+                  label="score, 90 % bootstrap interval")  # fmt: skip
     if rows["ceiling"].notna().any():
-        right.scatter(rows["ceiling"], positions, marker="|", color=ORANGE, s=60, label="another seed's values")
-    right.axvline(0, color=GREY, linewidth=0.8)
-    right.set_yticks(positions, rows["target"], fontsize=7)
-    right.set_xlabel("linear datamodeling score (Spearman over subsets)")
+        axes.scatter(rows["ceiling"], positions, marker="|", color=ORANGE, s=60, label="another seed's values")
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.set_yticks(positions, _names(rows["target"]), fontsize=7)
+    axes.set_xlabel("linear datamodeling score (Spearman over subsets)")
     lowest = float(np.nanmin([rows["lds_low"].min(), rows["ceiling"].min(), 0.0]))
-    right.set_xlim(lowest - 0.05, 1.05)
-    right.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
-    save_figure(figure, path)
+    axes.set_xlim(lowest - 0.05, 1.05)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
+
+
+def _names(names: Iterable[str], length: int = 36) -> list[str]:
+    """Names of tasks for an axis: one line each, long ones cut."""
+    return [shorten(" ".join(str(name).split()), length) for name in names]
 
 
 def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
@@ -292,6 +322,7 @@ def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(right=1.02)
     axes.set_xlabel("linear datamodeling score (Spearman over random half-size subsets)")
+    axes.set_title("Estimators against really fine-tuned values")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
@@ -315,34 +346,43 @@ def regret_figure(table: pd.DataFrame, path: Path) -> None:
     axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_yticks(positions, methods, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("regret: 0 = oracle (orange), 1 = all tasks (dashed); bars are means over worlds")
+    axes.set_xlabel("regret in test loss: 0 = oracle (orange line), 1 = all tasks (dashed)")
+    axes.set_title("What a method's selection costs; bars are means over worlds")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
 
-def selection_figure(steps: pd.DataFrame, names: Sequence[str], path: Path) -> None:
-    """The estimate along forward selection, each step labelled with the task it took.
+def selection_figure(
+    steps: pd.DataFrame, names: Sequence[str], path: Path, *, title: str, ranks_only: bool = False
+) -> None:
+    """The estimate along a search, each step labelled with the task it took.
 
     Args:
         steps: Columns `step`, `task`, `estimate`, `selected`.
         names: Task names by id.
         path: The PNG.
+        title: Above the figure.
+        ranks_only: The estimates are no losses.
     """
-    figure, axes = plt.subplots(figsize=(max(5.6, 0.42 * len(steps)), 4.4))
+    figure, axes = plt.subplots(figsize=(max(5.6, 0.3 * len(steps) + 1.5), 4.8))
     axes.plot(steps["step"], steps["estimate"], color=GREY, zorder=1)
     taken = steps[steps["selected"]]
     passed = steps[~steps["selected"]]
     axes.scatter(taken["step"], taken["estimate"], color=ORANGE, zorder=2, label="selected")
     if len(passed):
-        axes.scatter(passed["step"], passed["estimate"], color=GREY, zorder=2, label="tried, no improvement")
-    axes.set_xticks(steps["step"], [names[task] if task >= 0 else "start" for task in steps["task"]], rotation=60, ha="right", fontsize=8)  # fmt: skip
-    axes.set_ylabel("estimated loss (nats per token)")
-    axes.set_xlabel("task taken at each step")
+        label = "tried, no improvement"
+        axes.scatter(passed["step"], passed["estimate"], color=GREY, marker="X", s=44, zorder=2, label=label)
+    axes.set_xticks(steps["step"], _names(names[task] for task in steps["task"]), rotation=60, ha="right", fontsize=8)
+    axes.set_ylabel(estimate_label(ranks_only))
+    axes.set_xlabel("task of each step")
+    axes.set_title(title)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def affinity_figure(affinity: np.ndarray, tasks: Sequence[str], targets: Sequence[str], path: Path) -> None:
+def affinity_figure(
+    affinity: np.ndarray, tasks: Sequence[str], targets: Sequence[str], path: Path, *, ranks_only: bool = False
+) -> None:
     """How much each task alone lowers each target's loss, as a heat map around zero.
 
     Args:
@@ -350,18 +390,20 @@ def affinity_figure(affinity: np.ndarray, tasks: Sequence[str], targets: Sequenc
         tasks: Names (n,).
         targets: Names (k,).
         path: The PNG.
+        ranks_only: The estimates are no losses.
     """
     size = (max(5.0, 0.28 * len(targets) + 3.2), max(3.6, 0.2 * len(tasks) + 1.4))
     figure, axes = plt.subplots(figsize=size)
     limit = float(np.abs(affinity).max()) or 1.0
     image = axes.imshow(affinity, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(targets)), targets, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
+    axes.set_xticks(range(len(targets)), _names(targets), rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(tasks)), _names(tasks), fontsize=7)
     axes.grid(visible=False)
     axes.set_xlabel("target")
     axes.set_ylabel("task trained on")
+    axes.set_title("What each task alone does for each target")
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("estimated fall of the target's loss (nats per token)")
+    bar.set_label("fall of the estimate" if ranks_only else "estimated fall of the loss (nats per token)")
     save_figure(figure, path)
 
 
@@ -372,8 +414,11 @@ def scores_figure(
     names: Sequence[str],
     convergence: tuple[np.ndarray, np.ndarray],
     path: Path,
+    *,
+    target: str,
+    ranks_only: bool = False,
 ) -> None:
-    """Sorted random-ensemble scores with their standard errors, selected tasks in colour, and how soon they settle.
+    """Sorted random-ensemble scores with their standard errors, selected tasks marked, and how soon they settle.
 
     Args:
         scores: T_j (n,), lower is better.
@@ -382,38 +427,54 @@ def scores_figure(
         names: Task names by id.
         convergence: Of `selection.ranking_convergence`.
         path: The PNG.
+        target: What is estimated.
+        ranks_only: The estimates are no losses.
     """
     order = np.argsort(scores)
-    colors = [ORANGE if task in set(selected) else GREY for task in order]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, max(3.2, 0.2 * len(order))), width_ratios=(1.5, 1))
-    left.errorbar(scores[order], np.arange(len(order)), xerr=errors[order], fmt="none", ecolor=GREY, zorder=1)
-    left.scatter(scores[order], np.arange(len(order)), c=colors, s=22, zorder=2)
-    left.set_yticks(np.arange(len(order)), [names[task] for task in order], fontsize=7)
+    positions, is_selected = np.arange(len(order)), np.isin(order, list(selected))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, max(3.8, 0.2 * len(order))), width_ratios=(1.5, 1))
+    left.errorbar(scores[order], positions, xerr=errors[order], fmt="none", ecolor=GREY, zorder=1)
+    for chosen, color, marker, label in ((is_selected, ORANGE, "o", "selected"), (~is_selected, GREY, "X", "left out")):
+        left.scatter(scores[order][chosen], positions[chosen], c=color, marker=marker, s=30, zorder=2, label=label)
+    left.set_yticks(positions, _names(names[task] for task in order), fontsize=7)
     left.invert_yaxis()
-    left.set_xlabel("mean estimated loss of the subsets with the task (nats per token)")
-    left.set_title("Random ensemble scores (orange: selected)")
-    right.plot(*convergence, color=BLUE, marker="o", markersize=4)
+    left.set_xlabel(f"mean over the subsets with the task: {estimate_label(ranks_only)}", fontsize=9)
+    left.set_title(f"Random-ensemble scores for {target}")
+    left.legend(fontsize=8)
+    sizes, correlations = convergence
+    right.plot(sizes, correlations, color=BLUE, marker="o", markersize=4)
     right.set_xscale("log")
-    right.set_xlabel("subsets")
-    right.set_ylabel("Spearman with the ranking by all subsets")
+    right.xaxis.set_minor_locator(ticker.NullLocator())
+    right.set_xticks(sizes[:: max(1, len(sizes) // 5)], [f"{size:,}" for size in sizes[:: max(1, len(sizes) // 5)]])
+    right.set_xlabel("number of subsets")
+    right.set_ylabel("Spearman with the final ranking")
     right.set_title("How soon the ranking settles")
     save_figure(figure, path)
 
 
-def approximation_figure(frame: pd.DataFrame, path: Path) -> None:
-    """First-order and zero-order approximation error by relative distance, mean over seeds.
+def approximation_figure(frame: pd.DataFrame, path: Path, *, title: str) -> None:
+    """First-order and zero-order approximation error by relative distance: every seed, and their mean.
 
     Args:
         frame: Columns `scale`, `seed`, `first_order`, `zero_order`.
         path: The PNG.
+        title: Above the figure.
     """
-    means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
-    figure, axes = plt.subplots(figsize=(5.6, 4.0))
-    axes.plot(means.index, means["first_order"], color=ORANGE, marker="o", label="first order: outputs(w*) + g·δ")
-    axes.plot(means.index, means["zero_order"], color=GREY, marker="s", label="zero order: outputs(w*)")
+    columns = ["first_order", "zero_order"]
+    means, num_seeds = frame.groupby("scale")[columns].mean(), frame["seed"].nunique()
+    of = f", mean of {num_seeds} seeds" if num_seeds > 1 else ""
+    figure, axes = plt.subplots(figsize=(5.6, 4.4))
+    for column, color, marker, label in (
+        ("first_order", ORANGE, "o", f"first order: outputs(w*) + g·δ{of}"),
+        ("zero_order", GREY, "s", f"zero order: outputs(w*){of}"),
+    ):
+        axes.plot(means.index, means[column], color=color, marker=marker, label=label)
+        if num_seeds > 1:
+            axes.scatter(frame["scale"], frame[column], color=color, marker=marker, s=12, alpha=0.4)
     axes.set_yscale("log")
-    axes.set_xlabel("distance |δ| / |w*|")
-    axes.set_ylabel("relative squared residual")
+    axes.set_xlabel("length of the displacement, |δ| / |w*|")
+    axes.set_ylabel("relative squared error of the outputs")
+    axes.set_title(shorten(title, 64), fontsize=10)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 

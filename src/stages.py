@@ -188,7 +188,8 @@ def train(args: argparse.Namespace) -> None:
     chosen = chosen_subsets(args, data)
     table = results_dir(run_from(args, 0).results_name) / RESULTS_FILE
     folders = [run_from(args, run_index).meta_initialization_dir for run_index in range(args.runs)]
-    if is_dry_run(args, sources_read(args, args.load_model_dir), folders if chosen is None else [table]):
+    written = folders + ([predictions_file(args, 0).parent] if data.judge else []) if chosen is None else [table]
+    if is_dry_run(args, sources_read(args, args.load_model_dir), written):
         return
     if chosen is not None:
         with held_by_first(table):
@@ -349,12 +350,16 @@ def meta_train(
     print(f"Wrote {folder}: {kept}. Next: the projected gradients there (stage 2), with the same data and model flags.")
 
 
+def predictions_file(args: argparse.Namespace, epoch: int) -> Path:
+    """Where the model's own completions of an epoch are kept."""
+    rank, key = args.lora_rank if args.train_lora else None, parse_preset(args.preset_key).student_key
+    return prediction_file(args.saved_dir, args.model_key, key, args.dataset_key, args.train_key, epoch, rank)
+
+
 def write_predictions(args: argparse.Namespace, data: TaskData, epoch: int, completions: dict[int, str]) -> None:
     """Keep the model's own completions of the validation rows in the completion format."""
-    rank = args.lora_rank if args.train_lora else None
-    key = parse_preset(args.preset_key).student_key
     save_predictions(
-        prediction_file(args.saved_dir, args.model_key, key, args.dataset_key, args.train_key, epoch, rank),
+        predictions_file(args, epoch),
         data,
         completions,
         base_model=args.model_key,
@@ -362,7 +367,7 @@ def write_predictions(args: argparse.Namespace, data: TaskData, epoch: int, comp
         train_key=args.train_key,
         epoch=epoch,
         train_lora=args.train_lora,
-        lora_rank=rank,
+        lora_rank=args.lora_rank if args.train_lora else None,
     )
 
 
@@ -723,7 +728,11 @@ def cluster_tasks(
             clusters[training] = cluster_samples(np.asarray(stored[-1].rows[training], np.float32), num_clusters, seed)
         kept = {"clusters": clusters, "data_fingerprint": np.array(data_fingerprint)}
         write_arrays(path, kept)
-        print(f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters.")
+        sizes = np.bincount(clusters[training])
+        print(
+            f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters of {sizes.min():,} to "
+            f"{sizes.max():,} rows, median {np.median(sizes):,.0f}."
+        )
     if kept.get("data_fingerprint") != data_fingerprint:
         raise ValueError(f"{path} has clusters of other data than {store} has now; remove it, and it is made anew")
     return kept["clusters"], [f"cluster_{number:04d}" for number in range(num_clusters)]

@@ -19,7 +19,7 @@ from src.estimation import (
     estimate,
     first_order_error,
     mixture_weights,
-    ridge_solutions,
+    solutions,
     task_moments,
     zero_order_error,
 )
@@ -115,7 +115,7 @@ def test_ridge_equals_a_regression_on_the_raw_rows(
     """Moments, batching and float32 change nothing: each x_S is a ridge regression on the rows of S."""
     weights = membership * np.random.default_rng(1).random(membership.shape) if weighted else membership
     expected = np.array([direct_ridge(rows, subset, weight_by) for subset in weights])
-    np.testing.assert_allclose(ridge_solutions(part, weights, RHO, weight_by), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(solutions(part, weights, rho=RHO, weight_by=weight_by), expected, rtol=1e-4, atol=1e-6)
     means, slopes = target_means(rows)
     first_order = means + expected @ slopes.T
     linear, ridge, margin = (
@@ -140,7 +140,7 @@ def test_ridge_finds_a_planted_solution() -> None:
     gradients = rows.rows - np.outer(rows.rows @ planted + 1, planted / (planted @ planted))
     part = make_part(replace(rows, rows=gradients.astype(np.float32)))
     membership = np.ones((1, NUM_TASKS), bool)
-    np.testing.assert_allclose(ridge_solutions(part, membership, rho=1e-7)[0], planted, rtol=1e-3)
+    np.testing.assert_allclose(solutions(part, membership, rho=1e-7)[0], planted, rtol=1e-3)
     means, _ = target_means(rows)
     for estimator, fall in (("linear", 1.0), ("ridge", 0.5)):  # the quadratic model has its lowest point there
         found = estimate([part], membership, estimator=estimator, rho=1e-7)
@@ -185,8 +185,8 @@ def test_kernel_equals_ridge(membership: np.ndarray, dim: int, weight_by: str) -
     )
     np.testing.assert_allclose(kernel, ridge, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(automatic, ridge, rtol=1e-4, atol=1e-5)
-    solutions = (ridge_solutions(from_part, membership, RHO, weight_by) for from_part in (part, without))
-    np.testing.assert_allclose(*solutions, rtol=1e-4, atol=1e-5)
+    found = (solutions(from_part, membership, rho=RHO, weight_by=weight_by) for from_part in (part, without))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_outers", [True, False])

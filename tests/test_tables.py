@@ -13,7 +13,7 @@ from src.cli import run_command
 from tests.commands import ROOT, load_script
 
 COLUMNS = {
-    "approximation_error": ["distance", "addsub", "instruction"],
+    "approximation_error": ["distance", "addsub", "addsub, no change", "instruction", "instruction, no change"],
     "correlation": ["data set", "target", "predictor", "subsets", "lds", "lds_low", "lds_high", "relative_error",
                     "squared_relative_error", "ceiling"],
     "cost": ["data set", "subsets", "meta-training (s)", "gradients (s)", "estimation (s)", "one fine-tuning (s)",
