@@ -30,10 +30,17 @@ import pandas as pd
 
 from src import cli
 from src.accuracy import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
-from src.estimates import own_targets
 from src.estimation import ESTIMATORS, Part, estimate
 from src.paths import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
-from src.report import VALIDATION_LOSS, benchmark_figure, fine_tuned_values, read_table, subset_text, write_table
+from src.report import (
+    VALIDATION_LOSS,
+    benchmark_figure,
+    fine_tuned_values,
+    own_targets,
+    read_table,
+    subset_text,
+    write_table,
+)
 from src.subsets import load_or_draw_subsets, membership_matrix
 
 worlds = cli.load_script("scripts/worlds.py")

@@ -18,7 +18,6 @@ import pandas as pd
 
 from src import cli
 from src.accuracy import AVERAGE, MEAN
-from src.estimates import own_targets
 from src.paths import (
     APPROXIMATION_FILE,
     COMPARISON_FILE,
@@ -39,6 +38,7 @@ from src.report import (
     columns_of,
     markdown_table,
     mean_over_targets,
+    own_targets,
     read_table,
     subset_text,
     write_table,

@@ -22,7 +22,7 @@ import pandas as pd
 
 from src import cli
 from src.accuracy import AVERAGE, MEAN
-from src.estimates import own_targets, results_folder
+from src.estimates import results_folder
 from src.paths import (
     AFFINITY_FIGURE,
     COMPARISON_FIGURE,
@@ -37,7 +37,7 @@ from src.paths import (
     atomic_write,
     read_manifest,
 )
-from src.report import TEST_ACCURACY, TEST_LOSS, columns_of, mean_over_targets, parse_subset, read_table
+from src.report import TEST_ACCURACY, TEST_LOSS, columns_of, mean_over_targets, own_targets, parse_subset, read_table
 
 STYLE = """
 body { font: 16px/1.5 Georgia, serif; color: #222; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }

@@ -179,7 +179,7 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
     """Where the instruction track's examples come from."""
     group = parser.add_argument_group("data (instruction)")
     group.add_argument("--data_files", nargs="+", metavar="SOURCE", help="training sources: .jsonl, .csv, .parquet or .pkl "
-                       "files, folders that datasets saved, or hub ids such as org/name:split (default: "
+                       "files, folders of them or that datasets saved, or hub ids such as org/name:split (default: "
                        f"{ALPACA_FILE})")  # fmt: skip
     group.add_argument("--prompt_column", metavar="NAME", help="column of the prompts (default: inputs, prompt, messages "
                        "or instruction, whichever is there)")  # fmt: skip
@@ -277,7 +277,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """What the results are called, and a look before anything is written."""
     group = _group(parser, "run")
     group.add_argument("--save_name", metavar="NAME", help="name of this run's results, and suffix that tells its folders "
-                       "from others (default: made of model, data and run)")  # fmt: skip
+                       "from others: its meta-training, and the gradients and estimates of that (default: made of model, data and "
+                       "run)")  # fmt: skip
     add_dry_run(parser)
 
 
@@ -622,7 +623,7 @@ RULES = (
          _is("compute_pretrained_outputs", True), "has no effect without --compute_pretrained_outputs"),
     Rule(("project_dim",), _is("projection", "sketch", "two_sided", "dense"),
          "has no effect with --projection none, which keeps all numbers"),
-    Rule(("rho",), _is("estimator", "ridge", "linear", "kernel", "logistic"),
+    Rule(("rho",), lambda args: getattr(args, "estimator", "") not in ("alignment", "representation", "constant"),
          "has no effect on this estimator, which has no ridge"),
 )  # fmt: skip
 
@@ -633,7 +634,7 @@ RULES = (
 def instruction_files(args: argparse.Namespace) -> list[str | Path]:
     """The training sources of the instruction track."""
     if args.data_files:
-        return args.data_files
+        return sorted(args.data_files)  # the order in which they are typed decides nothing
     return [ALPACA_FILE, FLAN_FILE, ZS_COT_FILE] if args.train_instruction else [ALPACA_FILE]
 
 
@@ -700,7 +701,13 @@ def say_once(message: str) -> None:
     """Print a notice the first time only."""
     if message not in _said:
         _said.add(message)
-        print(message, flush=True)
+        say(message)
+
+
+def say(message: str) -> None:
+    """Print a line beside progress bars, not into them."""
+    tqdm.write(message)
+    sys.stdout.flush()
 
 
 def hardware_from(args: argparse.Namespace) -> Hardware:
@@ -813,6 +820,11 @@ def spent(started: float) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, **peaks}
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: 1 row, 2 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def say_notices(notices: Iterable[str]) -> None:
     """Print the one-line notices of a loading step."""
     for notice in notices:
@@ -900,6 +912,9 @@ def run_stage(main: Callable[[argparse.Namespace], Any], args: argparse.Namespac
         with waiting_for("loading the libraries"):
             quiet_libraries()
         return main(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on, or starts again, where it was", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         line = _line_about(error)
         if line is None or os.environ.get("GRADEX_TRACEBACK"):

@@ -8,6 +8,7 @@ Letters: m subsets, n tasks, k targets.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate
-from src.cli import command_typed, hardware_from, is_dry_run, progress, run_from, say_notices, waiting_for
+from src.cli import command_typed, counted, hardware_from, is_dry_run, progress, run_from, say_notices, waiting_for
 from src.datamodule import tokenizer_fingerprint
 from src.estimation import (
     ESTIMATORS,
@@ -83,6 +84,7 @@ from src.report import (
     fine_tuned_values,
     lower_is_better,
     mean_over_targets,
+    own_targets,
     parse_subset,
     read_table,
     scores_figure,
@@ -103,12 +105,7 @@ from src.stages import (
     train,
     valid_subset,
 )
-from src.subsets import load_or_draw_subsets, membership_matrix, write_subsets, write_task_weights
-
-
-def own_targets(targets: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    """The targets that are no training task (the tasks of `--target_files`), or all where there is none."""
-    return [name for name in targets if name not in tasks] or list(targets)
+from src.subsets import draw_subsets, load_or_draw_subsets, membership_matrix, write_subsets, write_task_weights
 
 
 class Estimator:
@@ -138,7 +135,8 @@ class Estimator:
                 f"--estimator {args.estimator} is of {kind.output_function}s; take the gradients with --output_function "
                 f"{kind.output_function} too"
             )
-        use_rows = kind.needs_rows or kernel_is_smaller(manifest["num_rows"], manifest["dim"])
+        by_kernel = kernel_is_smaller(manifest["num_rows"], manifest["dim"]) and not kind.needs_outers
+        use_rows = kind.needs_rows or by_kernel
         self.parts: list[Part] = [
             part.estimation_part(
                 task_of_row,
@@ -287,17 +285,20 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     folder = results_dir(estimator.run.results_name)
     drawn = [] if path.exists() else [path]
     read = [part.folder for part in estimator.stored] + ([] if drawn else [path])
+    drawing = (args.number_of_subsets, len(estimator.tasks), args.subset_size, estimator.run.run)
+    if args.dry_run and drawn:
+        draw_subsets(*drawing)  # refuses what cannot be drawn
     if is_dry_run(args, read, [*drawn, folder / ESTIMATES_FILE, folder / MANIFEST]):
         return
-    subsets = load_or_draw_subsets(
-        path, args.number_of_subsets, len(estimator.tasks), args.subset_size, seed=estimator.run.run
-    )
+    subsets = load_or_draw_subsets(path, *drawing, tasks=estimator.tasks)
+    if args.number_of_subsets not in (None, len(subsets)):
+        say_notices([f"{path} is there, and its {len(subsets):,} subsets are taken; remove it to draw others"])
     membership = membership_matrix(subsets, len(estimator.tasks))
     tables = {ESTIMATE: estimator(membership, columns)}
     if truth is not None:
         rho, values = estimator.calibrated(truth, membership, columns)
         tables |= dict(zip((CALIBRATED, LOW, HIGH), values, strict=True))
-        print(f"Calibrated on {args.calibrate}, with rho {rho:g}.")
+        print(f"Calibrated on {args.calibrate}{how_trained(Path(args.calibrate))}, with rho {rho:g}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]
     frame = pd.DataFrame(np.concatenate(list(tables.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
@@ -310,9 +311,18 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     facts |= {"commands": [*estimator.commands, command_typed()], "files": files_facts(folder, [ESTIMATES_FILE])}
     write_manifest(folder, {**estimator.facts, **facts})
     print(
-        f"Wrote {folder / ESTIMATES_FILE}: estimates of {len(subsets):,} subsets ({path}) for {len(columns)} targets in "
-        f"{time.perf_counter() - started:.1f} s. Next: python notebook/select_random_ensemble.py {folder}"
+        f"Wrote {folder / ESTIMATES_FILE}: estimates of {counted(len(subsets), 'subset')} ({path}) for "
+        f"{counted(len(columns), 'target')} in {time.perf_counter() - started:.1f} s. Next: "
+        f"fast_estimate_forward_selection.py with the same flags, or python notebook/select_random_ensemble.py {folder}"
     )
+
+
+def how_trained(table: Path) -> str:
+    """The training flags behind a table of fine-tuned values, in brackets; nothing where they are not known."""
+    described = table.with_suffix(".json")
+    facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+    flags = [f"--{name} {facts[name]}" for name in ("lr", "batch_size", "epochs") if name in facts]
+    return f" (fine-tuned with {' '.join(flags)})" if flags else ""
 
 
 def compare(args: argparse.Namespace) -> pd.DataFrame:
@@ -326,8 +336,10 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     written = [path.with_name(COMPARISON_FILE), path.with_name(COMPARISON_FIGURE)]
     if is_dry_run(args, [path, args.truth], written):
         return pd.DataFrame()
+    manifest = read_manifest(path.parent, "stage 3") if (path.parent / MANIFEST).is_file() else {}
+    tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
     available = [name for name in columns_of(estimates, ESTIMATE) if name in columns_of(truth, args.metric)]
-    targets = args.target_task or available
+    targets = args.target_task or own_targets(available, tasks)
     if unknown := [name for name in targets if name not in available]:
         raise ValueError(
             f"--target_task {unknown[0]}: both tables have {', '.join(available) or 'no target in common'}"
@@ -342,8 +354,6 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
         for prefix in (ESTIMATE, CALIBRATED)
         if columns_of(estimates, prefix)
     }
-    manifest = read_manifest(path.parent, "stage 3") if (path.parent / MANIFEST).is_file() else {}
-    tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
     known = {"base model": "", "all tasks": subset_text(range(len(tasks)))} if tasks else {"base model": ""}
     for name, text in known.items():
         if (truth["subset"] == text).any():
@@ -363,9 +373,10 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, written[1], ranks_only=ranks_only)
     shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
     print(shown.round(3).to_string(index=False))
+    print("lds: Spearman over subsets, with its 90 % bootstrap interval; ceiling: one seed's values against another's.")
     print(
-        f"Wrote {written[0]} and {written[1]}: {len(subsets)} subsets, {len(targets)} targets. Next: stage 3 again with "
-        f"--calibrate {args.truth}"
+        f"Wrote {written[0]} and {written[1]}: {counted(len(subsets), 'subset')}, {counted(len(targets), 'target')}. Next: "
+        f"stage 3 again with --calibrate {args.truth}"
     )
     return table
 
@@ -477,19 +488,26 @@ def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
 
 def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int]) -> SelectionPath:
     """The search of `--method` for the mean over some targets; before refining, a few steps past the best."""
-    num_tasks = len(estimator.tasks)
-    return METHODS[args.method].search(
+    num_tasks, rows_of_task = len(estimator.tasks), estimator.parts[0].train.counts
+    path = METHODS[args.method].search(
         lambda membership: estimator(membership & estimator.has_rows, columns).mean(axis=1),
         num_tasks,
         start_from=valid_subset(args.start_from, num_tasks),
         max_tasks=args.max_tasks,
         budget_rows=args.budget_rows,
-        rows_of_task=estimator.parts[0].train.counts,
+        rows_of_task=rows_of_task,
         tolerance=args.tolerance,
         patience=max(args.patience, 2) if args.refine else args.patience,
         try_at_most=args.try_at_most,
         progress=progress,
     )
+    num_rows = int(rows_of_task[list(path.selected)].sum())
+    if len(path.selected) > (args.max_tasks or num_tasks) or num_rows > (args.budget_rows or num_rows):
+        raise ValueError(
+            f"--method {args.method} selected {counted(len(path.selected), 'task')} with {counted(num_rows, 'row')}, which is "
+            "beyond --max_tasks or --budget_rows; it does not know these flags"
+        )
+    return path
 
 
 def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
@@ -514,15 +532,19 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     steps = [path_table(*of_path, estimator) for of_path in zip(paths, selected, labels, strict=True)]
     write_table(folder / SELECTION_FILE, pd.concat(steps))
     comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
-    write_subsets(chosen, selected, comment=comment)
+    write_subsets(chosen, selected, comment=comment, tasks=estimator.tasks)
     written = outputs
+    without, everything = (estimator(np.full((1, len(estimator.tasks)), is_in) & estimator.has_rows, columns).mean()
+                           for is_in in (False, True))  # fmt: skip
+    references = {"no task": without, "all tasks": everything}
     if args.per_target:
         write_affinity(estimator, columns, folder)
     else:
         title = f"{method.replace('_', ' ').capitalize()} for {shorten(labels[0], 40)}"
         selection_figure(
-            steps[0], estimator.tasks, folder / SELECTION_FIGURE, title=title, ranks_only=estimator.ranks_only
-        )
+            steps[0], estimator.tasks, folder / SELECTION_FIGURE,
+            title=title, references=references, ranks_only=estimator.ranks_only,
+        )  # fmt: skip
     if args.weights:
         shares, course = mixture_weights(
             estimator.parts, columns, rho=args.rho, weight_by=args.weight_by, progress=progress
@@ -530,9 +552,12 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
         written.append(weights_file(name))
         write_task_weights(written[-1], estimator.tasks, shares)
         print(f"Mixture weights: estimate {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
-    for subset, label in zip(selected, labels, strict=True):
+    for subset, label, group in zip(selected, labels, groups, strict=True):
+        estimate = estimator(membership_matrix([subset], len(estimator.tasks)) & estimator.has_rows, group).mean()
+        beside = "".join(f", {value:.4g} with {name}" for name, value in references.items()) * (not args.per_target)
         print(
-            f"Selected {len(subset)} of {len(estimator.tasks)} tasks for {label}: {names_of(subset, estimator.tasks)}"
+            f"Selected {len(subset)} of {len(estimator.tasks)} tasks for {label}: {names_of(subset, estimator.tasks)}\n"
+            f"Estimate: {estimate:.4g} with these{beside}."
         )
     print(
         f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it with stage 1's script and "
@@ -549,7 +574,8 @@ def refined(
     name = estimator.run.results_name
     steps = sorted(path.steps, key=lambda step: step.estimate)[: args.refine]
     candidates = subset_file(f"{name}_candidates")
-    write_subsets(candidates, [step.subset for step in steps], comment="candidates of a selection, really fine-tuned")
+    comment = "candidates of a selection, really fine-tuned"
+    write_subsets(candidates, [step.subset for step in steps], comment=comment, tasks=estimator.tasks)
     chosen = {"subset_file": str(candidates), "task_weights": None, "task_idxes": None, "load_model_dir": None}
     train(argparse.Namespace(**{**vars(args), **chosen}))
     table = read_table(results_dir(name) / RESULTS_FILE)
@@ -595,7 +621,8 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
 
 
 def results_folder(typed: str) -> Path:
-    """The folder that `results/<name>`, or `<name>`, names."""
+    """The folder that `results/<name>`, `<name>`, or a file in there names."""
+    typed = str(Path(typed).parent) if Path(typed).is_file() else typed
     return results_dir(str(Path(typed).relative_to(RESULTS) if Path(typed).is_relative_to(RESULTS) else typed))
 
 
@@ -625,7 +652,7 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
         scores, errors, selected, tasks, settling, folder / SCORES_FIGURE,
         target=shorten(", ".join(targets), 40), ranks_only=manifest.get("ranks_only", False),
     )  # fmt: skip
-    write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}")
+    write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}", tasks=tasks)
     print(
         f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: "
         f"{names_of(selected, tasks)}\n"

@@ -643,7 +643,7 @@ def _needed_rows(part: Part) -> Rows:
         ValueError: it has moments only.
     """
     if part.rows is None:
-        raise ValueError("estimators 'logistic' and 'kernel' need the rows of a part, and this one has moments only")
+        raise ValueError("this estimator needs the rows of a part, and this one has moments only")
     return part.rows
 
 
@@ -694,6 +694,8 @@ class EstimatorKind:
         meaning: What it is, for a person who chooses.
         solver: From a part and lambda to a function from row weights to the solutions x_S; None where there are none.
         needs_rows: It reads a part's rows, not their moments alone.
+        needs_outers: It reads the outer products even where there are fewer rows than dimensions, and the rows' kernel
+            would be smaller.
         output_function: The only one whose rows it takes; None = any.
         represented: Its rows are representations instead of gradients.
         ranks_only: Its estimates are no losses; only their order says something.
@@ -703,6 +705,7 @@ class EstimatorKind:
     meaning: str
     solver: Callable[[Part, float], OnSubsets] | None = None
     needs_rows: bool = False
+    needs_outers: bool = False
     output_function: str | None = None
     represented: bool = False
     ranks_only: bool = False

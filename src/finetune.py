@@ -6,8 +6,9 @@ other rows. What differs is kept in callbacks (checkpoints on the way) and in th
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ class Checkpoints(pl.Callback):
         self.trajectory: list[str] = []
         self.best: str | None = None
         self.best_loss = float("inf")
+        self.first_loss: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         steps = int(trainer.estimated_stepping_batches)
@@ -219,7 +221,10 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
         loss = float(np.nanmean(module.losses))
-        if trainer.state.fn != "fit" or loss >= self.best_loss:
+        if trainer.state.fn != "fit":
+            return
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if loss >= self.best_loss:
             return
         replaced, self.best = self.best, epoch_checkpoint_name(trainer.current_epoch)
         self.best_loss = loss
@@ -319,6 +324,17 @@ def build_trainer(
     )
 
 
+@contextlib.contextmanager
+def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """A Trainer that is interrupted ends the program; here an interruption is one like any other."""
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
 def fit(
     model: LanguageModel,
     datamodule: TaskDataModule,
@@ -334,7 +350,8 @@ def fit(
     pl.seed_everything(seed, verbose=False)
     model.train()
     trainer = build_trainer(hardware, plan, callbacks, validate, logger)
-    trainer.fit(FineTuning(model, datamodule.data, plan), datamodule=datamodule)
+    with _interruptible(trainer):
+        trainer.fit(FineTuning(model, datamodule.data, plan), datamodule=datamodule)
 
 
 @dataclass(frozen=True)
@@ -355,7 +372,8 @@ def evaluate(
     trainer = build_trainer(hardware)
     runs = {"validation": trainer.validate, "test": trainer.test}
     for split in splits:
-        runs[split](module, datamodule=datamodule, verbose=False)
+        with _interruptible(trainer):
+            runs[split](module, datamodule=datamodule, verbose=False)
         losses = np.fmax(losses, module.losses)
         completions |= module.completions
     return Evaluation(losses, completions)

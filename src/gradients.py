@@ -13,6 +13,7 @@ Letters: N samples, R stored rows (training and validation), B batch, T tokens, 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -624,7 +625,11 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
     if checkpoints is None:
         found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
         if not found:
-            raise FileNotFoundError(f"no projected gradients in {folder}; make them with: python {made_by}")
+            like = difflib.get_close_matches(
+                folder.name, [path.name for path in folder.parent.glob("*")], n=3, cutoff=0.8
+            )
+            beside = f" (there are {', '.join(like)}: other flags of model, adapter or projection)" if like else ""
+            raise FileNotFoundError(f"no projected gradients in {folder}{beside}; make them with: python {made_by}")
     else:
         found = [folder / Path(name.removesuffix("/")).name.removesuffix(".ckpt") for name in checkpoints]
     parts = [StoredPart(path, read_manifest(path, made_by)) for path in found]
@@ -632,6 +637,12 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
         for name in part.manifest["files"]:
             part.check(name, content=name in (OUTPUTS, SAMPLES))
     parts.sort(key=lambda part: (part.manifest["step"], part.folder.name))
+    trainings = sorted({str(Path(part.manifest.get("checkpoint_dir", "")).parent) for part in parts})
+    if checkpoints is None and len(trainings) > 1:
+        raise ValueError(
+            f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)}); name those to be "
+            "used with --load_model_dir"
+        )
     shared = ("data_fingerprint", "tasks", "targets", "output_function", "dim")
     for part in parts[1:]:
         check_manifest(

@@ -1,7 +1,7 @@
 """Where the instruction track's examples come from.
 
-A source is a file, a folder that `datasets` saved, or a data set on the hub: `_FORMATS` says how each is read, record by
-record. A record's columns say how it becomes a prompt and a completion: `_LAYOUTS`. Pickled frames are read by
+A source is a file, a folder that `datasets` saved, or a data set on the hub: `FORMATS` says how each is read, record by
+record. A record's columns say how it becomes a prompt and a completion: `LAYOUTS`. Pickled frames are read by
 `src.frames`, with the layout that the published files have.
 """
 
@@ -159,7 +159,7 @@ def _plain_texts(prompt: str, completion: str) -> Callable[[Record, str, Chat], 
     return texts
 
 
-_LAYOUTS: dict[tuple[str, ...], Callable[[Record, str, Chat], tuple[str, str]]] = {
+LAYOUTS: dict[tuple[str, ...], Callable[[Record, str, Chat], tuple[str, str]]] = {
     ("inputs", "targets"): _flan_texts,
     ("prompt", "completion"): _plain_texts("prompt", "completion"),
     ("messages",): lambda record, where, chat: chat.texts(record.get("messages"), where),
@@ -168,26 +168,31 @@ _LAYOUTS: dict[tuple[str, ...], Callable[[Record, str, Chat], tuple[str, str]]] 
 """Columns that a source has -> how a record becomes a prompt and a completion; the first that fits."""
 
 
-def _record_rows(source: str, records: Iterator[tuple[str, Record]], columns: Columns, chat: Chat) -> Iterator[_Row]:
-    """Rows of a source's records; its first record says which layout it has and which column names the task."""
+def _record_rows(
+    source: str, records: Iterator[tuple[str, Record]], columns: Columns, chat: Chat, columns_used: set[str]
+) -> Iterator[_Row]:
+    """Rows of a source's records; its first record says which layout it has and which column names the task. A source
+    without the columns that the user named is read by those that it has."""
     first = next(records, None)
     if first is None:
         return
     where, record = first
-    if columns.prompt or columns.completion:
+    given = [name for name in (columns.prompt, columns.completion) if name]
+    if set(given) & set(record):
         named: tuple[str, ...] = (columns.prompt or "prompt", columns.completion or "completion")
         texts = _plain_texts(*named)
+        columns_used.update(given)
     else:
-        fitting = [layout for layout in _LAYOUTS if set(layout) <= set(record)]
+        fitting = [layout for layout in LAYOUTS if set(layout) <= set(record)]
         # a record that lacks one of the columns is told so by the layout it comes nearest to
-        named = (fitting or [max(_LAYOUTS, key=lambda layout: len(set(layout) & set(record)))])[0]
+        named = (fitting or [max(LAYOUTS, key=lambda layout: len(set(layout) & set(record)))])[0]
         if not set(named) & set(record):
-            layouts = "; ".join(" and ".join(layout) for layout in _LAYOUTS)
+            layouts = "; ".join(" and ".join(layout) for layout in LAYOUTS)
             raise ValueError(
                 f"{where} has the columns {shorten(', '.join(map(str, record)))}; expected {layouts}, or name yours with "
                 "--prompt_column and --completion_column"
             )
-        texts = _LAYOUTS[named]
+        texts = LAYOUTS[named]
     task_column = columns.task or next((name for name in TASK_COLUMNS if name in record), None)
     # published files name tasks in _task_name: there a row without one is a fault, not a source of its own
     task_column = task_column or (TASK_COLUMNS[0] if named == ("inputs", "targets") else None)
@@ -287,25 +292,57 @@ def _first_line(error: Exception) -> str:
     return shorten((str(cause).strip() or type(cause).__name__).splitlines()[0], 200)
 
 
-_FORMATS: dict[str, Callable[[str], Iterator[tuple[str, Record]]]] = {
-    r".*\.jsonl?(\.gz)?": _json_records,
-    r".*\.parquet": _parquet_records,
-    r".*\.csv(\.gz)?": _csv_records,
+FORMATS: dict[str, Callable[[str], Iterator[tuple[str, Record]]]] = {
+    ".jsonl": _json_records,
+    ".json": _json_records,
+    ".csv": _csv_records,
+    ".parquet": _parquet_records,
 }
-"""Name of a file -> its records, each with where it stands, for messages."""
+"""How a file's name ends, but for .gz -> its records, each with where it stands, for messages. To add a format, write a
+function of a few lines and name it here."""
+
+
+def _format_of(name: str) -> str:
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def files_of(source: str, without: Sequence[str] = ()) -> list[str]:
+    """The data files of a folder, sorted, but for some; any other source is itself.
+
+    Raises:
+        ValueError: a folder that has none and that `datasets` did not save.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        return [source]
+    excluded = {Path(file).resolve() for file in without}
+    known = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_data_file(path.name)]
+    found = [str(path) for path in known if path.resolve() not in excluded]
+    if not found:
+        raise ValueError(
+            f"{source} is a folder without data files; expected files that end in {', '.join(FORMATS)} or .pkl in it, or "
+            "what the save_to_disk of datasets writes"
+        )
+    return found
+
+
+def _is_data_file(name: str) -> bool:
+    if name.endswith(".pkl"):
+        return not name.endswith("_dev_split_map.pkl")
+    return _format_of(name) in FORMATS
 
 
 def _records_of(source: str) -> Iterator[tuple[str, Record]]:
     if Path(source).is_dir():
         return _saved_records(source)
-    for pattern, records in _FORMATS.items():
-        if re.fullmatch(pattern, source):
-            return records(source)
+    if (ending := _format_of(source)) in FORMATS:
+        return FORMATS[ending](source)
     is_named_like_a_file = re.fullmatch(r"\.[A-Za-z]\w*", Path(source).suffix)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:\w+)?", source) and not is_named_like_a_file:
         return _hub_records(source)
     raise ValueError(
-        f"{source}: instruction data are .jsonl, .csv, .parquet and .pkl files, folders of `save_to_disk` and hub ids"
+        f"{source}: instruction data are files that end in {', '.join(FORMATS)} or .pkl, folders of them or of "
+        "`save_to_disk`, and hub ids"
     )
 
 
@@ -376,15 +413,21 @@ def _dev_map_splits(path: Path, frame: pd.DataFrame, rows: Mapping[int, _Row]) -
 
 
 def _read_rows(
-    sources: Sequence[str | Path], use_dev_map: bool, columns: Columns, chat: Chat, spool: TextSpool, notices: list[str]
+    sources: Sequence[str],
+    use_dev_map: bool,
+    columns: Columns,
+    chat: Chat,
+    spool: TextSpool,
+    notices: list[str],
+    columns_used: set[str],
 ) -> list[_Placed]:
     """Rows of all sources, in the order of the sources and of the rows in them; their texts go into the spool."""
     rows: list[_Placed] = []
-    for source in map(str, sources):
+    for source in sources:
         if source.endswith(".pkl"):
             found = _frame_rows(require_file(Path(source)), use_dev_map, chat, notices)
         else:
-            found = _record_rows(source, _records_of(source), columns, chat)
+            found = _record_rows(source, _records_of(source), columns, chat, columns_used)
         before = len(rows)
         for row in progress(found, desc=f"reading {shorten(source, 40)}", unit="row"):
             spool.append(row.prompt, row.completion)
@@ -433,7 +476,7 @@ def load_instruction(
 
     Args:
         data_files: Training sources.
-        target_files: Sources of targets.
+        target_files: Sources of targets; one that lies in a folder of `data_files` is a target only.
         heldout_share: Share of a task's prompts that validates, and that tests.
         max_heldout: At most so many of them.
         columns: Names of columns that are not the usual ones.
@@ -449,16 +492,26 @@ def load_instruction(
         raise ValueError("these data hold messages, which only a model's tokenizer can turn into prompts")
 
     chat, spool = Chat(load_tokenizer or no_tokenizer), TextSpool()
+    columns_used: set[str] = set()
+    targets = [file for source in target_files for file in files_of(str(source))]
+    training = [file for source in data_files for file in files_of(str(source), without=targets)]
     rows = _split_rows(
-        _read_rows(data_files, True, columns, chat, spool, notices),
+        _read_rows(training, True, columns, chat, spool, notices, columns_used),
         lambda keys: stable_split(keys, heldout_share, max_heldout),
     )
-    target_rows = _split_rows(_read_rows(target_files, False, columns, chat, spool, notices), _halves)
+    target_rows = _split_rows(_read_rows(targets, False, columns, chat, spool, notices, columns_used), _halves)
+    for flag, name in (("--prompt_column", columns.prompt), ("--completion_column", columns.completion)):
+        if name and name not in columns_used:
+            sources_read = shorten(", ".join((*training, *targets)), 200)
+            raise ValueError(f"{flag} {name}: none of {sources_read} has such a column")
     sources = {row.task for row in rows}
     for row in target_rows:
         if row.task in sources or row.split == "train":
             reason = "is a task of the training data too" if row.task in sources else "has _split train"
-            raise ValueError(f"{row.where}: target {row.task!r} {reason}; tasks of target files are never trained on")
+            raise ValueError(
+                f"{row.where}: target {row.task!r} {reason}; tasks of target files are never trained on: leave its rows out "
+                "of --data_files, or give them another task"
+            )
     if not any(row.split == "train" for row in rows):
         raise ValueError(f"no training rows in {', '.join(map(str, data_files)) or 'an empty list of data files'}")
     if bare := sorted(sources - {row.task for row in rows if row.split == "validation"}):

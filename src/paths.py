@@ -48,6 +48,7 @@ ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
 MANIFEST = "manifest.json"
 WEIGHTS = "*.safetensors"
 RESULTS_FILE = "results.csv"
+MODELS = "models"
 ESTIMATES_FILE = "estimates.csv"
 SELECTED_ROWS = "selected"
 MIXTURE_FILE = "mixture.json"
@@ -84,7 +85,7 @@ def slug(key: str) -> str:
 def source_name(source: str) -> str:
     """What a source without a column of tasks is called as a task, and in folder names: its file's stem."""
     name = Path(source).name
-    return re.split(r"\.(?:jsonl|json|csv|parquet|pkl)\b", name)[0] or name
+    return re.sub(r"\.[a-z]+(\.gz)?$", "", name) or name
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ class Run:
 
     def store_dir(self, project_dim: int | None, output_function: str = "loss") -> Path:
         """Folder of this run's projected gradients: one sub-folder per checkpoint."""
+        named = f"{self.save_name}_" if self.save_name else ""
         of_margin = "" if output_function == "loss" else f"_{output_function}"
-        return GRADIENTS / self.name(f"dim_{project_dim if project_dim else 'full'}{of_margin}")
+        return GRADIENTS / self.name(f"{named}dim_{project_dim if project_dim else 'full'}{of_margin}")
 
     @property
     def results_name(self) -> str:
@@ -128,6 +130,11 @@ class Run:
 def results_dir(name: str) -> Path:
     """`results/<name>`; the name may have sub-folders but cannot leave `results/`."""
     return RESULTS.joinpath(*(slug(part) for part in Path(name).parts if part not in ("/", ".", "..")))
+
+
+def model_dir(results: Path, label: str, run: int) -> Path:
+    """A model that was fine-tuned on chosen tasks, below its results."""
+    return results / MODELS / f"{slug(label)}_run_{run}"
 
 
 def subset_file(name: str) -> Path:
@@ -461,7 +468,7 @@ def check_manifest(folder: Path, found: Mapping[str, Any], expected: Mapping[str
         details = "; ".join(
             f"{key}: found {shorten(found.get(key))}, expected {shorten(expected[key])}" for key in differing
         )
-        raise ValueError(f"{folder} does not fit: {details}. {repair}")
+        raise ValueError(f"{folder} does not fit what is asked for: {details}. {repair}")
 
 
 def shorten(value: Any, length: int = 80) -> str:

@@ -334,8 +334,8 @@ class _Identity(Projection):
         return np.empty(0, np.uint8)
 
 
-_RANDOM: dict[str, Callable[[int, int], Projection]] = {kind.kind: kind for kind in (_Sketch, _TwoSided, _Dense)}
-KINDS = (*_RANDOM, _Identity.kind)
+RANDOM: dict[str, Callable[..., Projection]] = {kind.kind: kind for kind in (_Sketch, _TwoSided, _Dense)}
+KINDS = (*RANDOM, _Identity.kind)
 
 
 def make_projection(kind: str, dim: int | None, seed: int, shapes: Mapping[str, Shape] | None = None) -> Projection:
@@ -365,7 +365,7 @@ def make_projection(kind: str, dim: int | None, seed: int, shapes: Mapping[str, 
         return identity
     if dim is None or dim < 1:
         raise ValueError(f"the projection {kind!r} needs a dimension of at least 1, found {dim}")
-    return _RANDOM[kind](int(dim), int(seed))
+    return RANDOM[kind](int(dim), int(seed))
 
 
 def projected_sides(shape: Shape, dim: int) -> Shape:

@@ -142,6 +142,11 @@ def mean_over_targets(frame: pd.DataFrame, prefix: str, targets: Sequence[str]) 
     return frame[[f"{prefix}/{target}" for target in targets]].to_numpy(float).mean(axis=1)
 
 
+def own_targets(targets: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The targets that are no training task (the tasks of `--target_files`), or all where there is none."""
+    return [name for name in targets if name not in tasks] or list(targets)
+
+
 def markdown_table(frame: pd.DataFrame) -> str:
     """A frame as a Markdown table; numbers with four significant digits."""
     cells = [[str(name) for name in frame.columns], ["---"] * len(frame.columns)]
@@ -353,7 +358,13 @@ def regret_figure(table: pd.DataFrame, path: Path) -> None:
 
 
 def selection_figure(
-    steps: pd.DataFrame, names: Sequence[str], path: Path, *, title: str, ranks_only: bool = False
+    steps: pd.DataFrame,
+    names: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+    references: Mapping[str, float],
+    ranks_only: bool = False,
 ) -> None:
     """The estimate along a search, each step labelled with the task it took.
 
@@ -362,6 +373,7 @@ def selection_figure(
         names: Task names by id.
         path: The PNG.
         title: Above the figure.
+        references: Label -> estimate, for lines to compare with.
         ranks_only: The estimates are no losses.
     """
     figure, axes = plt.subplots(figsize=(max(5.6, 0.3 * len(steps) + 1.5), 4.8))
@@ -373,6 +385,8 @@ def selection_figure(
         label = "tried, no improvement"
         axes.scatter(passed["step"], passed["estimate"], color=GREY, marker="X", s=44, zorder=2, label=label)
     axes.set_xticks(steps["step"], _names(names[task] for task in steps["task"]), rotation=60, ha="right", fontsize=8)
+    for (label, value), style in zip(references.items(), ("--", ":"), strict=False):
+        axes.axhline(value, color=BLUE, linestyle=style, linewidth=1, label=label)
     axes.set_ylabel(estimate_label(ranks_only))
     axes.set_xlabel("task of each step")
     axes.set_title(title)

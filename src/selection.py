@@ -124,6 +124,9 @@ def forward_selection(
                 best, best_estimate, without_improvement = current, value, 0
             else:
                 without_improvement += 1
+        if bar is not None:
+            bar.total = bar.n  # it ends where nothing improves
+            bar.refresh()
     if best is None:
         raise ValueError("no task fits into max_tasks and budget_rows; raise them")
     return SelectionPath(_tasks(start), float(start_estimate), tuple(steps), _tasks(best), float(best_estimate))

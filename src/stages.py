@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from src.cli import (
     ALL_TASKS,
     Hardware,
     command_typed,
+    counted,
     hardware_from,
     instruction_files,
     instruction_flags,
     is_dry_run,
     progress,
     run_from,
+    say,
     say_notices,
     spent,
     waiting_for,
@@ -46,6 +49,7 @@ from src.finetune import (
     fine_tune_on_subset,
     fit,
     make_logger,
+    save_checkpoint,
 )
 from src.gradients import (
     PROJECTION_SIGNS,
@@ -56,7 +60,7 @@ from src.gradients import (
     open_store,
     save_projection_signs,
 )
-from src.instruction import Columns, load_instruction
+from src.instruction import Columns, files_of, load_instruction
 from src.memory import MemoryPlan, plan_gradients, plan_training
 from src.models import (
     BaseWeights,
@@ -67,6 +71,7 @@ from src.models import (
     load_tokenizer,
     model_kind,
     resolve_model_key,
+    state_to_save,
 )
 from src.paths import (
     MANIFEST,
@@ -82,16 +87,18 @@ from src.paths import (
     clusters_file,
     file_fingerprint,
     locked,
+    model_dir,
     prediction_file,
     read_manifest,
     resolve_checkpoint,
     results_dir,
+    shorten,
     write_json,
     write_manifest,
 )
 from src.processes import Processes, launch
 from src.projection import Projection, make_projection
-from src.report import ResultsTable
+from src.report import TEST_LOSS, ResultsTable, mean_over_targets, own_targets, subset_text
 from src.subsets import cluster_samples, read_subsets, read_task_weights
 
 
@@ -136,7 +143,7 @@ def say_plan(plan: MemoryPlan) -> None:
     """Print what the run will need, and refuse one that cannot fit."""
     plan.check()
     if not rank_zero_only.rank:
-        print(plan.describe(), flush=True)
+        say(plan.describe())
 
 
 def load_data(args: argparse.Namespace) -> TaskData:
@@ -207,7 +214,9 @@ def sources_read(args: argparse.Namespace, *more: str | Path | None) -> list[str
         sources = [f"{args.dataset_key}, {args.preset_key} below {args.data_dir} and {args.saved_dir}"]
     else:
         sources = [*instruction_files(args), *args.target_files]
-    return [*sources, resolve_model_key(args.model_key), *(name for name in more if name is not None)]
+    model = resolve_model_key(args.model_key)
+    named = model if Path(model).is_dir() else f"{model} (from the hub: there is no such folder here)"
+    return [*sources, named, *(name for name in more if name is not None)]
 
 
 def held_by_first(*paths: Path) -> contextlib.AbstractContextManager[None]:
@@ -264,6 +273,11 @@ def starting_model(args: argparse.Namespace, seed: int) -> LanguageModel:
     return model.checkpoint_activations() if args.gradient_checkpointing else model
 
 
+def training_script(args: argparse.Namespace) -> str:
+    """Stage 1's script of the track that the flags name."""
+    return "custom_train_alpaca.py" if getattr(args, "dataset_key", None) is None else "custom_train.py"
+
+
 def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
     """The model of a checkpoint, loaded as the flags say.
 
@@ -271,7 +285,7 @@ def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
         FileNotFoundError: the checkpoint is not finished.
         ValueError: its weights are not those that were saved.
     """
-    manifest = read_manifest(checkpoint, "custom_train.py or custom_train_alpaca.py")
+    manifest = read_manifest(checkpoint, training_script(args))
     for name in manifest["files"]:
         check_file(checkpoint, manifest, name, "Remove the run's folder and train it again.")
     model = load_checkpoint(checkpoint, args.model_key, base_weights(args))
@@ -314,7 +328,7 @@ def meta_train(
     facts = {**training_facts(args, data), **ways, "run": run_index}
     repair = "Choose another --save_name, or remove the folder to train it again."
     if (folder / MANIFEST).is_file():
-        check_manifest(folder, read_manifest(folder, "custom_train.py"), facts, repair)
+        check_manifest(folder, read_manifest(folder, training_script(args)), facts, repair)
         print(f"{folder} is there already and fits; nothing to train.")
         return
     started = time.perf_counter()
@@ -347,6 +361,12 @@ def meta_train(
     )
     best = f"{checkpoints.best} (best validation loss {checkpoints.best_loss:.3f})"
     kept = ", ".join([*checkpoints.trajectory, *([best] if checkpoints.best else [])])
+    if checkpoints.first_loss is not None and checkpoints.best_loss > 0.99 * checkpoints.first_loss and plan.epochs > 1:
+        say_notices(
+            [f"after the first epoch the validation loss hardly fell any more ({checkpoints.first_loss:.3f} to "
+             f"{checkpoints.best_loss:.3f}); gradients say most on the way of a model that learns: is --lr {args.lr:g} with "
+             f"--batch_size {args.batch_size} and --epochs {args.epochs} right for these rows?"]
+        )  # fmt: skip
     print(f"Wrote {folder}: {kept}. Next: the projected gradients there (stage 2), with the same data and model flags.")
 
 
@@ -384,12 +404,18 @@ def fine_tune_subsets(
     The base model is loaded once; the adapter starts from the same state for every subset. Rows that are there
     are not trained again, so that a killed run goes on at the next line.
     """
-    path = results_dir(run_from(args, 0).results_name) / RESULTS_FILE
+    folder = results_dir(run_from(args, 0).results_name)
     facts = training_facts(args, data)
     if task_shares is not None:
         facts["task_shares"] = task_shares.round(6).tolist()
-    table = ResultsTable(path, facts, "Choose another --save_name, or remove the file.")
-    todo = [(run, subset) for run in range(args.runs) for subset in subsets if not table.has(subset, run)]
+    table = ResultsTable(folder / RESULTS_FILE, facts, "Choose another --save_name, or remove the file.")
+    models = kept_models(args, data, folder, subsets)
+    todo = [
+        (run, subset)
+        for run in range(args.runs)
+        for subset in subsets
+        if not table.has(subset, run) or (models and not holds_model(models[run], subset))
+    ]
     datamodule = None
     with progress(desc="fine-tuning", total=len(subsets) * args.runs, unit="subset") as bar:
         bar.update(bar.total - len(todo))
@@ -406,11 +432,59 @@ def fine_tune_subsets(
                     model, start, datamodule, subset, plan, hardware,
                     seed=run, task_shares=task_shares, callbacks=[bar_of_fit],
                 )  # fmt: skip
+                seconds = round(time.perf_counter() - started, 3)
+                state = state_to_save(model) if models and model.is_sharded else None
                 if not rank_zero_only.rank:
-                    table.append(subset, run, {**values, "seconds": round(time.perf_counter() - started, 3)})
+                    if models:
+                        described = {**facts, "subset": list(subset), "run": run, "command": command_typed()}
+                        save_checkpoint(model, models[run], described, state)
+                    if not table.has(subset, run):
+                        table.append(subset, run, {**values, "seconds": seconds})
                 bar.update(1)
     if not rank_zero_only.rank:
-        print(f"Wrote {path}: {len(table.frame)} fine-tuned values, losses of {len(data.targets)} targets each.")
+        say_fine_tuned(table, data, subsets, models)
+
+
+def kept_models(
+    args: argparse.Namespace, data: TaskData, folder: Path, subsets: Sequence[tuple[int, ...]]
+) -> list[Path]:
+    """Where the model of each run is kept when one subset is fine-tuned on; of many subsets none is."""
+    if len(subsets) != 1 or not subsets[0]:
+        return []
+    if args.subset_file or args.task_weights:
+        label = Path(args.subset_file or args.task_weights).stem
+    else:
+        ids = subset_text(subsets[0]).replace(" ", "_")
+        label = "all_tasks" if len(subsets[0]) == len(data.tasks) else f"tasks_{shorten(ids, 60)}"
+    return [model_dir(folder, label, run) for run in range(args.runs)]
+
+
+def holds_model(folder: Path, subset: tuple[int, ...]) -> bool:
+    """Whether a model that was fine-tuned on this subset is kept there."""
+    return (folder / MANIFEST).is_file() and read_manifest(folder, "stage 5").get("subset") == list(subset)
+
+
+def say_fine_tuned(
+    table: ResultsTable, data: TaskData, subsets: Sequence[tuple[int, ...]], models: Sequence[Path]
+) -> None:
+    """The last line of fine-tuning: what was written, and of one subset how good it is."""
+    targets = own_targets(data.targets, data.tasks)
+    print(
+        f"Wrote {table.path}: {counted(len(table.frame), 'row')}, losses of {counted(len(data.targets), 'target')} each."
+    )
+    if len(subsets) != 1 or TEST_LOSS not in {name.partition("/")[0] for name in table.frame.columns}:
+        return
+    known = {"these tasks": subsets[0], "the base model": (), "all tasks": tuple(range(len(data.tasks)))}
+    losses = {name: table.frame[table.frame["subset"] == subset_text(subset)] for name, subset in known.items()}
+    shown = [
+        f"{mean_over_targets(rows, TEST_LOSS, targets).mean():.3f} of {name}"
+        for name, rows in losses.items()
+        if len(rows) and not (name == "these tasks" and subsets[0] in (known["the base model"], known["all tasks"]))
+    ]
+    what = targets[0] if len(targets) == 1 else f"{len(targets)} targets (mean)"
+    print(f"Test loss of {what}, in nats per token: {', '.join(shown)}.")
+    if models:
+        print(f"Wrote {', '.join(map(str, models))}: the fine-tuned model" + ("s." if len(models) > 1 else "."))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -448,12 +522,20 @@ def export(args: argparse.Namespace) -> None:
         if name in counts.index
     ]
     write_json(folder / MIXTURE_FILE, {"file": path.name, "sources": sources})
-    print(f"Wrote {path} and {folder / MIXTURE_FILE}: {len(rows):,} rows of {len(sources)} sources.")
+    chosen = {data.tasks[task] for task in subsets[0]}
+    held_out = sum(data.targets[target] in chosen for target in data.target_of_sample[data.target_of_sample >= 0])
+    print(
+        f"Wrote {path} and {folder / MIXTURE_FILE}: {counted(len(rows), 'training row')} of {counted(len(sources), 'source')}; "
+        f"the {held_out:,} held out for validation and test are not among them (--heldout_share 0 holds none out)."
+    )
 
 
 def store_dir(args: argparse.Namespace, run: Run) -> Path:
-    """The run's store of projected gradients, by the dimension that the flags name."""
-    return run.store_dir(None if args.projection == "none" else args.project_dim, args.output_function)
+    """The run's store of projected gradients, by the dimension that the flags name: of the meta-training with this
+    `--save_name` where there is one, else of the one without, whose estimates then have that name."""
+    described = (None if args.projection == "none" else args.project_dim, args.output_function)
+    named, plain = run.store_dir(*described), replace(run, save_name=None).store_dir(*described)
+    return named if run.meta_initialization_dir.is_dir() or named.is_dir() else plain
 
 
 # --- stage 2: gradients --------------------------------------------------------------------------------------
@@ -468,7 +550,7 @@ def checkpoint_folders(args: argparse.Namespace, run: Run, data: TaskData) -> li
     if args.load_model_dir:
         return [resolve_checkpoint(name) for name in args.load_model_dir]
     folder = run.meta_initialization_dir
-    manifest = read_manifest(folder, "custom_train.py or custom_train_alpaca.py with the same data and model flags")
+    manifest = read_manifest(folder, f"{training_script(args)} with the same data and model flags")
     expected = {
         "model_key": args.model_key,
         "base_fingerprint": base_fingerprint(args),
@@ -508,7 +590,7 @@ def data_source(args: argparse.Namespace) -> dict[str, Any] | None:
     None where files are not named one by one."""
     if getattr(args, "dataset_key", None) is not None:
         return None
-    named = [Path(source) for source in (*instruction_files(args), *args.target_files)]
+    named = [Path(file) for source in (*instruction_files(args), *args.target_files) for file in files_of(str(source))]
     if not all(path.is_file() for path in named):  # folders and hub ids do not show that they have changed
         return None
     # what stands beside a file under its name, such as a dev-split map, belongs to it
@@ -673,7 +755,7 @@ class GradientPasses:
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
         else:
-            step = read_manifest(checkpoint, "custom_train.py").get("step", -1)
+            step = read_manifest(checkpoint, training_script(self.args)).get("step", -1)
             facts = {"step": step, "checkpoint_dir": str(checkpoint), **spent(started), "command": command_typed()}
             names = {"tasks": list(data.tasks), "targets": list(data.targets)}
             writer.finish({**names, **facts, "data_source": data_source(self.args)})
@@ -702,7 +784,7 @@ def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) 
         raise ValueError(
             f"{folder} has an adapter of alpha {alpha}, the flags say {args.lora_alpha}; pass --lora_alpha {alpha}"
         )
-    trained = {"use_qlora": False} | read_manifest(folder, "custom_train.py")
+    trained = {"use_qlora": False} | read_manifest(folder, training_script(args))
     check_manifest(
         folder, trained, {"use_qlora": args.use_qlora}, "Pass --use_qlora where it was trained with it only."
     )

@@ -67,7 +67,7 @@ def draw_subsets(num_subsets: int | None, num_tasks: int, subset_size: float, se
     if num_subsets > existing:
         raise ValueError(
             f"{num_subsets:,} subsets of {size} out of {num_tasks} tasks are asked for, but only {existing:,} exist; "
-            "ask for fewer, or for another size"
+            "ask for fewer (--number_of_subsets), or for another size (--subset_size)"
         )
     rng = np.random.default_rng(seed)
     if existing <= 2 * num_subsets:  # drawing until all differ would take long
@@ -108,13 +108,19 @@ def read_subsets(path: Path, num_tasks: int) -> list[Subset]:
     return subsets
 
 
-def write_subsets(path: Path, subsets: Iterable[Subset], comment: str = "") -> None:
-    """Write subsets as `read_subsets` reads them, all at once; `comment` becomes the first lines.
+MOST_NAMES = 200
+"""Up to so many tasks a file of subsets says in comments what they are called."""
+
+
+def write_subsets(path: Path, subsets: Iterable[Subset], comment: str = "", tasks: Sequence[str] = ()) -> None:
+    """Write subsets as `read_subsets` reads them, all at once; `comment` becomes the first lines, and where there are not
+    too many the names of the tasks the next.
 
     Raises:
         ValueError: a subset is empty, which a line cannot say.
     """
-    lines = [f"# {line}" for line in comment.splitlines()]
+    names = [" ".join(name.split()) for name in tasks] if len(tasks) <= MOST_NAMES else []
+    lines = [f"# {line}" for line in (*comment.splitlines(), *(f"{task} = {name}" for task, name in enumerate(names)))]
     for subset in subsets:
         if not subset:
             raise ValueError(f"{path}: an empty subset cannot be written")
@@ -157,15 +163,16 @@ def read_task_weights(path: Path, tasks: Sequence[str]) -> np.ndarray:
 
 
 def load_or_draw_subsets(
-    path: Path, num_subsets: int | None, num_tasks: int, subset_size: float, seed: int
+    path: Path, num_subsets: int | None, num_tasks: int, subset_size: float, seed: int, tasks: Sequence[str] = ()
 ) -> list[Subset]:
     """The subsets of a file, whatever their number; drawn and written to it when it is not there.
 
-    Arguments and errors as in `draw_subsets` and `read_subsets`.
+    Arguments and errors as in `draw_subsets` and `read_subsets`; `tasks` are names for the file's comments.
     """
     if not path.exists():
         subsets = draw_subsets(num_subsets, num_tasks, subset_size, seed)
-        write_subsets(path, subsets, comment=f"{len(subsets)} random subsets of {num_tasks} tasks, seed {seed}")
+        comment = f"{len(subsets)} random subsets of {num_tasks} tasks, seed {seed}"
+        write_subsets(path, subsets, comment=comment, tasks=tasks)
     return read_subsets(path, num_tasks)
 
 

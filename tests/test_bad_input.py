@@ -135,7 +135,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "test only": (TRAIN, data("only_test.jsonl"), r"task 't' .* has test rows but no validation rows"),
     "target trained on": (TRAIN, ["--target_files", "bad/goal.jsonl"], r"goal\.jsonl, line 1: target 'up a' is a task of the training data"),
     "target with training rows": (TRAIN, ["--target_files", "bad/trained_target.jsonl"], r"target 'new' has _split train"),
-    "a folder for a file": (TRAIN, data("folder.jsonl"), r"bad/folder\.jsonl cannot be read"),
+    "a folder for a file": (TRAIN, data("folder.jsonl"), r"bad/folder\.jsonl is a folder without data files"),
     "a pickle that runs code": (TRAIN, data("code.pkl"), r"bad/code\.pkl cannot be read .* asks for (posix|os)\.system"),
     "no pickle": (TRAIN, data("plain.pkl"), r"bad/plain\.pkl is not a pickle"),
     "columns of a pickle": (TRAIN, data("columns.pkl"), r"bad/columns\.pkl holds the columns \['skill'\], expected"),

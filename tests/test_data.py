@@ -478,7 +478,7 @@ def test_bad_files_are_named(tmp_path):
         load_instruction([empty])
     with pytest.raises(FileNotFoundError, match=r"b\.jsonl does not exist"):
         load_instruction([tmp_path / "b.jsonl"])
-    with pytest.raises(ValueError, match=r"b\.xlsx: instruction data are \.jsonl, \.csv"):
+    with pytest.raises(ValueError, match=r"b\.xlsx: instruction data are files that end in \.jsonl, \.json, \.csv"):
         load_instruction([tmp_path / "b.xlsx"])
     with pytest.raises(ValueError, match="empty list of data files"):
         load_instruction([])

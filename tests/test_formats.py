@@ -163,8 +163,7 @@ def test_damaged_sources_are_named(frame: pd.DataFrame, tmp_path: Path, monkeypa
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-40])
     (tmp_path / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
     (tmp_path / "ragged.csv").write_text('prompt,completion\nx,y\nx,y,z,"u\n')
-    (tmp_path / "folder").mkdir()
-    for name in ("cut.parquet", "latin.csv", "ragged.csv", "folder"):
+    for name in ("cut.parquet", "latin.csv", "ragged.csv"):
         with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*\); write it again"):
             load_instruction([tmp_path / name])
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src import projection as module
-from src.projection import KINDS, Projection, Shape, make_projection, projected_sides
+from src.projection import KINDS, RANDOM, Projection, Shape, make_projection, projected_sides
 
 # LoRA A, LoRA B and one matrix smaller than d; (out, in)
 SHAPES: dict[str, Shape] = {"layer0.A": (4, 24), "layer0.B": (20, 4), "head": (3, 5)}
@@ -189,10 +189,10 @@ def test_half_precision_factors_are_summed_in_float32(kind: str) -> None:
 def test_dense_block_size_is_irrelevant(block_entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks bound memory only, and so does redrawing the signs rather than keeping them."""
     factors, expected = random_factors(), projected(make("dense"), random_factors())
-    blocked = KINDS["dense"](DIM, 0, block_entries=block_entries)
+    blocked = RANDOM["dense"](DIM, 0, block_entries=block_entries)
     torch.testing.assert_close(projected(blocked, factors), expected)
     monkeypatch.setattr(module, "_RESIDENT_BYTES", 0)
-    redrawn = KINDS["dense"](DIM, 0, block_entries=block_entries)
+    redrawn = RANDOM["dense"](DIM, 0, block_entries=block_entries)
     torch.testing.assert_close(projected(redrawn, factors), expected)
     assert torch.equal(whole_matrix(redrawn), whole_matrix(make("dense")))
 

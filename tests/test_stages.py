@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
-from src.datamodule import tokenize_once
+from src.cli import run_stage
+from src.datamodule import TaskDataModule, tokenize_once
 from src.estimation import estimate
-from src.gradients import open_store
+from src.gradients import open_store, outputs_of
 from src.instruction import load_instruction
-from src.models import load_base_model
-from src.stages import load_data
+from src.models import LanguageModel, load_base_model, load_checkpoint
+from src.stages import load_data, make_datamodule
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
@@ -138,6 +141,14 @@ def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest
                    next(Path("external_lightning_logs").glob("*/step_step=8")))  # fmt: skip
 
 
+def held_out_rows(flags: list[str], model: LanguageModel) -> tuple[TaskDataModule, np.ndarray]:
+    """The data as the stages see it, and the test rows of the target "goal"."""
+    args = load_script("custom_train_alpaca.py").parse_args(flags)
+    data = load_data(args)
+    test = data.indices("test")
+    return make_datamodule(args, data, model), test[data.target_of_sample[test] == data.targets.index("goal")]
+
+
 def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
     before = files_below(Path())
     estimation = [*here, "--project_dim", "32", "--save_name", "toy"]
@@ -173,7 +184,14 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
     assert list(results.columns) == ["subset", "run", "num_rows", *columns, "seconds"]
     assert {"", "1 3"} <= set(results["subset"]) and len(results) == results["subset"].nunique()
     assert int(results.loc[results["subset"] == "1 3", "num_rows"].iloc[0]) == 32
-    made = {name for name in files_below(Path()) - before if "moments_" not in name}
+    (model,) = Path("results/toy/models").glob("tasks_1_3_run_0")
+    tuned = load_checkpoint(model, here[here.index("--model_key") + 1])
+    losses = outputs_of(tuned, *held_out_rows(here, tuned), "loss")
+    row = results[results["subset"] == "1 3"].iloc[0]
+    assert losses.mean() == pytest.approx(float(row["test_loss/goal"]), rel=1e-5)
+    kept = {path.name for path in Path("results/toy/models").iterdir()}
+    assert kept == {f"{name}_run_0" for name in ("toy_forward_selection", "toy_random_ensemble", "tasks_1_3")}
+    made = {name for name in files_below(Path()) - before if "moments_" not in name and "/models/" not in name}
     assert made == {
         "sampled_tasks/toy.txt",
         "sampled_tasks/toy_forward_selection.txt",
@@ -445,3 +463,94 @@ def test_losses_are_logged_where_asked(here: list[str]) -> None:
     assert manifest["peak_memory"] > 1e8 and manifest["seconds"] > 0
     with pytest.raises(ValueError, match="--logger wandb: its package is not installed; pip install wandb"):
         run_script("custom_train_alpaca.py", *here, *training, "--save_name", "other", "--logger", "wandb")
+
+
+def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str]) -> None:
+    """Two meta-trainings of the same data and model have a store each; estimates under a third name use the unnamed one."""
+    small = ["--epochs", "1", "--batch_size", "8", "--checkpoint_at", "1.0"]
+    run_script("custom_train_alpaca.py", *here, *small, "--lr", "5e-2", "--save_name", "hot")
+    at = ["--project_dim", "32", "--number_of_subsets", "3"]
+    run_script(
+        "fast_estimate_eval_approximation_alpaca.py",
+        "--compute_pretrained_outputs",
+        *here,
+        *at[:2],
+        "--save_name",
+        "hot",
+    )
+    tables = {}
+    for name in ("hot", "cool"):
+        drawn = ["--sampled_tasks", "three.txt", "--save_name", name]
+        run_script("fast_estimate_linear_regression_alpaca.py", *here, *at, *drawn)
+        manifest = json.loads(Path(f"results/{name}/manifest.json").read_text())
+        tables[name] = len(manifest["checkpoints"])
+    assert tables == {"hot": 1, "cool": 2}
+    (store,) = Path("gradients").glob("*_hot_dim_32_run_0")
+    (plain,) = set(Path("gradients").glob("*_dim_32_run_0")) - {store}
+    (part,) = store.iterdir()
+    shutil.copytree(part, mixed := plain / "step_step=999")
+    try:
+        with pytest.raises(ValueError, match=r"several meta-trainings .*_hot_run_0.*--load_model_dir"):
+            open_store(plain, None, "")
+    finally:
+        shutil.rmtree(mixed)
+
+
+def test_a_folder_of_files_is_a_source_for_each(
+    workspace: Path, model_folders: dict[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    """Files with columns of different names, the target among them, in any order; nothing in it is one clear error."""
+    Path("my").mkdir()
+    frames = {
+        "plain.jsonl": pd.DataFrame({"prompt": [f"p {i}" for i in range(20)], "completion": "a b"}),
+        "asked.csv": pd.DataFrame({"question": [f"q {i}" for i in range(20)], "answer": "c"}),
+        "goal.jsonl": pd.DataFrame({"prompt": [f"g {i}" for i in range(20)], "completion": "d e"}),
+    }
+    for name, frame in frames.items():
+        frame.to_csv(f"my/{name}", index=False) if name.endswith("csv") else frame.to_json(
+            f"my/{name}", orient="records", lines=True
+        )
+    flags = [
+        "--target_files",
+        "my/goal.jsonl",
+        "--model_key",
+        model_folders["llama"],
+        "--train_lora",
+        "--lora_rank",
+        "4",
+    ]
+    named = ["--prompt_column", "question", "--completion_column", "answer"]
+    script = load_script("custom_train_alpaca.py")
+    folder, files = (
+        load_data(script.parse_args(["--data_files", *sources, *flags, *named]))
+        for sources in (["my"], ["my/plain.jsonl", "my/asked.csv"])
+    )
+    assert folder.tasks == ("asked", "plain") and folder.targets == ("asked", "goal", "plain")
+    assert sorted((e.task, e.prompt, e.split) for e in folder.examples) == sorted(
+        (e.task, e.prompt, e.split) for e in files.examples
+    )
+    with pytest.raises(ValueError, match=r"--prompt_column nowhere: none of my/.* has such a column"):
+        load_data(script.parse_args(["--data_files", "my/plain.jsonl", *flags, "--prompt_column", "nowhere"]))
+    Path("none").mkdir()
+    with pytest.raises(ValueError, match=r"none is a folder without data files; expected files that end in \.jsonl"):
+        load_data(script.parse_args(["--data_files", "none", *flags]))
+
+
+def test_an_interruption_is_a_line(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C in the middle of a fit, where Lightning catches it: one line, exit status 130."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("src.finetune.FineTuning.training_step", interrupted)
+    script = load_script("custom_train_alpaca.py")
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_stage(script.main, script.parse_args([*here, "--epochs", "1", "--save_name", "cut"]))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+    assert stopped.value.code == 130
+    assert "interrupted; the same command goes on, or starts again" in capsys.readouterr().err
