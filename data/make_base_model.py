@@ -1,7 +1,7 @@
 """A small base model as an ordinary Hugging Face folder, for trying every stage on a laptop and without a network.
 
 The stage scripts take any model key that `from_pretrained` opens. This script makes such a folder from the user's own
-jsonl files: a byte-level BPE tokenizer trained on their text, a Llama (decoder) or T5 (encoder-decoder) of any size
+files: a byte-level BPE tokenizer trained on their text, a Llama (decoder) or T5 (encoder-decoder) of any size
 with seeded random weights, and, if asked, a short pretraining on that text or on answering it. `make_synthetic.py`
 builds its base model from the same parts.
 
@@ -37,10 +37,14 @@ from transformers import (
 from src import cli
 from src.data import TaskData, require_file
 from src.datamodule import TaskDataModule
-from src.instruction import load_instruction
+from src.instruction import Columns, files_of, load_instruction
 from src.paths import MANIFEST, file_fingerprint, whole_folder, write_manifest
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+CHAT_TEMPLATE = (  # a line for each turn, so that data of conversations can be tried too
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 CONTEXT_LENGTH = 2048  # the longest input the models take; memory is used for the tokens really given
 
 
@@ -152,7 +156,9 @@ def build_model(args: argparse.Namespace, architecture: str, vocab_size: int) ->
 
 def wrap_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer that `AutoTokenizer` opens. `backend` holds SPECIAL_TOKENS as its first ids, in that order."""
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=CONTEXT_LENGTH, **SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=CONTEXT_LENGTH, chat_template=CHAT_TEMPLATE, **SPECIAL_TOKENS
+    )
 
 
 def pretrain(
@@ -336,6 +342,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("text")
     group.add_argument("--data_files", nargs="+", required=True, metavar="SOURCE", help="instruction data to learn the "
                        "text of, as custom_train_alpaca.py takes them (required)")  # fmt: skip
+    cli.add_columns(group)
     group.add_argument(
         "--vocab_size", type=cli.positive_int, default=2048, help="tokens, at most (default: %(default)s)"
     )
@@ -353,10 +360,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Tokenizer, model, pretraining, folder."""
     # another file under the same name is another model
-    more = {"data_sha256": file_fingerprint(require_file(Path(source)) for source in args.data_files)}
+    files = [file for source in args.data_files for file in files_of(source)]
+    more = {"data_sha256": file_fingerprint(require_file(Path(file)) for file in files)}
     if nothing_to_do(args, more):
         return
-    data = load_instruction(args.data_files)
+    data = load_instruction(
+        files,
+        columns=Columns(prompt=args.prompt_column, completion=args.completion_column),
+        load_tokenizer=lambda: train_tokenizer([], 0x200, append_eos=False),  # bytes; all that is asked is the template
+    )
     texts = training_texts(data)
     tokenizer = train_tokenizer(texts, args.vocab_size, append_eos=args.architecture == "t5")
     model = build_model(args, args.architecture, len(tokenizer))

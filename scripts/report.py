@@ -22,12 +22,13 @@ import pandas as pd
 
 from src import cli
 from src.accuracy import AVERAGE, MEAN
-from src.estimates import results_folder
+from src.estimates import names_of, results_folder
 from src.paths import (
     AFFINITY_FIGURE,
     COMPARISON_FIGURE,
     COMPARISON_FILE,
     ESTIMATES_FIGURE,
+    ESTIMATES_FILE,
     REPORT_FILE,
     RESULTS_FILE,
     SCORES_FIGURE,
@@ -115,7 +116,8 @@ def fine_tuned_html(folder: Path, tasks: Sequence[str], shown: int = 15) -> str:
     everything = " ".join(map(str, range(len(tasks))))
     is_marked = frame["trained on"].isin(["", everything])
     best = pd.concat([frame[~is_marked].head(shown), frame[is_marked]]).sort_values("test loss")
-    best["trained on"] = best["trained on"].replace({"": "nothing (base model)", everything: "all tasks"})
+    called = {"": "nothing (base model)", everything: f"all {len(tasks)} tasks"}
+    best["trained on"] = [called.get(text) or names_of(parse_subset(text), tasks, 6) for text in best["trained on"]]
     note = f"<p class=muted>The best {shown} of {len(frame)} by test loss.</p>" if len(frame) > len(best) else ""
     return table_html(best) + note
 
@@ -138,9 +140,10 @@ def page(folder: Path) -> str:
         shown = several if len(several) else compared
         kept = ["target", "predictor", "lds", "lds_low", "lds_high", "relative_error", "ceiling"]
         sections.append(table_html(shown[kept]))
-    compare = f"python notebook/compare_estimates.py {folder}/estimates.csv TRUTH.csv"
+    truth = manifest["calibrate"] or "TRUTH.csv"
+    compare = f"python notebook/compare_estimates.py {folder / ESTIMATES_FILE} {truth}"
     name = COMPARISON_FIGURE if (folder / COMPARISON_FIGURE).is_file() else ESTIMATES_FIGURE
-    select = "python fast_estimate_forward_selection.py"
+    select = "fast_estimate_forward_selection.py with stage 3's flags"
     sections += [
         figure_html(folder / name, "Estimates against fine-tuned losses", compare),
         "<h2>How the selection went</h2>",

@@ -181,10 +181,7 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_files", nargs="+", metavar="SOURCE", help="training sources: .jsonl, .csv, .parquet or .pkl "
                        "files, folders of them or that datasets saved, or hub ids such as org/name:split (default: "
                        f"{ALPACA_FILE})")  # fmt: skip
-    group.add_argument("--prompt_column", metavar="NAME", help="column of the prompts (default: inputs, prompt, messages "
-                       "or instruction, whichever is there)")  # fmt: skip
-    group.add_argument("--completion_column", metavar="NAME", help="column of the completions (default: targets, "
-                       "completion, messages or output)")  # fmt: skip
+    add_columns(group)
     group.add_argument("--target_files", nargs="+", default=[], metavar="SOURCE", help="target tasks that are "
                        "never trained on; half of each is for validation, half for the final test (default: each training task is a "
                        "target too)")  # fmt: skip
@@ -195,6 +192,14 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
     add_tasks(group, "column that names a row's task (default: _task_name, skill or task, else a file is a task)")
     group.add_argument("--loss_on_prompt", action="store_true", help="count the prompt in the loss, as published "
                        "(default: the completion only)")  # fmt: skip
+
+
+def add_columns(group: argparse._ArgumentGroup) -> None:
+    """Columns whose names are not the usual ones."""
+    group.add_argument("--prompt_column", metavar="NAME", help="column of the prompts, in sources that have it (default: "
+                       "inputs, prompt, messages or instruction, whichever is there)")  # fmt: skip
+    group.add_argument("--completion_column", metavar="NAME", help="column of the completions, in sources that have it "
+                       "(default: targets, completion, messages or output)")  # fmt: skip
 
 
 def add_tasks(group: argparse._ArgumentGroup, task_column: str) -> None:
@@ -638,6 +643,24 @@ def instruction_files(args: argparse.Namespace) -> list[str | Path]:
     return [ALPACA_FILE, FLAN_FILE, ZS_COT_FILE] if args.train_instruction else [ALPACA_FILE]
 
 
+def flags_of(
+    args: argparse.Namespace, *groups: Callable[[argparse.ArgumentParser], None], without: Iterable[str] = ()
+) -> list[str]:
+    """The flags of some groups whose values are not the groups' defaults, as a user types them."""
+    declared = argparse.ArgumentParser(add_help=False)
+    for add in groups:
+        add(declared)
+    words: list[str] = []
+    for action in declared._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or action.dest in without:
+            continue
+        words.append(action.option_strings[0])
+        if action.nargs != 0:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
+
+
 def instruction_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that decide what the rows of the instruction track are, with their values."""
     declared = argparse.ArgumentParser()
@@ -767,10 +790,28 @@ def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", **options: Any
 ) -> tqdm:
     """A progress bar with rate and remaining time, for what takes over two seconds; in a log file, a line every so often."""
-    if not sys.stderr.isatty():
-        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "ncols": 0}
-    options |= {"dynamic_ncols": sys.stderr.isatty(), "delay": SHOWN_AFTER_SECONDS}
-    return tqdm(iterable, desc=desc, total=total, unit=f" {unit}", **options)
+    watched = sys.stderr.isatty()
+    if not watched:
+        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS}
+    known = total is not None or hasattr(iterable, "__len__")
+    done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
+    pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"
+    options |= {"bar_format": pattern if known else "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]"}
+    return _Bar(
+        iterable, desc=desc, total=total, unit=unit, dynamic_ncols=watched, delay=SHOWN_AFTER_SECONDS, **options
+    )
+
+
+class _Bar(tqdm):
+    """A bar that says its pace in words: 12 steps/s, or 3.4 s/step."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        facts = super().format_dict
+        done, unit = facts["n"] - facts["initial"], facts["unit"]
+        rate = facts["rate"] or (done / facts["elapsed"] if facts["elapsed"] else 0)
+        pace = f"{rate:,.3g} {unit}s/s" if rate >= 1 else f"{1 / rate:,.3g} s/{unit}" if rate else "…"
+        return {**facts, "pace": pace}
 
 
 class _Lines:

@@ -447,7 +447,9 @@ def scores_figure(
     order = np.argsort(scores)
     positions, is_selected = np.arange(len(order)), np.isin(order, list(selected))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, max(3.8, 0.2 * len(order))), width_ratios=(1.5, 1))
-    left.errorbar(scores[order], positions, xerr=errors[order], fmt="none", ecolor=GREY, zorder=1)
+    left.errorbar(
+        scores[order], positions, xerr=errors[order], fmt="none", ecolor=GREY, zorder=1, label="standard error"
+    )
     for chosen, color, marker, label in ((is_selected, ORANGE, "o", "selected"), (~is_selected, GREY, "X", "left out")):
         left.scatter(scores[order][chosen], positions[chosen], c=color, marker=marker, s=30, zorder=2, label=label)
     left.set_yticks(positions, _names(names[task] for task in order), fontsize=7)
