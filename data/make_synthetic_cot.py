@@ -197,10 +197,10 @@ def pretraining_batches(
     tokenizer: PreTrainedTokenizerFast,
     rng: np.random.Generator,
     *,
-    num_steps: int,
-    batch_size: int,
     careless_rows: float,
     seen: set[Question],
+    num_steps: int,
+    batch_size: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """`num_steps` batches of additions that are not in `seen`: `input_ids` (B, T), `labels` (B, target's T).
 

@@ -220,12 +220,9 @@ def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = Fals
             decides.
     """
     group = parser.add_argument_group("data (chain of thought)")
-    group.add_argument(
-        "--dataset_key",
-        required=not or_instruction,
-        metavar="KEY",
-        help="data set: strategy_qa, commonsense_qa, gsm8k and so on",
-    )
+    default = "(default: instruction data)" if or_instruction else "(required)"
+    group.add_argument("--dataset_key", required=not or_instruction, metavar="KEY", help="data set: strategy_qa, "
+                       f"commonsense_qa, gsm8k and so on {default}")  # fmt: skip
     group.add_argument("--preset_key", default="ft_cot", metavar="KEY", help="training rows: ft, ft_cot or ft_cot_t70_<k>aug with "
                        "k of 1 2 4 8 16 32 64 (default: ft_cot)")  # fmt: skip
     group.add_argument("--train_key", default="ft_cot", metavar="KEY", help="free label of the training run, kept in prediction "

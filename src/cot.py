@@ -19,11 +19,15 @@ from src.paths import DATA, SAVED, shorten, write_json
 
 TEACHER = "text-davinci-002"
 
+_CotRow = tuple[str, str, int, str | None]
+"""Split, task, index of the sample, reasoning."""
+
 
 @dataclass(frozen=True)
 class Preset:
     """What a preset key stands for (section 5)."""
 
+    key: str
     teacher_key: str | None  # completion key of the teacher's file; None: train on the bare answers
     num_completions: int  # completions asked for, of each sample
     template: str  # how rows are formatted and student completions are read: "ft_token" or "ft_cot_token"
@@ -38,11 +42,12 @@ def parse_preset(preset_key: str) -> Preset:
         ValueError: any other key.
     """
     if preset_key == "ft":
-        return Preset(None, 1, "ft_token", "ft", "{}")
+        return Preset(preset_key, None, 1, "ft_token", "ft", "{}")
     if preset_key in ("ft_cot", "zs_cot"):
-        return Preset("zs_cot", 1, "ft_cot_token", "ft_cot", "zs_cot_{}")
+        return Preset(preset_key, "zs_cot", 1, "ft_cot_token", "ft_cot", "zs_cot_{}")
     if match := re.fullmatch(r"ft_cot_t70_(1|2|4|8|16|32|64)aug", preset_key):
-        return Preset("zs_cot_t70", int(match[1]), "ft_cot_token", "ft_cot", f"zs_cot_t70_{{}}_{match[1]}aug")
+        finetune_key = f"zs_cot_t70_{{}}_{match[1]}aug"
+        return Preset(preset_key, "zs_cot_t70", int(match[1]), "ft_cot_token", "ft_cot", finetune_key)
     raise ValueError(
         f"preset {preset_key!r} is unknown; expected ft, ft_cot, zs_cot or ft_cot_t70_<k>aug with k one of 1, 2, "
         "4, 8, 16, 32, 64 (presets for inference only have no training rows)"
@@ -174,64 +179,106 @@ def load_cot(
             f"data set {dataset_key!r} for architecture {architecture!r}: expected one of {', '.join(DATASET_KEYS)} for "
             "encoder_decoder or decoder"
         )
-    dataset = _read_dataset(Path(data_dir, "dataset", f"{dataset_key}.json"), dataset_key)
-    path = Path(data_dir, "split", f"{dataset_key}__{split_key}.json")
-    split = _read_split(path, len(dataset))
-    if preset.teacher_key:
-        path = Path(saved_dir, "completion_data", f"B_{TEACHER}__C_{preset.teacher_key}", f"D_{dataset_key}.json")
-        expected = {"base_model": TEACHER, "completion_key": preset.teacher_key, "dataset_key": dataset_key}
-        completions, template = _read_teacher(path, dataset, split["train"], **expected, train_key=None, epoch=None)
-
-    def kept(index: int, count: int, any_answer: bool) -> list[dict]:
-        """Those of a sample's first completions to learn from; for `ft` a single one without reasoning."""
-        if not preset.teacher_key:
-            return [{}]
-        return [
-            record
-            for record in completions.get(index, [])[:count]
-            if any_answer or judge(dataset_key, record["completion"], record["answer"], template, letters)["correct"]
-        ]
-
-    questions = [dataset[index]["question"] for index in split["train"]]
+    source = _Source.read(dataset_key, preset, Path(data_dir), Path(saved_dir), split_key, letters)
+    questions = [source.dataset[index]["question"] for index in source.split["train"]]
     sides = stable_split(questions, heldout_share, max_heldout, test_share=0)
-    indices = {side: [i for i, s in zip(split["train"], sides, strict=True) if s == side] for side in SPLITS}
-    indices["test"] = split["test"]
-    rows: list[tuple[str, str, int, str | None]] = []  # split, task, record index, reasoning
-    for index in indices["train"]:
-        for record in kept(index, preset.num_completions, keep_incorrect):
-            fields = {**dataset[index], **record, "dataset_key": dataset_key}
-            task = text_field(fields, task_column or "dataset_key", f"{path}, sample {index}, task_column")
-            rows.append(("train", task, index, record.get("reasoning_completion")))
-    num_train, num_bare = len(rows), 0
-    if not num_train:
-        raise ValueError(f"{path}: no training row is left of {len(questions)} train samples with preset {preset_key}")
-    for side, count, any_answer in (("validation", preset.num_completions, keep_incorrect), ("test", 1, False)):
-        for index in indices[side]:
-            source, *_ = [*kept(index, count, any_answer), {"reasoning_completion": dataset[index]["rationale"]}]
-            reasoning = source.get("reasoning_completion") or None
-            num_bare += bool(preset.teacher_key and not reasoning)
-            rows.append((side, dataset_key, index, reasoning))
-    notices = []
-    if preset.teacher_key:
-        num_asked = preset.num_completions * len(indices["train"])
-        num_there = sum(len(completions[index][: preset.num_completions]) for index in indices["train"])
-        counted = (
-            (num_asked - num_there, f"of {num_asked:,} completions that {preset_key} asks for are not there"),
-            (num_there - num_train, f"of {num_there:,} completions are left out, as their answer is wrong"),
-            (num_bare, "held-out rows have neither correct completion nor rationale; the label is the bare answer"),
+    indices = {side: [i for i, s in zip(source.split["train"], sides, strict=True) if s == side] for side in SPLITS}
+    indices["test"] = source.split["test"]
+    rows = source.training_rows(indices["train"], keep_incorrect, task_column)
+    if not rows:
+        raise ValueError(
+            f"{source.path}: no training row is left of {len(questions)} train samples with preset {preset_key}"
         )
-        notices = [f"{path}: {number:,} {message}" for number, message in counted if number]
+    num_train = len(rows)
+    for side, count, any_answer in (("validation", preset.num_completions, keep_incorrect), ("test", 1, False)):
+        rows += [(side, dataset_key, index, source.reasoning(index, count, any_answer)) for index in indices[side]]
+    num_bare = sum(not reasoning for *_, reasoning in rows[num_train:])
     examples = []
     for position, (side, task, index, reasoning) in enumerate(rows):
-        sample = dataset[index]
+        sample = source.dataset[index]
         texts = _render(architecture, sample["question"], sample["answer"], reasoning)
         examples.append(Example(position, task, side, *texts, record_index=index, answer=sample["gold"]))
     return TaskData(
         tuple(examples),
-        tuple(notices),
+        source.notices(indices["train"], num_train, num_bare) if preset.teacher_key else (),
         answer_key=dataset_key,
         judge=_judge_of(dataset_key, preset.template, letters),
     )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The files that a preset's rows come from.
+
+    Attributes:
+        dataset_key, preset, letters: As in `load_cot`.
+        dataset: A record for each sample.
+        split: "train" and "test" -> sample indices.
+        path: The teacher's file, or the split's where there is none; for messages.
+        completions: The teacher's, by sample index.
+        template: How their answers are read.
+    """
+
+    dataset_key: str
+    preset: Preset
+    letters: str
+    dataset: Sequence[Mapping]
+    split: Mapping[str, list[int]]
+    path: Path
+    completions: Mapping[int, list[dict]]
+    template: str | None
+
+    @classmethod
+    def read(
+        cls, dataset_key: str, preset: Preset, data_dir: Path, saved_dir: Path, split_key: str, letters: str
+    ) -> _Source:
+        """Read the data set, its split and, where the preset has one, the teacher's completions."""
+        dataset = _read_dataset(data_dir / "dataset" / f"{dataset_key}.json", dataset_key)
+        path = data_dir / "split" / f"{dataset_key}__{split_key}.json"
+        split = _read_split(path, len(dataset))
+        if not preset.teacher_key:
+            return cls(dataset_key, preset, letters, dataset, split, path, {}, None)
+        path = saved_dir / "completion_data" / f"B_{TEACHER}__C_{preset.teacher_key}" / f"D_{dataset_key}.json"
+        expected = {"base_model": TEACHER, "completion_key": preset.teacher_key, "dataset_key": dataset_key}
+        completions, template = _read_teacher(path, dataset, split["train"], **expected, train_key=None, epoch=None)
+        return cls(dataset_key, preset, letters, dataset, split, path, completions, template)
+
+    def kept(self, index: int, count: int, any_answer: bool) -> list[dict]:
+        """Those of a sample's first completions to learn from; for `ft` a single one without reasoning."""
+        if not self.preset.teacher_key:
+            return [{}]
+        return [
+            record
+            for record in self.completions.get(index, [])[:count]
+            if any_answer
+            or judge(self.dataset_key, record["completion"], record["answer"], self.template, self.letters)["correct"]
+        ]
+
+    def training_rows(self, indices: Sequence[int], any_answer: bool, task_column: str | None) -> list[_CotRow]:
+        """A row for each completion to learn from."""
+        rows: list[_CotRow] = []
+        for index in indices:
+            for record in self.kept(index, self.preset.num_completions, any_answer):
+                fields = {**self.dataset[index], **record, "dataset_key": self.dataset_key}
+                task = text_field(fields, task_column or "dataset_key", f"{self.path}, sample {index}, task_column")
+                rows.append(("train", task, index, record.get("reasoning_completion")))
+        return rows
+
+    def reasoning(self, index: int, count: int, any_answer: bool) -> str | None:
+        """What a held-out sample is labelled with: its first kept completion, else the data set's rationale."""
+        first, *_ = [*self.kept(index, count, any_answer), {"reasoning_completion": self.dataset[index]["rationale"]}]
+        return first.get("reasoning_completion") or None
+
+    def notices(self, train: Sequence[int], num_train: int, num_bare: int) -> tuple[str, ...]:
+        """What is not there, and what was left out."""
+        num_asked = self.preset.num_completions * len(train)
+        num_there = sum(len(self.completions[index][: self.preset.num_completions]) for index in train)
+        counted = (
+            (num_asked - num_there, f"of {num_asked:,} completions that {self.preset.key} asks for are not there"),
+            (num_there - num_train, f"of {num_there:,} completions are left out, as their answer is wrong"),
+            (num_bare, "held-out rows have neither correct completion nor rationale; the label is the bare answer"),
+        )
+        return tuple(f"{self.path}: {number:,} {message}" for number, message in counted if number)
 
 
 # --- chain-of-thought track: answers ------------------------------------------------------------------------

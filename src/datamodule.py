@@ -115,16 +115,14 @@ def tokenize(
                         f"sample {example.sample_index} (task {example.task}): the completion {example.completion!r} has "
                         "no token; give it a text that the tokenizer knows, or remove the row"
                     )
-                limit = max_length if decoder else max_target_length
                 if decoder or completion[-1] != end:
                     completion = [*completion, end]
-                if len(completion) > limit:
-                    completion, cut_completions = completion[:limit], cut_completions + 1
-                room = max_length - len(completion) if decoder else max_length
-                if len(prompt) > room:
-                    prompt = prompt[len(prompt) - room :] if decoder else prompt[:room]
-                    cut_prompts += 1
-                for part, ids in (("prompt", prompt), ("completion", completion)):
+                kept = completion[: max_length if decoder else max_target_length]
+                room = max_length - len(kept) if decoder else max_length
+                fitting = prompt[max(0, len(prompt) - room) :] if decoder else prompt[:room]
+                cut_completions += len(kept) < len(completion)
+                cut_prompts += len(fitting) < len(prompt)
+                for part, ids in (("prompt", fitting), ("completion", kept)):
                     files[part].write(np.asarray(ids, np.int32).tobytes())
                     lengths[part].append(len(ids))
     for part, of_rows in lengths.items():

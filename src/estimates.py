@@ -534,16 +534,13 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
     write_subsets(chosen, selected, comment=comment, tasks=estimator.tasks)
     written = outputs
-    without, everything = (estimator(np.full((1, len(estimator.tasks)), is_in) & estimator.has_rows, columns).mean()
-                           for is_in in (False, True))  # fmt: skip
-    references = {"no task": without, "all tasks": everything}
     if args.per_target:
         write_affinity(estimator, columns, folder)
     else:
         title = f"{method.replace('_', ' ').capitalize()} for {shorten(labels[0], 40)}"
         selection_figure(
             steps[0], estimator.tasks, folder / SELECTION_FIGURE,
-            title=title, references=references, ranks_only=estimator.ranks_only,
+            title=title, references=reference_estimates(estimator, columns), ranks_only=estimator.ranks_only,
         )  # fmt: skip
     if args.weights:
         shares, course = mixture_weights(
@@ -553,17 +550,30 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
         write_task_weights(written[-1], estimator.tasks, shares)
         print(f"Mixture weights: estimate {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
     for subset, label, group in zip(selected, labels, groups, strict=True):
-        estimate = estimator(membership_matrix([subset], len(estimator.tasks)) & estimator.has_rows, group).mean()
-        beside = "".join(f", {value:.4g} with {name}" for name, value in references.items()) * (not args.per_target)
-        print(
-            f"Selected {len(subset)} of {len(estimator.tasks)} tasks for {label}: {names_of(subset, estimator.tasks)}\n"
-            f"Estimate: {estimate:.4g} with these{beside}."
-        )
+        say_selected(estimator, subset, label, group)
     print(
         f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it with stage 1's script and "
         f"--subset_file {chosen}"
     )
     return selected
+
+
+def reference_estimates(estimator: Estimator, columns: Sequence[int]) -> dict[str, float]:
+    """The mean estimates of some targets after training on nothing and on everything: what a selection is to beat."""
+    ends = np.array([[False], [True]]) & estimator.has_rows
+    return dict(zip(("no task", "all tasks"), estimator(ends, columns).mean(axis=1).tolist(), strict=True))
+
+
+def say_selected(estimator: Estimator, subset: Sequence[int], label: str, columns: Sequence[int]) -> None:
+    """Print a selection by name, and its estimate beside those of nothing and everything."""
+    tasks = estimator.tasks
+    estimate = estimator(membership_matrix([tuple(subset)], len(tasks)) & estimator.has_rows, columns).mean()
+    references = reference_estimates(estimator, columns)
+    beside = "".join(f", {value:.4g} with {name}" for name, value in references.items())
+    print(
+        f"Selected {len(subset)} of {len(tasks)} tasks for {label}: {names_of(subset, tasks)}\n"
+        f"Estimate: {estimate:.4g} with these{beside}."
+    )
 
 
 def refined(

@@ -643,7 +643,7 @@ def _needed_rows(part: Part) -> Rows:
         ValueError: it has moments only.
     """
     if part.rows is None:
-        raise ValueError("this estimator needs the rows of a part, and this one has moments only")
+        raise ValueError("this estimator would need the rows of a part, and this one has moments only")
     return part.rows
 
 

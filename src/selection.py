@@ -90,12 +90,7 @@ def forward_selection(
             is not a number.
     """
     search = _Search(estimate, num_tasks, max_tasks, budget_rows, rows_of_task)
-    if direction not in ("forward", "backward"):
-        raise ValueError(f"unknown direction {direction!r}; choose forward or backward")
-    if try_at_most is not None and try_at_most < 1:
-        raise ValueError(f"try_at_most must be at least 1, found {try_at_most}")
-    if tolerance < 0 or patience < 0:
-        raise ValueError(f"tolerance and patience must not be negative, found {tolerance} and {patience}")
+    _check_options(direction, try_at_most, tolerance, patience)
     forward = direction == "forward"
     current = search.start(start_from, forward)
     start_estimate = search.estimates(current[None])[0]
@@ -130,6 +125,15 @@ def forward_selection(
     if best is None:
         raise ValueError("no task fits into max_tasks and budget_rows; raise them")
     return SelectionPath(_tasks(start), float(start_estimate), tuple(steps), _tasks(best), float(best_estimate))
+
+
+def _check_options(direction: str, try_at_most: int | None, tolerance: float, patience: int) -> None:
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"unknown direction {direction!r}; choose forward or backward")
+    if try_at_most is not None and try_at_most < 1:
+        raise ValueError(f"try_at_most must be at least 1, found {try_at_most}")
+    if tolerance < 0 or patience < 0:
+        raise ValueError(f"tolerance and patience must not be negative, found {tolerance} and {patience}")
 
 
 @dataclass(frozen=True)

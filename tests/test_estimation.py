@@ -357,7 +357,7 @@ def test_bad_input_is_refused(rows: Rows, part: Part, membership: np.ndarray) ->
         estimate([part], membership, rho=0)
     with pytest.raises(ValueError, match="unknown weight_by 'row'"):
         estimate([part], membership, weight_by="row")
-    with pytest.raises(ValueError, match="need the rows"):
+    with pytest.raises(ValueError, match="need the rows of a part"):
         estimate([replace(part, rows=None)], membership, estimator="kernel")
     fewer = Part(part.train, task_moments(rows.rows, rows.outputs, rows.target_of_row % 2, 2))
     with pytest.raises(ValueError, match="parts must agree"):

@@ -50,3 +50,23 @@ def test_shell_scripts_named_in_the_readme_exist() -> None:
     assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(scripts)
     for script in scripts:
         assert (ROOT / script).is_file(), script
+
+
+def test_what_the_readme_points_to_is_there() -> None:
+    """Pictures and files of the repository that it names."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert len(pictures) == 2
+    named = re.findall(r"`((?:src|tests|scripts|notebook|data)/[\w/]+\.(?:py|sh))`", text)
+    assert len(named) > 8
+    for path in (*pictures, *named):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize(
+    "flag", sorted(set(re.findall(r"`(--[a-z_]+)", (ROOT / "README.md").read_text(encoding="utf-8"))))
+)
+def test_flags_named_in_the_readme_exist(flag: str) -> None:
+    scripts = [*ROOT.glob("src/cli.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("notebook/*.py"),
+               *ROOT.glob("scripts/tables/common.sh")]  # fmt: skip
+    assert any(f"{flag}" in path.read_text(encoding="utf-8") for path in scripts), flag
