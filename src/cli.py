@@ -789,7 +789,8 @@ def progress(
     """A progress bar with rate and remaining time, for what takes over two seconds; in a log file, a line every so often."""
     watched = sys.stderr.isatty()
     if not watched:
-        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS}
+        # a bar's own thread would else write in between
+        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "maxinterval": math.inf}
     known = total is not None or hasattr(iterable, "__len__")
     done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
     pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"

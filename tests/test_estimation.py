@@ -158,8 +158,9 @@ def test_logistic_equals_a_general_minimiser(
     outputs = rows.outputs + np.float32(offset)
     strength = ridge_strength(rows, weight_by, rho)
     part = make_part(replace(rows, outputs=outputs))
-    found = estimate([part], membership, estimator="logistic", rho=rho, weight_by=weight_by)
-    for subset, estimates in zip(membership[::5], found[::5], strict=True):
+    options = {"estimator": "logistic", "rho": rho, "weight_by": weight_by}
+    found, solved = estimate([part], membership, **options), solutions(part, membership, **options)
+    for subset, estimates, at in zip(membership[::5], found[::5], solved[::5], strict=True):
         weights = row_weights(rows, subset, weight_by)
 
         def objective(x: np.ndarray, weights: np.ndarray = weights) -> float:
@@ -170,6 +171,15 @@ def test_logistic_equals_a_general_minimiser(
         losses = np.logaddexp(0, outputs + rows.rows @ solution)
         expected = [losses[rows.target_of_row == target].mean() for target in range(NUM_TARGETS)]
         np.testing.assert_allclose(estimates, expected, rtol=1e-4)
+        np.testing.assert_allclose(at, solution, rtol=0.01, atol=0.01 * np.abs(solution).max())
+
+
+def test_estimators_without_a_solution_displace_nothing(part: Part, membership: np.ndarray) -> None:
+    for estimator in ("alignment", "representation", "constant"):
+        with pytest.raises(
+            ValueError, match=f"'{estimator}' has no solution .*; choose one of ridge, linear, logistic"
+        ):
+            solutions(part, membership, estimator=estimator)
 
 
 @pytest.mark.parametrize("dim", [4, 200])
