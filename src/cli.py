@@ -789,8 +789,8 @@ def progress(
     """A progress bar with rate and remaining time, for what takes over two seconds; in a log file, a line every so often."""
     watched = sys.stderr.isatty()
     if not watched:
-        # a bar's own thread would else write in between
-        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "maxinterval": math.inf}
+        # the time is looked at in every step: bars guess how many steps an interval has, and a slower one would be silent
+        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "miniters": 1}
     known = total is not None or hasattr(iterable, "__len__")
     done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
     pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"

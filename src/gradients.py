@@ -628,7 +628,9 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
             like = difflib.get_close_matches(
                 folder.name, [path.name for path in folder.parent.glob("*")], n=3, cutoff=0.8
             )
-            beside = f" (there are {', '.join(like)}: other flags of model, adapter or projection)" if like else ""
+            beside = (
+                f" (there are {', '.join(like)}: of another model, adapter, projection or --save_name)" if like else ""
+            )
             raise FileNotFoundError(f"no projected gradients in {folder}{beside}; make them with: python {made_by}")
     else:
         found = [folder / Path(name.removesuffix("/")).name.removesuffix(".ckpt") for name in checkpoints]
