@@ -819,7 +819,8 @@ class _Lines:
         self.file, self.last = file, ""
 
     def write(self, text: str) -> None:
-        if (line := text.strip()) and line != self.last:
+        line = text.replace("\x1b[A", "").strip()  # a bar inside a bar moves the cursor
+        if line and line != self.last:
             self.file.write(f"{line}\n")
             self.last = line
 

@@ -26,9 +26,14 @@ def test_a_log_file_gets_a_line_now_and_then(quickly: None, capsys: pytest.Captu
         time.sleep(0.005)
     for _ in cli.progress(range(3), desc="short"):
         pass
+    for _ in cli.progress(range(4), desc="reading outside", unit="file"):
+        for _ in cli.progress(range(4), desc="reading inside", unit="row", leave=False):
+            time.sleep(0.02)
     lines = capsys.readouterr().err.splitlines()
     counted, uncounted = ([line for line in lines if line.startswith(name)] for name in ("gradients: ", "reading: "))
-    assert len(counted) + len(uncounted) == len(lines) and "\r" not in "".join(lines)
+    nested = [line for line in lines if line.startswith(("reading outside: ", "reading inside: "))]
+    assert len(counted) + len(uncounted) + len(nested) == len(lines) and len(nested) >= 4
+    assert not set("\r\x1b") & set("".join(lines))
     assert 2 <= len(counted) <= 15 and "100 %, 60 of 60 [" in counted[-1]
     assert all("samples/s" in line and "<" in line for line in counted)
     assert 1 <= len(uncounted) <= 10 and "30 rows [" in uncounted[-1]
