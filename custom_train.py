@@ -2,8 +2,9 @@
 
 Reads   data/dataset/, data/split/, saved/completion_data/, the base model of --model_key
 Writes  external_lightning_logs/<run>/   checkpoints on the way and at the best validation loss (all rows)
-        results/<name>/results.csv       loss and accuracy, a row per subset (--subset_file, --task_idxes)
-        saved/completion_data/B_<model>__C_<preset>/   the model's own completions of the validation rows
+        results/<name>/results.csv       loss and accuracy, a row per subset (--subset_file, --task_weights, --task_idxes)
+        results/<name>/models/           the model, where one subset is fine-tuned on
+        saved/completion_data/B_<model>__C_ft_cot/   the model's own completions of the validation rows
 
     python custom_train.py --dataset_key strategy_qa --model_key flan_t5_base --train_key ft_cot \\
         --preset_key ft_cot_t70_64aug --devices 1 --batch_size 8 --inference_batch_size 32 \\

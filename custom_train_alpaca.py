@@ -2,11 +2,12 @@
 
 Reads   the files of --data_files / --target_files (or data/alpaca_data/), the base model of --model_key
 Writes  external_lightning_logs/<run>/   checkpoints on the way and at the best validation loss (all tasks)
-        results/<name>/results.csv       losses of every target, a row per subset (--subset_file, --task_idxes)
+        results/<name>/results.csv       losses of every target, a row per subset (--subset_file, --task_weights, --task_idxes)
+        results/<name>/models/           the model, where one subset is fine-tuned on
 
     python custom_train_alpaca.py --train_instruction --model_key TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T \\
         --lr 2e-5 --batch_size 128 --max_length 256 --epochs 10 --train_lora --lora_rank 128 --lora_alpha 512 \\
-        --strategy fsdp --devices 0 1 2 3 --runs 1 --precision 16 --accumulate 1
+        --strategy fsdp --devices 0 1 2 3 --runs 1 --precision bf16 --accumulate 1
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Stage 4, either track: forward selection of tasks on the estimates.
+"""Stage 4, either track: forward or backward selection of tasks by their estimates.
 
 Reads   gradients/<run>/
-Writes  sampled_tasks/<name>_forward_selection.txt, results/<name>/selection.csv and selection.png
+Writes  sampled_tasks/<name>_<method>_selection.txt, results/<name>/selection.csv and selection.png
+        affinity.csv and affinity.png (--per_target, no selection.png), sampled_tasks/<name>_weights.csv (--weights)
 
     python fast_estimate_forward_selection.py --dataset_key strategy_qa --preset_key ft_cot_t70_64aug \\
-        --model_key flan_t5_base --train_lora --lora_rank 16 --lora_alpha 128 --project_dim 100 --run 0
+        --model_key flan_t5_base --train_lora --lora_rank 16 --lora_alpha 128 --project_dim 100 --run 0 \\
+        --load_clusters --num_clusters 100
 """
 
 from __future__ import annotations

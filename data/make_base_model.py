@@ -2,12 +2,10 @@
 
 The stage scripts take any model key that `from_pretrained` opens. This script makes such a folder from the user's own
 files: a byte-level BPE tokenizer trained on their text, a Llama (decoder) or T5 (encoder-decoder) of any size
-with seeded random weights, and, if asked, a short pretraining on that text or on answering it. `make_synthetic.py`
+with seeded random weights, then pretrained briefly on that text or on answering it (--pretrain_steps 0: not at all). `make_synthetic.py`
 builds its base model from the same parts.
 
     python data/make_base_model.py --data_files data/synthetic/flan.jsonl --output_dir data/base_model
-
-Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
@@ -296,7 +294,12 @@ def add_output(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument(
         "--output_dir", default=output_dir, metavar="FOLDER", help="folder to write (default: %(default)s)"
     )
-    group.add_argument("--seed", type=int, default=0, help="decides every row and every weight (default: %(default)s)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of everything random: rows, weights, pretraining (default: %(default)s)",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace an older folder made by this script (default: "
                        "refuse to)")  # fmt: skip
     cli.add_dry_run(parser)

@@ -1,8 +1,8 @@
 """How good the estimates are, either track: stage 3's table against really fine-tuned values of the same subsets.
 
 For every target Spearman's correlation over subsets (the linear datamodeling score) with a bootstrap interval, Pearson's,
-the mean relative and the squared relative error, each beside a constant, the base model, training on all tasks, the
-predictor that only knows whether the target's own task is in the subset, and the noise ceiling.
+the mean relative and the squared relative error, each beside a constant, the base model and training on all tasks (where the truth has
+them), the predictor that only knows whether the target's own task is in the subset, and the noise ceiling.
 
 Reads   results/<name>/estimates.csv, results/<name>/results.csv
 Writes  comparison.csv and comparison.png beside the estimates
@@ -22,7 +22,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.Parser(__doc__, "ESTIMATES.csv TRUTH.csv")
     cli.add_comparison(parser)
-    cli.add_targets(parser, "targets to judge (default: all that both tables have)")
+    cli.add_targets(parser, "targets to judge (default: the tasks of --target_files, else all that both tables have)")
     return parser.parse_args(argv)
 
 

@@ -43,7 +43,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("--pretrain_steps", 1500, "optimizer steps of the model's pretraining"),
     ):
         group.add_argument(flag, type=cli.positive_int, default=default, help=f"{meaning} (default: {default})")
-    group.add_argument("--seed", type=int, default=0, help="which additions (default: 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of the additions and of the model's pretraining (default: 0)"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Stage 4, either track: random-ensemble scores of the tasks, and the subset above the threshold.
+"""Stage 4, either track: random-ensemble scores of the tasks, and the subset of the tasks with the best (lowest) scores.
 
 Reads   results/<name>/estimates.csv
 Writes  sampled_tasks/<name>_random_ensemble.txt, results/<name>/scores.csv and scores.png

@@ -2,7 +2,8 @@
 
 The floor is one plain training step (forward and backward of the LoRA model through transformers' own loss, no
 optimizer) on the same samples in the same batches: by length, within a token budget, padded to the longest.
-Every way is timed in turn, several times, in one process; figures are medians. Memory is the peak above the
+The floor and the engine are timed in turn, several times, in one process, and figures are medians; the loops and the
+whole stage are timed once. Memory is the peak above the
 loaded model, each way in a process of its own.
 
     python scripts/benchmark_gradients.py --model llama --dim 100

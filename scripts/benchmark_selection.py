@@ -2,8 +2,8 @@
 
 For each world every method selects tasks for the target from validation data alone; the base model is then fine-tuned on
 each selection and its test loss taken. Regret is the distance to the oracle (forward selection by really fine-tuning every
-candidate) as a share of the gap from the oracle to training on all tasks. Cost is in passes: samples that go forward and
-backward, one for each, all training and gradients counted.
+candidate) as a share of the gap from the oracle to training on all tasks. Cost is in passes: one sample going
+forward and backward is one pass; all training and all gradients count.
 
     python scripts/benchmark_selection.py
     python scripts/benchmark_selection.py --world synthetic:7 --no_oracle --json

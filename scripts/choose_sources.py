@@ -2,7 +2,7 @@
 
 Runs the stages of the instruction track one after the other in this process, each with its command printed first:
 meta-training (until its last checkpoint), gradients, estimates, both selections, and real fine-tuning of the base model on
-all sources and on the selections; the last line says what to train on. Stages whose artifacts are there already do nothing.
+all sources and on the selections. The last lines say what to train on. What is trained already is not trained again.
 
 Reads   the files of --data_files and --target_files, the base model of --model_key
 Writes  what the stages write; results/<name>/summary.json, report.html, selected.jsonl, mixture.json; with --halves also
@@ -37,6 +37,7 @@ from src.paths import (
     SUMMARY_FILE,
     model_dir,
     results_dir,
+    slug,
     subset_file,
 )
 from src.report import (
@@ -53,10 +54,10 @@ from src.report import (
     subset_text,
     write_summary,
 )
-from src.subsets import read_subsets
+from src.subsets import read_subsets, tasks_in_subset, write_subsets
 
-NUM_SHOWN_HALVES = 3
-"""Random halves whose mean test loss the table shows; the correlation is over all that are fine-tuned."""
+FEWEST_HALVES = 3
+"""Random halves that a rank correlation needs."""
 SELECTIONS = ("random_ensemble", "forward_selection")
 
 
@@ -68,6 +69,7 @@ class Pipeline:
         name: Of the results.
         data: Data and model flags.
         training: Hyperparameters of fine-tuning.
+        training_name: The `--save_name` of meta-training and its gradients, where they have one.
         tasks: Flags that say what a task is.
         train, gradients, regression: The stages' scripts (and what selects the stage in a script).
         seconds: Of each stage so far.
@@ -76,6 +78,7 @@ class Pipeline:
     name: str
     data: str
     training: str
+    training_name: str = ""
     tasks: str = ""
     train: str = "custom_train_alpaca.py"
     gradients: str = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs"
@@ -91,31 +94,29 @@ class Pipeline:
     def select(self) -> list[str]:
         """Stages 1 to 4; the names of the tasks."""
         regression = f"{self.regression} {self.data} {self.tasks} --save_name {self.name}"
-        self.run("meta_training", f"{self.train} {self.data} {self.training} --stop_after_checkpoints")
-        self.run("gradients", f"{self.gradients} {self.data}")
+        named = f"--save_name {self.training_name}" if self.training_name else ""
+        self.run("meta_training", f"{self.train} {self.data} {self.training} {named} --stop_after_checkpoints")
+        self.run("gradients", f"{self.gradients} {self.data} {named}")
         self.run("estimation", f"{regression} --sampled_tasks {subset_file(self.name)}")
         selection = f"fast_estimate_forward_selection.py {self.data} {self.tasks} --save_name {self.name}"
         self.run("forward_selection", selection)
         self.run("random_ensemble", f"notebook/select_random_ensemble.py {results_dir(self.name)}")
         return read_table(results_dir(self.name) / SCORES_FILE).sort_values("task")["name"].tolist()
 
-    def fine_tune(self, tasks: Sequence[str], num_halves: int) -> dict[str, list[str]]:
+    def fine_tune(self, tasks: Sequence[str], num_halves: int, runs: int = 1) -> dict[str, list[str]]:
         """Stage 5 on nothing, everything, the selections and some random halves: the texts of the subsets of each."""
-        fine_tuning = f"{self.train} {self.data} {self.tasks} {self.training} --save_name {self.name}"
+        fine_tuning = f"{self.train} {self.data} {self.tasks} {self.training} --runs {runs} --save_name {self.name}"
         self.run("base", f"{fine_tuning} --task_idxes")
         self.run("all_tasks", f"{fine_tuning} --task_idxes all")
         for method in SELECTIONS:
             self.run(f"fine_tuning_{method}", f"{fine_tuning} --subset_file {subset_file(f'{self.name}_{method}')}")
         subsets = {"base": [""], "all_tasks": [subset_text(range(len(tasks)))]}
-        if num_halves:
-            name, halves = f"{self.name}_random_halves", subset_file(f"{self.name}_random_halves")
-            self.run(
-                "estimation", f"{self.regression} {self.data} {self.tasks} --save_name {name} --sampled_tasks {halves}",
-                "--number_of_subsets", str(num_halves),
-            )  # fmt: skip
+        if num_halves:  # the first of those that stage 3 has estimated
+            halves = subset_file(f"{self.name}_random_halves")
+            drawn = read_subsets(subset_file(self.name), len(tasks))[:num_halves]
+            write_subsets(halves, drawn, comment="random halves, to judge estimates by", tasks=tasks)
             self.run("random_halves", f"{fine_tuning} --subset_file {halves}")
-            drawn = read_table(results_dir(name) / ESTIMATES_FILE)["subset"].tolist()
-            subsets["random_half"] = drawn[:NUM_SHOWN_HALVES]
+            subsets["random_half"] = [subset_text(subset) for subset in drawn]
         for method in SELECTIONS:
             chosen = read_subsets(subset_file(f"{self.name}_{method}"), len(tasks))[0]
             subsets[method] = [subset_text(chosen)]
@@ -124,7 +125,7 @@ class Pipeline:
     def summarise(self, tasks: Sequence[str], subsets: dict[str, list[str]]) -> None:
         """The table and the summary; where random halves were fine-tuned, the figure and how well estimates rank them."""
         folder = results_dir(self.name)
-        truth = read_table(folder / RESULTS_FILE).set_index("subset")
+        truth = fine_tuned_means(self.name)
         targets = own_targets(columns_of(truth, TEST_LOSS), tasks)
         metrics = {"test_loss": TEST_LOSS}
         if columns_of(truth, TEST_ACCURACY):
@@ -136,7 +137,7 @@ class Pipeline:
             }
             for metric, prefix in metrics.items()
         }
-        spearman = self.judge(truth, targets, subsets["forward_selection"][0]) if "random_half" in subsets else None
+        spearman = self.judge(truth, targets, subsets) if "random_half" in subsets else None
         selected = parse_subset(subsets["forward_selection"][0])
         summary = {"seconds": self.seconds, "spearman": spearman, "selected_tasks": list(selected)}
         write_summary(folder / SUMMARY_FILE, {**measured, **summary})
@@ -156,12 +157,12 @@ class Pipeline:
             f"Wrote {folder / SUMMARY_FILE}{f' and {folder / ESTIMATES_FIGURE}' if judged else ''}."
         )
 
-    def judge(self, truth: pd.DataFrame, targets: Sequence[str], selected: str) -> float:
+    def judge(self, truth: pd.DataFrame, targets: Sequence[str], subsets: dict[str, list[str]]) -> float:
         """Draw estimates against fine-tuned losses of the random halves, the selection marked; their Spearman."""
-        folder = results_dir(self.name)
-        estimates = read_table(results_dir(f"{self.name}_random_halves") / ESTIMATES_FILE)
+        folder, halves, (selected,) = results_dir(self.name), subsets["random_half"], subsets["forward_selection"]
+        estimates = read_table(folder / ESTIMATES_FILE).set_index("subset").loc[halves]
         estimated = mean_over_targets(estimates, ESTIMATE, targets)
-        fine_tuned = mean_over_targets(truth.loc[estimates["subset"]], VALIDATION_LOSS, targets)
+        fine_tuned = mean_over_targets(truth.loc[halves], VALIDATION_LOSS, targets)
         steps = read_table(folder / SELECTION_FILE)
         estimate = float(steps.loc[steps["subset"] == selected, "estimate"].iloc[0])
         value = float(mean_over_targets(truth.loc[[selected]], VALIDATION_LOSS, targets)[0])
@@ -172,9 +173,14 @@ class Pipeline:
         return linear_datamodeling_score(estimated, fine_tuned)
 
 
+def fine_tuned_means(name: str) -> pd.DataFrame:
+    """The fine-tuned values of every subset, by its text: means over runs."""
+    return read_table(results_dir(name) / RESULTS_FILE).groupby("subset").mean(numeric_only=True)
+
+
 def best_selection(name: str) -> tuple[str, str]:
     """Of the two selections the one whose validation loss after fine-tuning is lower: its method and its text."""
-    truth = read_table(results_dir(name) / RESULTS_FILE).set_index("subset")
+    truth = fine_tuned_means(name)
     num_tasks = len(scores := read_table(results_dir(name) / SCORES_FILE))
     targets = own_targets(columns_of(truth, VALIDATION_LOSS), scores["name"].tolist())
     texts = {method: subset_text(read_subsets(subset_file(f"{name}_{method}"), num_tasks)[0]) for method in SELECTIONS}
@@ -194,27 +200,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_hardware(parser)
     group = parser.add_argument_group("answer")
     group.add_argument("--halves", type=cli.not_negative_int, default=0, help="also fine-tune so many random halves of the "
-                       "sources, to see whether the estimates can be trusted (default: 0)")  # fmt: skip
+                       "sources, at least 3, to see whether the estimates can be trusted (default: 0)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """All stages, the table, the answer."""
-    name = args.save_name or cli.run_from(args, 0).name()
+    if cli.hardware_from(args).num_processes > 1:
+        raise ValueError(
+            "several processes would each run every stage; run the stages one by one, or name one of --devices"
+        )
+    name = slug(args.save_name or cli.run_from(args, 0).name())
     # every flag whose default may differ from script to script is given
-    groups = (cli.add_instruction_data, partial(cli.add_model, model_key=""), cli.add_hardware)
-    data = shlex.join(cli.flags_of(args, *groups, without=("save_name", "dry_run")))
-    training = shlex.join(cli.flags_of(args, partial(cli.add_training, batch_size=0, lr=0.0, epochs=0)))
+    data_groups = (cli.add_instruction_data, partial(cli.add_model, model_key=""))
+    described = shlex.join(cli.flags_of(args, *data_groups, without=("save_name", "dry_run")))
+    data = f"{described} {shlex.join(cli.flags_of(args, cli.add_hardware))}"
+    hyperparameters = partial(cli.add_training, batch_size=0, lr=0.0, epochs=0)
+    training = shlex.join(cli.flags_of(args, hyperparameters, without=("runs",)))
     folder = results_dir(name)
     if cli.is_dry_run(args, [*cli.instruction_files(args), *args.target_files, args.model_key], [folder]):
         return
-    pipeline = Pipeline(name, data, training)
+    pipeline = Pipeline(name, data, training, name if args.save_name else "")
     tasks = pipeline.select()
-    halves = min(args.halves, math.comb(len(tasks), max(1, math.floor(len(tasks) / 2 + 0.5))))
-    subsets = pipeline.fine_tune(tasks, halves if halves >= NUM_SHOWN_HALVES else 0)
+    halves = min(args.halves, math.comb(len(tasks), tasks_in_subset(len(tasks), 0.5)))
+    if halves < args.halves or 0 < halves < FEWEST_HALVES:
+        cli.say_notices([f"{len(tasks)} sources have {halves} halves; from {FEWEST_HALVES} on they are fine-tuned"])
+    subsets = pipeline.fine_tune(tasks, halves if halves >= FEWEST_HALVES else 0, args.runs)
     method, text = best_selection(name)
     file = subset_file(f"{name}_{method}")
-    pipeline.run("export", f"scripts/export_selection.py {data} --save_name {name} --subset_file {file}")
+    pipeline.run("export", f"scripts/export_selection.py {described} --save_name {name} --subset_file {file}")
     cli.run_command(f"scripts/report.py {folder}")
     pipeline.summarise(tasks, subsets)
     print(

@@ -1,7 +1,7 @@
-"""The main job on the embedded default, stage by stage: the commands a user would type, then what came of them.
+"""The main job on a small built-in world, stage by stage: the commands a user would type, then what came of them.
 
 Each command is printed before it runs, and runs in this process to save the time of importing the libraries
-again. Stages that find their artifact there already do nothing, so a second run costs little.
+again. What is trained already is not trained again, so a second run costs little.
 
     bash scripts/quickstart.sh            # instruction tuning
     bash scripts/quickstart.sh cot        # chain of thought
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline = pipeline_of(args.track, name, world)
     pipeline.run("make_synthetic", f"data/make_{made}.py --seed {args.seed} --output_dir {world}", *args.world)
     tasks = pipeline.select()
-    subsets = pipeline.fine_tune(tasks, max(args.num_halves, choose.NUM_SHOWN_HALVES))
+    subsets = pipeline.fine_tune(tasks, max(args.num_halves, choose.FEWEST_HALVES))
     pipeline.summarise(tasks, subsets)
     for file in (SUMMARY_FILE, ESTIMATES_FIGURE):  # of the last world that was run
         shutil.copyfile(results_dir(name) / file, results_dir(called) / file)

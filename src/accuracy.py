@@ -2,7 +2,7 @@
 
 The score is the linear datamodeling score (Park et al., 2023, arXiv:2303.14186): Spearman's correlation of estimates and
 fine-tuned values over subsets. Errors stand beside the errors of a constant, because a constant comes close where
-values hardly differ (DESIGN section 2, "How an estimate is judged").
+values hardly differ.
 
 Letters: m subsets, k targets, r runs.
 """

@@ -1,7 +1,7 @@
 """Calibrated estimates with prediction intervals, learned from a handful of subsets that were really fine-tuned.
 
 Estimates rank subsets; their level is off, since they stop at second order and know nothing of the learning rate or the
-number of steps. An affine map for each target mends that (DESIGN section 2, "Calibration").
+number of steps. An affine map for each target mends that.
 
 Letters: c fine-tuned subsets, m subsets, k targets.
 """

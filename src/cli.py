@@ -189,9 +189,13 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
                        f"together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name} (default: --data_files)")  # fmt: skip
     group.add_argument("--data_key", metavar="NAME", help="short name of this data in folder names (default: made of the "
                        "files' names)")  # fmt: skip
-    add_tasks(group, "column that names a row's task (default: _task_name, skill or task, else a file is a task)")
-    group.add_argument("--loss_on_prompt", action="store_true", help="count the prompt in the loss, as published "
-                       "(default: the completion only)")  # fmt: skip
+    add_tasks(
+        group,
+        "column that names a row's task (default: _task_name, skill or task; without "
+        "one a file is a task, which FLAN's inputs and targets do not allow)",
+    )
+    group.add_argument("--loss_on_prompt", action="store_true", help="count a decoder's prompt in the loss, as "
+                       "published (default: the completion only)")  # fmt: skip
 
 
 def add_columns(group: argparse._ArgumentGroup) -> None:
@@ -205,10 +209,11 @@ def add_columns(group: argparse._ArgumentGroup) -> None:
 def add_tasks(group: argparse._ArgumentGroup, task_column: str) -> None:
     """What a row's task is (`task_column` describes the flag), and how many rows are kept back from training."""
     group.add_argument("--task_column", metavar="NAME", help=task_column)
-    group.add_argument("--heldout_share", type=share, default=0.1, help="share of each task's rows held out for "
-                       "validation, and again for test (default: 0.1)")  # fmt: skip
-    group.add_argument("--max_heldout", type=positive_int, help="at most so many rows of each task are held out for "
-                       "each (default: 50; chain of thought 500 questions)")  # fmt: skip
+    group.add_argument("--heldout_share", type=share, default=0.1, help="share of each task's different "
+                       "prompts held out for validation, and again for test; chain of thought: of the training questions, for "
+                       "validation alone (default: 0.1)")  # fmt: skip
+    group.add_argument("--max_heldout", type=positive_int, help="most prompts of a task held out for "
+                       "validation, and for test (default: 50; chain of thought 500, validation alone)")  # fmt: skip
 
 
 def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = False) -> None:
@@ -278,9 +283,8 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """What the results are called, and a look before anything is written."""
     group = _group(parser, "run")
-    group.add_argument("--save_name", metavar="NAME", help="name of this run's results, and suffix that tells its folders "
-                       "from others: its meta-training, and the gradients and estimates of that (default: made of model, data and "
-                       "run)")  # fmt: skip
+    group.add_argument("--save_name", metavar="NAME", help="name of the results; given to meta-training too, it keeps its "
+                       "folders and gradients apart from others (default: made of model, data and run)")  # fmt: skip
     add_dry_run(parser)
 
 
@@ -300,8 +304,8 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
                        "there is one; `cpu` with several --devices runs as many processes (default: auto)")  # fmt: skip
     group.add_argument("--strategy", choices=("auto", "ddp", "fsdp"), default="auto", help="several processes: ddp, the "
                        "whole model in each, or fsdp, its weights spread over them; auto is ddp (default: auto)")  # fmt: skip
-    group.add_argument("--precision", choices=("32", "16", "bf16"), default="32", help="32, or 16 / bf16 mixed "
-                       "precision (default: 32)")  # fmt: skip
+    group.add_argument("--precision", choices=("32", "16", "bf16"), default="32", help="32 bits, or mixed "
+                       "precision in 16 (not with --strategy fsdp; on the CPU 32 is taken) or bf16 (default: 32)")  # fmt: skip
     group.add_argument(
         "--num_nodes", type=positive_int, default=1, help="machines, each with as many processes (default: 1)"
     )
@@ -367,13 +371,15 @@ def add_exported(parser: argparse.ArgumentParser) -> None:
     add_chosen_tasks(
         parser,
         "what is exported",
-        subset_file="the rows of the tasks in this sampled_tasks file of one line (default: --task_weights or --task_idxes)",
-        task_weights="the rows of the tasks that have shares in this CSV, with these shares as weights (default: "
-        "--subset_file or --task_idxes)",
-        task_idxes="the rows of these tasks, or of `all` (default: --subset_file or --task_weights)",
+        subset_file="the rows of the tasks in this sampled_tasks file of one line (required, unless one of the other two is given)",
+        task_weights="the rows of the tasks that have shares in this CSV, with these shares as weights (required, "
+        "unless one of the other two is given)",
+        task_idxes="the rows of these tasks, or of `all` (required, unless one of the other two is given)",
     )
     group = parser.add_argument_group("rows")
-    group.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of the rows (default: jsonl)")
+    group.add_argument(
+        "--format", choices=("jsonl", "parquet"), default="jsonl", help="type of the file of rows (default: jsonl)"
+    )
 
 
 def add_meta_init(parser: argparse.ArgumentParser) -> None:
@@ -500,7 +506,7 @@ def add_estimator(parser: argparse.ArgumentParser, estimators: Mapping[str, Desc
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What estimates are calibrated on."""
     group = parser.add_argument_group("calibration")
-    group.add_argument("--calibrate", metavar="CSV", help="results of a few really fine-tuned subsets (stage 1's script "
+    group.add_argument("--calibrate", metavar="CSV", help="results of five or more really fine-tuned subsets (stage 1's script "
                        "with --subset_file): also write calibrated estimates and their 90 %% prediction intervals (default: estimates "
                        "as they are, for ranking)")  # fmt: skip
 
@@ -525,7 +531,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
 def add_estimation(parser: argparse.ArgumentParser, estimators: Mapping[str, Described], rho: float) -> None:
     """Stage 3, but for its data: which subsets, for what, and how. Arguments as in `add_estimator`."""
     add_subsets(parser)
-    add_targets(parser)
+    add_targets(parser, "targets to estimate (default: every task with validation rows)")
     add_estimator(parser, estimators, rho)
     add_calibration(parser)
     add_evaluation(parser)
@@ -547,9 +553,9 @@ def add_selection(parser: argparse.ArgumentParser, methods: Mapping[str, Describ
     group = parser.add_argument_group("selection")
     group.add_argument("--method", "--direction", choices=tuple(methods), default="forward",
                        help=_described(methods, "forward"))  # fmt: skip
-    group.add_argument("--start_from", type=int, nargs="+", default=[], metavar="ID", help="tasks that are in from the "
-                       "start (default: none)")  # fmt: skip
-    group.add_argument("--max_tasks", type=positive_int, help="at most so many tasks (default: when nothing improves)")
+    group.add_argument("--start_from", type=int, nargs="+", default=[], metavar="ID", help="ids of the tasks to start with "
+                       "(default: none; backward: all)")  # fmt: skip
+    group.add_argument("--max_tasks", type=positive_int, help="most tasks in the subset (default: no limit)")
     group.add_argument("--budget_rows", type=positive_int, help="at most so many training rows (default: no limit)")
     group.add_argument("--try_at_most", type=positive_int, help="after the first step try only so many tasks, those that "
                        "looked best when last tried; for thousands of tasks (default: all)")  # fmt: skip
@@ -562,7 +568,10 @@ def add_selection(parser: argparse.ArgumentParser, methods: Mapping[str, Describ
     group.add_argument("--tolerance", type=not_negative, default=0.0, help="smallest improvement that counts, as a share of "
                        "the estimate (default: 0)")  # fmt: skip
     group.add_argument(
-        "--patience", type=not_negative_int, default=0, help="steps without improvement before it stops (default: 0)"
+        "--patience",
+        type=not_negative_int,
+        default=0,
+        help="steps in a row that may bring no improvement; one more ends the search (default: 0)",
     )
 
 
@@ -570,8 +579,16 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
     """How random-ensemble scores become a subset."""
     group = parser.add_argument_group("threshold")
     chosen = group.add_mutually_exclusive_group()
-    chosen.add_argument("--top_k", type=positive_int, help="the best so many tasks (default: those above the mean)")
-    chosen.add_argument("--ratio", type=share, help="the best share of the tasks (default: those above the mean)")
+    chosen.add_argument(
+        "--top_k",
+        type=positive_int,
+        help="number of tasks to keep, lowest scores first (default: those with at most the mean score)",
+    )
+    chosen.add_argument(
+        "--ratio",
+        type=share,
+        help="share of the tasks to keep, lowest scores first (default: those with at most the mean score)",
+    )
     chosen.add_argument("--threshold", type=float, help="tasks with a score of at most this, in nats per "
                         "token (default: the mean score)")  # fmt: skip
 
@@ -625,7 +642,7 @@ RULES = (
          _is("compute_pretrained_outputs", True), "has no effect without --compute_pretrained_outputs"),
     Rule(("project_dim",), _is("projection", "sketch", "two_sided", "dense"),
          "has no effect with --projection none, which keeps all numbers"),
-    Rule(("rho",), lambda args: getattr(args, "estimator", "") not in ("alignment", "representation", "constant"),
+    Rule(("rho",), lambda args: args.estimator not in ("alignment", "representation", "constant") or getattr(args, "weights", False),
          "has no effect on this estimator, which has no ridge"),
 )  # fmt: skip
 
@@ -724,10 +741,16 @@ def say_once(message: str) -> None:
         say(message)
 
 
+def is_another_process() -> bool:
+    """Whether a launcher started this process as one that is not the first, so that it does not speak."""
+    return any(int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 def say(message: str) -> None:
-    """Print a line beside progress bars, not into them."""
-    tqdm.write(message)
-    sys.stdout.flush()
+    """Print a line beside progress bars, not into them; of several processes the first does."""
+    if not is_another_process():
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def hardware_from(args: argparse.Namespace) -> Hardware:
@@ -794,14 +817,22 @@ def progress(
     known = total is not None or hasattr(iterable, "__len__")
     done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
     pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"
-    options |= {"bar_format": pattern if known else "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]"}
+    options |= {
+        "disable": is_another_process(),
+        "bar_format": pattern if known else "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]",
+    }
     return _Bar(
         iterable, desc=desc, total=total, unit=unit, dynamic_ncols=watched, delay=SHOWN_AFTER_SECONDS, **options
     )
 
 
 class _Bar(tqdm):
-    """A bar that says its pace in words: 12 steps/s, or 3.4 s/step."""
+    """A bar that says its pace in words: 12 steps/s, or 3.4 s/step; and that keeps its delay whoever refreshes it."""
+
+    def display(self, *args: Any, **options: Any) -> bool | None:
+        if self._time() < getattr(self, "start_t", math.inf) + self.delay:
+            return None
+        return super().display(*args, **options)
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -831,7 +862,10 @@ class _Lines:
 @contextlib.contextmanager
 def waiting_for(what: str) -> Iterator[None]:
     """Says what is going on when it takes over two seconds and has no steps to count."""
-    timer = threading.Timer(SHOWN_AFTER_SECONDS, print, [f"{what} …"], {"file": sys.stderr, "flush": True})
+    if is_another_process():
+        yield
+        return
+    timer = threading.Timer(SHOWN_AFTER_SECONDS, tqdm.write, [f"{what} …"], {"file": sys.stderr})
     timer.daemon = True
     timer.start()
     try:

@@ -1,7 +1,6 @@
 """Where the chain-of-thought track's examples come from, and how a completion is judged.
 
-Files, presets, templates and answer rules are those of the reasoning-teacher repository. Section numbers refer to the
-description of its formats.
+Files, presets, templates and answer rules are those of the reasoning-teacher repository.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _CotRow = tuple[str, str, int, str | None]
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset key stands for (section 5)."""
+    """What a preset key stands for."""
 
     key: str
     teacher_key: str | None  # completion key of the teacher's file; None: train on the bare answers
@@ -73,7 +72,7 @@ def _read_json(path: Path, cure: str, data_type: type | None = None, **metadata:
 
 
 def _read_dataset(path: Path, dataset_key: str) -> list[dict]:
-    """Records of a data set (section 2), stripped and with their `gold` answer and a `rationale` or None."""
+    """Records of a data set, stripped and with their `gold` answer and a `rationale` or None."""
     cure = "put the data set there, or name its folder with data_dir"
     data = _read_json(path, cure, list, dataset_key=dataset_key)["data"]
     for position, record in enumerate(data):
@@ -111,7 +110,7 @@ def _read_split(path: Path, num_samples: int) -> dict[str, list[int]]:
 def _read_teacher(
     path: Path, dataset: Sequence[Mapping], train: Sequence[int], **metadata: str | None
 ) -> tuple[dict[int, list[dict]], str | None]:
-    """The teacher's completions by sample index, and the template that says how to read their answers (section 4)."""
+    """The teacher's completions by sample index, and the template that says how to read their answers."""
     cure = "put the teacher's completions of this data set there, or use preset ft, which needs none"
     content = _read_json(path, cure, dict, **metadata)
     for key, records in content["data"].items():
@@ -135,7 +134,7 @@ def _read_teacher(
 
 
 def _render(architecture: str, question: str, answer: str, reasoning: str | None) -> tuple[str, str]:
-    """Prompt and completion by template `ft_cot_token`, without reasoning by `ft_token` (section 6)."""
+    """Prompt and completion by template `ft_cot_token`, without reasoning by `ft_token`."""
     label = answer if reasoning is None else f"{reasoning.strip()} --> {answer}"
     return (f"{question} ###", f" {label}") if architecture == "decoder" else (question, label)
 
@@ -154,7 +153,7 @@ def load_cot(
     max_heldout: int = 500,
     task_column: str | None = None,
 ) -> TaskData:
-    """Chain-of-thought data in the reasoning-teacher formats (sections 1 to 6).
+    """Chain-of-thought data in the reasoning-teacher formats.
 
     Training rows come first, in split order, then completion order. A part of the split's train questions, the same
     one for every preset, validates; the split's test questions test. A held-out question is one row, labelled with its
@@ -294,7 +293,7 @@ _NUMBERS = ("gsm8k", "multiarith", *_FLOATS)
 _YES_NO = ("strategy_qa", "coin_flip")
 DATASET_KEYS = (*_CHOICES, *_NUMBERS, *_YES_NO, "last_letter_concatenation")
 
-# What stands between reasoning and answer, by template; None where the answer comes at once (section 10).
+# What stands between reasoning and answer, by template; None where the answer comes at once.
 _MARKERS = {
     "ft_cot_token": "-->",
     "fs_cot": "The answer is",
@@ -304,7 +303,7 @@ _MARKERS = {
 
 
 def extract_answers(dataset_key: str, text: str, letters: str = "word") -> list[str | float]:
-    """Candidate answers in a text, in order (section 10).
+    """Candidate answers in a text, in order.
 
     Args:
         letters: For multiple choice, "published" takes every capital letter in range, also inside words; "word"
@@ -332,7 +331,7 @@ def extract_answers(dataset_key: str, text: str, letters: str = "word") -> list[
 
 
 def clean_answer(dataset_key: str, answer: str) -> str | float:
-    """The gold answer in the form of the candidates; cleaning twice changes nothing (section 10)."""
+    """The gold answer in the form of the candidates; cleaning twice changes nothing."""
     if dataset_key in _NUMBERS:
         answer = answer.replace(",", "")
         return float(answer) if dataset_key in _FLOATS else answer
@@ -358,7 +357,7 @@ def predict_answer(
 
 
 def judge(dataset_key: str, completion: str, gold: str, template: str | None, letters: str = "word") -> dict[str, bool]:
-    """`correct`, `contains_answer` and `correct_format` of one completion (section 11).
+    """`correct`, `contains_answer` and `correct_format` of one completion.
 
     Args:
         gold: The gold answer, cleaned or not.
@@ -406,7 +405,7 @@ def save_predictions(
     train_lora: bool = False,
     lora_rank: int | None = None,
 ) -> None:
-    """Write a student's completions in the format of the completion files (sections 4 and 12), atomically.
+    """Write a student's completions in the format of the completion files, atomically.
 
     Args:
         completions: Whole decoded output by sample index of `data`; the file is keyed by the data set's own index.

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ class Estimator:
     ) -> np.ndarray:
         """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only; at another rho."""
         options = self.options if rho is None else {**self.options, "rho": rho}
-        return estimate(self.parts, membership, targets=targets, progress=progress, **options)
+        bar = partial(progress, leave=False)
+        return estimate(self.parts, membership, targets=targets, progress=bar, **options)
 
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
@@ -276,6 +278,11 @@ def check_belongs(args: argparse.Namespace, stored: Sequence[StoredPart], stage_
 def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     """Stage 3: the estimated loss of every target for every subset, one row each."""
     started = time.perf_counter()
+    if args.evaluate == "displaced" and ESTIMATORS[args.estimator].solver is None:
+        having = ", ".join(name for name, kind in ESTIMATORS.items() if kind.solver)
+        raise ValueError(
+            f"--evaluate displaced with --estimator {args.estimator}, which has no solution; choose {having}"
+        )
     estimator = Estimator(args, stage_2)
     columns = estimator.chosen_targets(args.target_task or estimator.targets_with_rows)
     truth = read_table(Path(args.calibrate), of_subsets=True) if args.calibrate else None
@@ -328,7 +335,7 @@ def how_trained(table: Path) -> str:
 def compare(args: argparse.Namespace) -> pd.DataFrame:
     """How good estimates are: a table and a figure beside them.
 
-    Every target that both tables have is judged over the subsets that both have. The base model and training on all
+    The targets that are no training task, else all that both tables have, are judged over the subsets that both have. The base model and training on all
     tasks, where the truth has them, stand as predictors: they give every subset the same value.
     """
     path, truth = Path(args.estimates), read_table(Path(args.truth), of_subsets=True)

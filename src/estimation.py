@@ -2,7 +2,7 @@
 
 Why this module exists: once each task is summed up in its moments (N_t, sum of gradients, sum of their outer products),
 the estimate for a subset is a d x d solve. No sample, no model and no file is touched again, and a thousand subsets take
-a second (DESIGN section 2, "Estimation from moments"). Where there are fewer rows than dimensions, the same numbers come
+a second. Where there are fewer rows than dimensions, the same numbers come
 from the rows' kernel, and no d x d matrix is made. Everything is lower-is-better: outputs are losses or, in a margin
 store, minus the margins, and so are the estimates.
 
@@ -225,7 +225,7 @@ def estimate(
 ) -> np.ndarray:
     """The estimated output of every target after fine-tuning on every subset; lower is better.
 
-    With several parts the result is the mean of the parts' estimates (DESIGN section 2: gradients at several
+    With several parts the result is the mean of the parts' estimates (gradients at several
     checkpoints say more than at one; the mean ranks like their sum). An empty subset gets the target's mean output.
 
     Args:
@@ -359,7 +359,7 @@ def first_order_error(
 ) -> float:
     """How far outputs after a displacement are from their first-order approximation.
 
-    |f(w* + delta) - f(w*) - g.delta|^2 / |f(w* + delta)|^2 over samples (DESIGN section 2, "Approximation error"), with
+    |f(w* + delta) - f(w*) - g.delta|^2 / |f(w* + delta)|^2 over samples, with
     delta = P x, so that g.delta is the row times x. To be judged beside `zero_order_error`.
 
     Args:

@@ -166,7 +166,7 @@ class EvaluationProgress(pl.Callback):
 
     def _start(self, trainer: pl.Trainer, batches: Sequence[int | float], desc: str) -> None:
         if trainer.is_global_zero:
-            self.bar = progress(desc=desc, total=int(sum(batches)), unit="batch", leave=False)
+            self.bar = progress(desc=desc, total=int(sum(batches)), unit="step", leave=False)
 
     def on_validation_batch_end(self, *_: Any) -> None:
         if self.bar is not None:
@@ -200,7 +200,7 @@ class Checkpoints(pl.Callback):
         self.trajectory: list[str] = []
         self.best: str | None = None
         self.best_loss = float("inf")
-        self.first_loss: float | None = None
+        self.losses: list[float] = []  # of every validation
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         steps = int(trainer.estimated_stepping_batches)
@@ -223,7 +223,7 @@ class Checkpoints(pl.Callback):
         loss = float(np.nanmean(module.losses))
         if trainer.state.fn != "fit":
             return
-        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.losses.append(loss)
         if loss >= self.best_loss:
             return
         replaced, self.best = self.best, epoch_checkpoint_name(trainer.current_epoch)

@@ -3,7 +3,7 @@
 Taking: one forward and one backward of the *sum* of the per-sample outputs. Samples of a batch do not meet
 before that sum, so the gradient at a layer's output, row by row, is the gradient of that row's own output;
 with the layer's input it gives the per-sample gradient G_i = sum_t delta_t a_t^T of the layer's weight, which
-is projected at once. Weight gradients, a p-vector or a p x d matrix are never formed (DESIGN 2).
+is projected at once. Weight gradients, a p-vector or a p x d matrix are never formed.
 
 Keeping: one folder per checkpoint, rows keyed by sample index, complete or absent.
 
@@ -639,7 +639,7 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
         for name in part.manifest["files"]:
             part.check(name, content=name in (OUTPUTS, SAMPLES))
     parts.sort(key=lambda part: (part.manifest["step"], part.folder.name))
-    trainings = sorted({str(Path(part.manifest.get("checkpoint_dir", "")).parent) for part in parts})
+    trainings = sorted({str(Path(part.manifest.get("checkpoint_dir", "")).parent.resolve()) for part in parts})
     if checkpoints is None and len(trainings) > 1:
         raise ValueError(
             f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)}); name those to be "

@@ -34,7 +34,7 @@ from src.data import (
     text_field,
 )
 from src.frames import read_pickle
-from src.paths import shorten, source_name
+from src.paths import MANIFEST, shorten, source_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def _split_of(record: Record, where: str) -> str | None:
 
 
 def _flan_texts(record: Record, where: str, _: Chat) -> tuple[str, str]:
-    """FLAN's fields; the prompt is ended so that the answer can follow (section 13)."""
+    """FLAN's fields; the prompt is ended so that the answer can follow."""
     prompt = text_field(record, "inputs", where, allow_empty=True)
     if not prompt.endswith("\n") and not prompt.rstrip().endswith(":"):
         prompt += "\n"
@@ -303,7 +303,8 @@ function of a few lines and name it here."""
 
 
 def _format_of(name: str) -> str:
-    return Path(name.removesuffix(".gz")).suffix
+    packed = Path(name.removesuffix(".gz")).suffix
+    return packed if packed in (".jsonl", ".json", ".csv") else Path(name).suffix
 
 
 def files_of(source: str, without: Sequence[str] = ()) -> list[str]:
@@ -329,7 +330,7 @@ def files_of(source: str, without: Sequence[str] = ()) -> list[str]:
 def _is_data_file(name: str) -> bool:
     if name.endswith(".pkl"):
         return not name.endswith("_dev_split_map.pkl")
-    return _format_of(name) in FORMATS
+    return _format_of(name) in FORMATS and name != MANIFEST
 
 
 def _records_of(source: str) -> Iterator[tuple[str, Record]]:
@@ -347,7 +348,7 @@ def _records_of(source: str) -> Iterator[tuple[str, Record]]:
 
 
 def _frame_rows(path: Path, use_dev_map: bool, chat: Chat, notices: list[str]) -> Iterator[_Row]:
-    """Rows of a pickled frame (section 13), with the splits of its dev split map if there is one."""
+    """Rows of a pickled frame, with the splits of its dev split map if there is one."""
     frame = read_pickle(path)
     columns = set(frame.columns) if isinstance(frame, pd.DataFrame) else set()
     if isinstance(frame, dict) or not columns >= {"skill", "text"}:
@@ -467,7 +468,7 @@ def load_instruction(
     columns: Columns = Columns(),  # noqa: B008 a tuple of three Nones
     load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
 ) -> TaskData:
-    """Instruction data from files, folders and the hub (section 13 for the published files).
+    """Instruction data from files, folders and the hub.
 
     A task's rows are divided by `stable_split` over their prompts, unless they say it themselves: in a field
     `_split`, or by a dev split map beside a pickle, whose rows are halved into validation and test. Tasks of
@@ -494,7 +495,7 @@ def load_instruction(
     chat, spool = Chat(load_tokenizer or no_tokenizer), TextSpool()
     columns_used: set[str] = set()
     targets = [file for source in target_files for file in files_of(str(source))]
-    training = [file for source in data_files for file in files_of(str(source), without=targets)]
+    training = list(dict.fromkeys(file for source in data_files for file in files_of(str(source), without=targets)))
     rows = _split_rows(
         _read_rows(training, True, columns, chat, spool, notices, columns_used),
         lambda keys: stable_split(keys, heldout_share, max_heldout),

@@ -265,7 +265,7 @@ class LanguageModel(nn.Module):
 
 
 def per_sample_loss(logits: Tensor, labels: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Mean over a sample's target tokens of -log p(token), (B,) float32 (DESIGN 2, output function `loss`)."""
+    """Mean over a sample's target tokens of -log p(token), (B,) float32 (output function `loss`)."""
     losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     return _mean_per_row(losses, rows, num_rows)
 

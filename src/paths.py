@@ -83,9 +83,11 @@ def slug(key: str) -> str:
 
 
 def source_name(source: str) -> str:
-    """What a source without a column of tasks is called as a task, and in folder names: its file's stem."""
+    """What a source without a column of tasks is called as a task, and in folder names: its file's stem. Folders and hub
+    ids keep what stands behind a dot."""
     name = Path(source).name
-    return re.sub(r"\.[a-z]+(\.gz)?$", "", name) or name
+    known = re.search(r"\.(jsonl|json|csv|parquet|pkl)(\.gz)?$", name)
+    return re.sub(r"\.[a-z]+(\.gz)?$", "", name) or name if known or Path(source).is_file() else name
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Several processes, on one machine or on many: which one this is, and waiting for the others.
 
 Processes are started by Lightning, or by torchrun or SLURM as Lightning understands them; they share a file system and
-nothing else.
+reach each other over the network.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ gradients, and a random projection to d << p numbers keeps those. The gradient o
 a sum of outer products, G_i = sum_t delta_t a_t^T, so every matrix is projected from its two factors and
 added into the sample's row of d numbers: neither a p x d matrix nor a p-vector is ever held.
 
-Four kinds behind one interface (DESIGN section 2, "Projection"):
+Four kinds behind one interface:
 
     sketch     CountSketch: every entry of G gets a random sign and one of the d bins. O(p) work a sample and
                the accuracy of the dense matrix: the one to use.

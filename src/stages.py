@@ -10,6 +10,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import time
@@ -92,13 +93,12 @@ from src.paths import (
     read_manifest,
     resolve_checkpoint,
     results_dir,
-    shorten,
     write_json,
     write_manifest,
 )
 from src.processes import Processes, launch
 from src.projection import Projection, make_projection
-from src.report import TEST_LOSS, ResultsTable, mean_over_targets, own_targets, subset_text
+from src.report import TEST_LOSS, ResultsTable, columns_of, mean_over_targets, own_targets, subset_text
 from src.subsets import cluster_samples, read_subsets, read_task_weights
 
 
@@ -195,7 +195,10 @@ def train(args: argparse.Namespace) -> None:
     chosen = chosen_subsets(args, data)
     table = results_dir(run_from(args, 0).results_name) / RESULTS_FILE
     folders = [run_from(args, run_index).meta_initialization_dir for run_index in range(args.runs)]
-    written = folders + ([predictions_file(args, 0).parent] if data.judge else []) if chosen is None else [table]
+    if chosen is None:
+        written = folders + ([predictions_file(args, 0).parent] if data.judge else [])
+    else:
+        written = [table, *kept_models(args, data, table.parent, chosen[0])]
     if is_dry_run(args, sources_read(args, args.load_model_dir), written):
         return
     if chosen is not None:
@@ -328,9 +331,13 @@ def meta_train(
     facts = {**training_facts(args, data), **ways, "run": run_index}
     repair = "Choose another --save_name, or remove the folder to train it again."
     if (folder / MANIFEST).is_file():
-        check_manifest(folder, read_manifest(folder, training_script(args)), facts, repair)
-        print(f"{folder} is there already and fits; nothing to train.")
-        return
+        found = read_manifest(folder, training_script(args))
+        expected = {name: value for name, value in facts.items() if name != "stop_after_checkpoints"}
+        check_manifest(folder, found, expected, repair)
+        if args.stop_after_checkpoints or not found["stop_after_checkpoints"]:  # a whole one has the checkpoints too
+            print(f"{folder} is there already and fits; nothing to train.")
+            return
+        print(f"{folder} ended with its last checkpoint; it is trained again, to the end.")
     started = time.perf_counter()
     model = starting_model(args, run_index)
     if not rank_zero_only.rank and args.load_model_dir is None:
@@ -361,9 +368,9 @@ def meta_train(
     )
     best = f"{checkpoints.best} (best validation loss {checkpoints.best_loss:.3f})"
     kept = ", ".join([*checkpoints.trajectory, *([best] if checkpoints.best else [])])
-    if checkpoints.first_loss is not None and checkpoints.best_loss > 0.99 * checkpoints.first_loss and plan.epochs > 1:
+    if len(checkpoints.losses) > 1 and checkpoints.best_loss > 0.99 * checkpoints.losses[0]:
         say_notices(
-            [f"after the first epoch the validation loss hardly fell any more ({checkpoints.first_loss:.3f} to "
+            [f"after the first epoch the validation loss hardly fell any more ({checkpoints.losses[0]:.3f} to "
              f"{checkpoints.best_loss:.3f}); gradients say most on the way of a model that learns: is --lr {args.lr:g} with "
              f"--batch_size {args.batch_size} and --epochs {args.epochs} right for these rows?"]
         )  # fmt: skip
@@ -402,7 +409,8 @@ def fine_tune_subsets(
     """Stage 5 and ground truth: fine-tune once for each subset and seed, and append a row of losses for each.
 
     The base model is loaded once; the adapter starts from the same state for every subset. Rows that are there
-    are not trained again, so that a killed run goes on at the next line.
+    are not trained again, so that a killed run goes on at the next line; of a single subset the
+    model has to be there too.
     """
     folder = results_dir(run_from(args, 0).results_name)
     facts = training_facts(args, data)
@@ -410,11 +418,17 @@ def fine_tune_subsets(
         facts["task_shares"] = task_shares.round(6).tolist()
     table = ResultsTable(folder / RESULTS_FILE, facts, "Choose another --save_name, or remove the file.")
     models = kept_models(args, data, folder, subsets)
+    described = [
+        {**facts, "kind": "fine-tuned model", "subset": list(subsets[0]), "run": run} for run in range(args.runs)
+    ]
+    has_model = [
+        holds_model(model, of_model, training_script(args)) for model, of_model in zip(models, described, strict=False)
+    ]
     todo = [
         (run, subset)
         for run in range(args.runs)
         for subset in subsets
-        if not table.has(subset, run) or (models and not holds_model(models[run], subset))
+        if not table.has(subset, run) or (models and not has_model[run])
     ]
     datamodule = None
     with progress(desc="fine-tuning", total=len(subsets) * args.runs, unit="subset") as bar:
@@ -436,8 +450,7 @@ def fine_tune_subsets(
                 state = state_to_save(model) if models and model.is_sharded else None
                 if not rank_zero_only.rank:
                     if models:
-                        described = {**facts, "subset": list(subset), "run": run, "command": command_typed()}
-                        save_checkpoint(model, models[run], described, state)
+                        save_checkpoint(model, models[run], {**described[run], "command": command_typed()}, state)
                     if not table.has(subset, run):
                         table.append(subset, run, {**values, "seconds": seconds})
                 bar.update(1)
@@ -449,31 +462,38 @@ def kept_models(
     args: argparse.Namespace, data: TaskData, folder: Path, subsets: Sequence[tuple[int, ...]]
 ) -> list[Path]:
     """Where the model of each run is kept when one subset is fine-tuned on; of many subsets none is."""
-    if len(subsets) != 1 or not subsets[0]:
+    if len(subsets) != 1 or not subsets[0] or getattr(args, "refine", None):  # candidates of a search are not kept
         return []
     if args.subset_file or args.task_weights:
         label = Path(args.subset_file or args.task_weights).stem
     else:
-        ids = subset_text(subsets[0]).replace(" ", "_")
-        label = "all_tasks" if len(subsets[0]) == len(data.tasks) else f"tasks_{shorten(ids, 60)}"
+        ids = "_".join(map(str, subsets[0]))
+        short = ids if len(ids) <= 60 else f"{ids[:40]}_{hashlib.sha256(ids.encode()).hexdigest()[:8]}"
+        label = "all_tasks" if len(subsets[0]) == len(data.tasks) else f"tasks_{short}"
     return [model_dir(folder, label, run) for run in range(args.runs)]
 
 
-def holds_model(folder: Path, subset: tuple[int, ...]) -> bool:
-    """Whether a model that was fine-tuned on this subset is kept there."""
-    return (folder / MANIFEST).is_file() and read_manifest(folder, "stage 5").get("subset") == list(subset)
+def holds_model(folder: Path, described: dict[str, Any], made_by: str) -> bool:
+    """Whether the very model that is described is kept there, whole."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    found, wanted = read_manifest(folder, made_by), json.loads(json.dumps(described, default=str))
+    is_whole = all((folder / name).is_file() for name in found["files"])
+    return is_whole and all(found.get(name) == value for name, value in wanted.items())
 
 
 def say_fine_tuned(
     table: ResultsTable, data: TaskData, subsets: Sequence[tuple[int, ...]], models: Sequence[Path]
 ) -> None:
     """The last line of fine-tuning: what was written, and of one subset how good it is."""
-    targets = own_targets(data.targets, data.tasks)
     print(
         f"Wrote {table.path}: {counted(len(table.frame), 'row')}, losses of {counted(len(data.targets), 'target')} each."
     )
-    if len(subsets) != 1 or TEST_LOSS not in {name.partition("/")[0] for name in table.frame.columns}:
+    if models:
+        print(f"Wrote {', '.join(map(str, models))}: the fine-tuned model" + ("s." if len(models) > 1 else "."))
+    if len(subsets) != 1 or not (tested := columns_of(table.frame, TEST_LOSS)):
         return
+    targets = own_targets(tested, data.tasks)
     known = {"these tasks": subsets[0], "the base model": (), "all tasks": tuple(range(len(data.tasks)))}
     losses = {name: table.frame[table.frame["subset"] == subset_text(subset)] for name, subset in known.items()}
     shown = [
@@ -483,8 +503,6 @@ def say_fine_tuned(
     ]
     what = targets[0] if len(targets) == 1 else f"{len(targets)} targets (mean)"
     print(f"Test loss of {what}, in nats per token: {', '.join(shown)}.")
-    if models:
-        print(f"Wrote {', '.join(map(str, models))}: the fine-tuned model" + ("s." if len(models) > 1 else "."))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -524,9 +542,10 @@ def export(args: argparse.Namespace) -> None:
     write_json(folder / MIXTURE_FILE, {"file": path.name, "sources": sources})
     chosen = {data.tasks[task] for task in subsets[0]}
     held_out = sum(data.targets[target] in chosen for target in data.target_of_sample[data.target_of_sample >= 0])
+    left = f"; the {held_out:,} held out for validation and test are not among them" if held_out else ""
     print(
-        f"Wrote {path} and {folder / MIXTURE_FILE}: {counted(len(rows), 'training row')} of {counted(len(sources), 'source')}; "
-        f"the {held_out:,} held out for validation and test are not among them (--heldout_share 0 holds none out)."
+        f"Wrote {path} and {folder / MIXTURE_FILE}: {counted(len(rows), 'training row')} of "
+        f"{counted(len(sources), 'source')}{left}."
     )
 
 
@@ -732,7 +751,7 @@ class GradientPasses:
                 request,
                 samples,
                 request["dim"],
-                f"Remove {part} to take the gradients again, or choose another --run or --save_name.",
+                f"Remove {part} to take the gradients again, or give meta-training a --save_name of its own, and this stage too.",
                 model.network.get_output_embeddings().weight.shape[1] if args.representations else None,
                 {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))},
                 args.row_dtype,

@@ -42,6 +42,21 @@ def membership_matrix(subsets: Sequence[Subset], num_tasks: int) -> np.ndarray:
 DEFAULT_NUM_SUBSETS = 1000
 
 
+def tasks_in_subset(num_tasks: int, subset_size: float) -> int:
+    """The number of tasks in a subset of a size: below 1 a share of the tasks, from 1 on their number.
+
+    Raises:
+        ValueError: no such size.
+    """
+    if 0 < subset_size < 1:
+        return max(1, math.floor(subset_size * num_tasks + 0.5))
+    if 1 <= subset_size <= num_tasks and subset_size == int(subset_size):
+        return int(subset_size)
+    raise ValueError(
+        f"subset size {subset_size}: expected a share between 0 and 1, or a whole number from 1 to {num_tasks} tasks"
+    )
+
+
 def draw_subsets(num_subsets: int | None, num_tasks: int, subset_size: float, seed: int) -> list[Subset]:
     """Different random subsets of one size.
 
@@ -54,14 +69,7 @@ def draw_subsets(num_subsets: int | None, num_tasks: int, subset_size: float, se
     Raises:
         ValueError: no such size, or fewer than m subsets of it exist.
     """
-    if 0 < subset_size < 1:
-        size = max(1, math.floor(subset_size * num_tasks + 0.5))
-    elif 1 <= subset_size <= num_tasks and subset_size == int(subset_size):
-        size = int(subset_size)
-    else:
-        raise ValueError(
-            f"subset size {subset_size}: expected a share between 0 and 1, or a whole number from 1 to {num_tasks} tasks"
-        )
+    size = tasks_in_subset(num_tasks, subset_size)
     existing = math.comb(num_tasks, size)
     num_subsets = min(DEFAULT_NUM_SUBSETS, existing) if num_subsets is None else num_subsets
     if num_subsets > existing:

@@ -1,5 +1,5 @@
 # Sourced by the tables. Default: the paper's data, models and hyperparameters, as arXiv:2409.19458 and the commands of its
-# repository give them, on GPUs. --smoke: the same stages on the embedded default, minutes of a CPU. --dry_run: print the
+# repository give them, on GPUs. --smoke: the same stages on small built-in worlds, minutes on a CPU. --dry_run: print the
 # commands of the stages and stop.
 set -euo pipefail
 name=$(basename "$0" .sh)
@@ -21,6 +21,7 @@ run() { # note a stage; `render` runs them all, in one process that imports the 
 
 sets=(strategy_qa commonsense_qa instruction)
 if $smoke; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # models as small as these lose more than they gain by a second thread
     world=data/tables_smoke
     run data/make_synthetic.py --output_dir $world/instruction --num_tasks 6 --rows_per_task 20 --pretrain_steps 60 \
         --target_rows 12
