@@ -415,7 +415,7 @@ def affinity_figure(
     axes.grid(visible=False)
     axes.set_xlabel("target")
     axes.set_ylabel("task trained on")
-    axes.set_title("What each task alone does for each target")
+    axes.set_title("What each task alone does", fontsize=10)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("fall of the estimate" if ranks_only else "estimated fall of the loss (nats per token)")
     save_figure(figure, path)
