@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -122,6 +123,12 @@ def fine_tuned_html(folder: Path, tasks: Sequence[str], shown: int = 15) -> str:
     return table_html(best) + note
 
 
+def later_commands(folder: Path) -> list[str]:
+    """What was typed after stage 3 for the tables that are there."""
+    described = (folder / Path(name).with_suffix(".json") for name in (SELECTION_FILE, SCORES_FILE, COMPARISON_FILE))
+    return [json.loads(path.read_text(encoding="utf-8"))["command"] for path in described if path.is_file()]
+
+
 def page(folder: Path) -> str:
     """The page of a results folder."""
     manifest = read_manifest(folder, "stage 3 (fast_estimate_linear_regression*.py) with this --save_name")
@@ -158,7 +165,7 @@ def page(folder: Path) -> str:
         "<h2>What it cost</h2>",
         table_html(pd.DataFrame({stage.replace("_", " ") + " (s)": [float(v)] for stage, v in manifest["seconds"].items()})),
         "<h2>To make it again</h2>",
-        f"<pre>{escape(chr(10).join(manifest['commands']))}</pre>",
+        f"<pre>{escape(chr(10).join([*manifest['commands'], *later_commands(folder)]))}</pre>",
     ]  # fmt: skip
     head = f"<meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>\n"

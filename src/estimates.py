@@ -21,7 +21,17 @@ import torch
 
 from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate
-from src.cli import command_typed, counted, hardware_from, is_dry_run, progress, run_from, say_notices, waiting_for
+from src.cli import (
+    command_typed,
+    counted,
+    hardware_from,
+    is_dry_run,
+    progress,
+    run_from,
+    say_notices,
+    spent,
+    waiting_for,
+)
 from src.datamodule import tokenizer_fingerprint
 from src.estimation import (
     ESTIMATORS,
@@ -69,6 +79,7 @@ from src.paths import (
     shorten,
     subset_file,
     weights_file,
+    write_json,
     write_manifest,
 )
 from src.projection import make_projection
@@ -316,6 +327,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     facts = {"targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate, "seconds": seconds}
     write_table(folder / ESTIMATES_FILE, frame)
     facts |= {"commands": [*estimator.commands, command_typed()], "files": files_facts(folder, [ESTIMATES_FILE])}
+    facts["peak_memory"] = spent(started)["peak_memory"]
     write_manifest(folder, {**estimator.facts, **facts})
     print(
         f"Wrote {folder / ESTIMATES_FILE}: estimates of {counted(len(subsets), 'subset')} ({path}) for "
@@ -338,6 +350,7 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     The targets that are no training task, else all that both tables have, are judged over the subsets that both have. The base model and training on all
     tasks, where the truth has them, stand as predictors: they give every subset the same value.
     """
+    started = time.perf_counter()
     path, truth = Path(args.estimates), read_table(Path(args.truth), of_subsets=True)
     estimates = read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
     written = [path.with_name(COMPARISON_FILE), path.with_name(COMPARISON_FIGURE)]
@@ -376,7 +389,7 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     table.insert(2, "subsets", len(subsets))
     if ranks_only:
         table.loc[table["predictor"] == ESTIMATE, ["relative_error", "squared_relative_error"]] = np.nan
-    write_table(written[0], table)
+    write_result(written[0], table, started, estimates=str(path), truth=args.truth, metric=args.metric)
     comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, written[1], ranks_only=ranks_only)
     shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
     print(shown.round(3).to_string(index=False))
@@ -386,6 +399,12 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
         f"stage 3 again with --calibrate {args.truth}"
     )
     return table
+
+
+def write_result(path: Path, frame: pd.DataFrame, started: float, **facts: Any) -> None:
+    """Write a table, and beside it as `<stem>.json` what was typed, how long it took and what else is worth knowing."""
+    write_table(path, frame)
+    write_json(path.with_suffix(".json"), {**facts, **spent(started), "command": command_typed()})
 
 
 class ModelAtPart:
@@ -459,7 +478,7 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
     Directions are random in the projected space, where the stored rows give g.δ exactly; outputs are those of the
     validation rows at the last checkpoint of the store, or the one that `--load_model_dir` names.
     """
-    run = run_from(args)
+    started, run = time.perf_counter(), run_from(args)
     part = open_store(store_dir(args, run), args.load_model_dir, stage_2)[-1]
     check_belongs(args, [part], stage_2)
     folder = results_dir(run.results_name)
@@ -479,7 +498,7 @@ def approximation_error(args: argparse.Namespace, stage_2: str) -> None:
             moved = outputs_of(at.model, at.datamodule, indices, output_function)
         errors = (first_order_error(start, rows, factor * solution, moved), zero_order_error(start, moved))
         records.append({"scale": scale, "seed": seed, "first_order": errors[0], "zero_order": errors[1]})
-    write_table(written[0], frame := pd.DataFrame(records))
+    write_result(written[0], frame := pd.DataFrame(records), started, checkpoint=part.manifest["checkpoint_dir"])
     about = f"{run.data_key}, {output_function} at {part.folder.name}, {len(indices):,} validation rows"
     approximation_figure(frame, written[1], title=about)
     means = frame.groupby("scale")[["first_order", "zero_order"]].mean()
@@ -520,7 +539,7 @@ def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int
 def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     """Stage 4: forward selection on the estimates, for the targets together or for each; writes the subsets, the
     paths and a figure."""
-    estimator = Estimator(args, stage_2)
+    started, estimator = time.perf_counter(), Estimator(args, stage_2)
     columns = estimator.chosen_targets(args.target_task)
     name = estimator.run.results_name
     folder, method = results_dir(name), f"{args.method}_selection"
@@ -537,7 +556,7 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
         for group, path in zip(groups, paths, strict=True)
     ]
     steps = [path_table(*of_path, estimator) for of_path in zip(paths, selected, labels, strict=True)]
-    write_table(folder / SELECTION_FILE, pd.concat(steps))
+    write_result(folder / SELECTION_FILE, pd.concat(steps), started, targets=labels, **estimator.facts)
     comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
     write_subsets(chosen, selected, comment=comment, tasks=estimator.tasks)
     written = outputs
@@ -649,7 +668,7 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     Reads the estimates of stage 3 (`args.results`, a folder below `results/`); writes the subset, the scores and
     a figure.
     """
-    folder = results_folder(args.results)
+    started, folder = time.perf_counter(), results_folder(args.results)
     manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
     check_file(folder, manifest, ESTIMATES_FILE, "Run stage 3 again, it was cut off or the table was changed.")
     tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE, of_subsets=True)
@@ -663,7 +682,7 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
         return ()
     table = pd.DataFrame({"task": range(len(tasks)), "name": tasks, "score": scores, "standard_error": errors})
     table["selected"] = table["task"].isin(selected)
-    write_table(folder / SCORES_FILE, table.sort_values("score"))
+    write_result(folder / SCORES_FILE, table.sort_values("score"), started, targets=targets)
     settling = ranking_convergence(membership, values)
     scores_figure(
         scores, errors, selected, tasks, settling, folder / SCORES_FIGURE,

@@ -335,9 +335,9 @@ def meta_train(
         expected = {name: value for name, value in facts.items() if name != "stop_after_checkpoints"}
         check_manifest(folder, found, expected, repair)
         if args.stop_after_checkpoints or not found["stop_after_checkpoints"]:  # a whole one has the checkpoints too
-            print(f"{folder} is there already and fits; nothing to train.")
+            say(f"{folder} is there already and fits; nothing to train.")
             return
-        print(f"{folder} ended with its last checkpoint; it is trained again, to the end.")
+        say(f"{folder} ended with its last checkpoint; it is trained again, to the end.")
     started = time.perf_counter()
     model = starting_model(args, run_index)
     if not rank_zero_only.rank and args.load_model_dir is None:
@@ -450,7 +450,8 @@ def fine_tune_subsets(
                 state = state_to_save(model) if models and model.is_sharded else None
                 if not rank_zero_only.rank:
                     if models:
-                        save_checkpoint(model, models[run], {**described[run], "command": command_typed()}, state)
+                        facts_of_model = {**described[run], **spent(started), "command": command_typed()}
+                        save_checkpoint(model, models[run], facts_of_model, state)
                     if not table.has(subset, run):
                         table.append(subset, run, {**values, "seconds": seconds})
                 bar.update(1)

@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         if path.is_dir():
             found[name] = "a folder"
-        elif path.name == MANIFEST:
+        elif path.suffix == ".json" and (path.name == MANIFEST or "results" in path.parts):
             timed = ("seconds", "peak_memory", "command", "commands")
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in timed}
         elif path.name == "results.csv":

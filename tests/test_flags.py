@@ -1,0 +1,52 @@
+"""Flags that need each other: what has no effect is named once, what has one is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from src import cli
+from tests.commands import load_script
+
+COT_ESTIMATES, SELECT = "fast_estimate_linear_regression.py", "fast_estimate_forward_selection.py"
+APPROXIMATION = "fast_estimate_eval_approximation_alpaca.py"
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "note"),
+    [
+        (COT_ESTIMATES, "--dataset_key gsm8k --scale 0.4", "--scale has no effect without --evaluate displaced"),
+        (COT_ESTIMATES, "--dataset_key gsm8k --scale 0.4 --evaluate displaced", None),
+        (COT_ESTIMATES, "--dataset_key gsm8k --num_clusters 9", "--num_clusters has no effect without --load_clusters"),
+        (COT_ESTIMATES, "--dataset_key gsm8k --num_clusters 9 --load_clusters", None),
+        (COT_ESTIMATES, "--dataset_key gsm8k --num_clusters 100", None),  # the default
+        (SELECT, "--lr 0.1", "--lr has no effect without --refine"),
+        (SELECT, "--lr 0.1 --refine 3", None),
+        (SELECT, "--rho 0.1 --estimator alignment", "--rho has no effect on this estimator, which has no ridge"),
+        (SELECT, "--rho 0.1 --estimator alignment --weights", None),
+        (SELECT, "--rho 0.1", None),
+        (SELECT, "--project_dim 9 --projection none", "--project_dim has no effect with --projection none"),
+        (APPROXIMATION, "--scale 0.3 --compute_pretrained_outputs", "--scale has no effect with --compute_pretrained"),
+        (APPROXIMATION, "--scale 0.3", None),
+        (APPROXIMATION, "--row_dtype float16", "--row_dtype has no effect without --compute_pretrained_outputs"),
+        ("fast_estimate_compute_gradients.py", "--dataset_key gsm8k --row_dtype float16", None),
+        ("custom_train_alpaca.py", "--task_idxes --logger csv", "--logger has no effect in fine-tuning on subsets"),
+        ("custom_train_alpaca.py", "--logger csv --epochs 3 --lr 0.1", None),
+    ],
+)
+def test_flags_without_effect_are_named(
+    script: str, typed: str, note: str | None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_said", set())
+    for _ in range(2):
+        load_script(script).parse_args(typed.split())
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == (note is not None) and all(line.startswith(f"note: {note}") for line in printed)
+
+
+def test_another_process_says_nothing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_said", set())
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    load_script(SELECT).parse_args(["--lr", "0.1"])
+    with cli.progress(desc="bar", total=2) as bar:
+        bar.update(2)
+    assert capsys.readouterr() == ("", "")
