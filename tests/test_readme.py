@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -70,3 +71,10 @@ def test_flags_named_in_the_readme_exist(flag: str) -> None:
     scripts = [*ROOT.glob("src/cli.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("notebook/*.py"),
                *ROOT.glob("scripts/tables/common.sh")]  # fmt: skip
     assert any(f"{flag}" in path.read_text(encoding="utf-8") for path in scripts), flag
+
+
+def test_python_in_the_readme_parses() -> None:
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        ast.parse(block)
