@@ -233,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline.summarise(tasks, subsets)
     print(
         f"\nTrain on: {names_of(parse_subset(text), tasks)} ({len(text.split())} of {len(tasks)} sources, by "
-        f"{method.replace('_', ' ')}).\nThe model that was: {model_dir(folder, file.stem, 0)}; its rows and everything else: "
+        f"{method.replace('_', ' ')}).\nThe model trained on it: {model_dir(folder, file.stem, 0)}; its rows and everything else: "
         f"{folder}."
     )
 

@@ -52,7 +52,7 @@ def test_a_folder_becomes_an_answer(flags: list[str], capsys: pytest.CaptureFixt
         chosen[method] = line
     best = min(chosen.values(), key=lambda text: truth.loc[text, "validation_loss/goal"])
     assert set(rows["task"]) == {tasks[int(task)] for task in best.split()}
-    model = last[1].split("The model that was: ")[1].split(";")[0]
+    model = last[1].split("The model trained on it: ")[1].split(";")[0]
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(flags[5]), model)
     assert "Really fine-tuned" in (folder / "report.html").read_text()
 
