@@ -305,7 +305,7 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--strategy", choices=("auto", "ddp", "fsdp"), default="auto", help="several processes: ddp, the "
                        "whole model in each, or fsdp, its weights spread over them; auto is ddp (default: auto)")  # fmt: skip
     group.add_argument("--precision", choices=("32", "16", "bf16"), default="32", help="32 bits, or mixed "
-                       "precision in 16 (not with --strategy fsdp; on the CPU 32 is taken) or bf16 (default: 32)")  # fmt: skip
+                       "precision in 16 (with --strategy fsdp bf16 is taken, on the CPU 32) or bf16 (default: 32)")  # fmt: skip
     group.add_argument(
         "--num_nodes", type=positive_int, default=1, help="machines, each with as many processes (default: 1)"
     )
@@ -787,6 +787,9 @@ def hardware_from(args: argparse.Namespace) -> Hardware:
     if wrong := [device for device in devices if not 0 <= device < available]:
         raise ValueError(f"--devices {wrong[0]}: this machine has GPUs 0 to {available - 1}")
     precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}[args.precision]
+    if args.strategy == "fsdp" and args.precision == "16":
+        say_once("note: --strategy fsdp has no loss scaling, which 16 bits need: --precision bf16 is taken.")
+        precision = "bf16-mixed"
     return Hardware("cuda", devices, args.strategy, precision, num_nodes)
 
 

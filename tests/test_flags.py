@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 
 from src import cli
 from tests.commands import load_script
@@ -41,6 +44,23 @@ def test_flags_without_effect_are_named(
         load_script(script).parse_args(typed.split())
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == (note is not None) and all(line.startswith(f"note: {note}") for line in printed)
+
+
+@pytest.mark.parametrize(("strategy", "precision"), [("fsdp", "bf16-mixed"), ("ddp", "16-mixed")])
+def test_the_published_precision_on_four_gpus(
+    strategy: str, precision: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published command spreads the weights in 16 bits, which Lightning refuses: bf16 is taken, and that is said."""
+    monkeypatch.setattr(cli, "_said", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    typed = f"--train_instruction --strategy {strategy} --devices 0 1 2 3 --runs 1 --precision 16 --accumulate 1"
+    hardware = cli.hardware_from(load_script("custom_train_alpaca.py").parse_args(typed.split()))
+    assert (hardware.devices, hardware.precision, hardware.num_processes) == ([0, 1, 2, 3], precision, 4)
+    assert ("--precision bf16 is taken" in capsys.readouterr().out) == (strategy == "fsdp")
+    check = {"fsdp": ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1), "ddp": "auto"}
+    pl.Trainer(accelerator="cpu", devices=1, strategy=check[strategy], logger=False, enable_checkpointing=False,
+               precision=precision if strategy == "fsdp" else None)  # fmt: skip
 
 
 def test_another_process_says_nothing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
