@@ -9,6 +9,7 @@ Letters: m subsets, n tasks, k targets.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a PNG atomically and free the figure."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that no font here has: boxes
         figure.savefig(temporary, format="png")
     plt.close(figure)
 
