@@ -40,6 +40,7 @@ from src.estimation import (
     first_order_error,
     mixture_weights,
     solutions,
+    solver_of,
     zero_order_error,
 )
 from src.finetune import (
@@ -289,11 +290,8 @@ def check_belongs(args: argparse.Namespace, stored: Sequence[StoredPart], stage_
 def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     """Stage 3: the estimated loss of every target for every subset, one row each."""
     started = time.perf_counter()
-    if args.evaluate == "displaced" and ESTIMATORS[args.estimator].solver is None:
-        having = ", ".join(name for name, kind in ESTIMATORS.items() if kind.solver)
-        raise ValueError(
-            f"--evaluate displaced with --estimator {args.estimator}, which has no solution; choose {having}"
-        )
+    if args.evaluate == "displaced":
+        solver_of(args.estimator)  # refuses one without, before anything is computed
     estimator = Estimator(args, stage_2)
     columns = estimator.chosen_targets(args.target_task or estimator.targets_with_rows)
     truth = read_table(Path(args.calibrate), of_subsets=True) if args.calibrate else None

@@ -296,11 +296,20 @@ def solutions(
     Raises:
         ValueError: an estimator without a solution.
     """
+    weights, strength = _row_weights(part, membership, rho, weight_by)
+    return _over_chunks(part, weights, solver_of(estimator)(part, strength), None)
+
+
+def solver_of(estimator: str) -> Callable[[Part, float], OnSubsets]:
+    """What makes an estimator's solutions.
+
+    Raises:
+        ValueError: it has none.
+    """
     if (solver := ESTIMATORS[estimator].solver) is None:
         having = ", ".join(name for name, kind in ESTIMATORS.items() if kind.solver)
         raise ValueError(f"estimator {estimator!r} has no solution to displace a model by; choose one of {having}")
-    weights, strength = _row_weights(part, membership, rho, weight_by)
-    return _over_chunks(part, weights, solver(part, strength), None)
+    return solver
 
 
 def mixture_weights(
