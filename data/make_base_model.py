@@ -2,8 +2,8 @@
 
 The stage scripts take any model key that `from_pretrained` opens. This script makes such a folder from the user's own
 files: a byte-level BPE tokenizer trained on their text, a Llama (decoder) or T5 (encoder-decoder) of any size
-with seeded random weights, then pretrained briefly on that text or on answering it (--pretrain_steps 0: not at all). `make_synthetic.py`
-builds its base model from the same parts.
+with seeded random weights, then pretrained briefly on that text or on answering it (--pretrain_steps 0: not at all).
+`make_synthetic.py` builds its base model from the same parts.
 
     python data/make_base_model.py --data_files data/synthetic/flan.jsonl --output_dir data/base_model
 """

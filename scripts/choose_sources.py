@@ -125,7 +125,7 @@ class Pipeline:
     def summarise(self, tasks: Sequence[str], subsets: dict[str, list[str]]) -> None:
         """The table and the summary; where random halves were fine-tuned, the figure and how well estimates rank them."""
         folder = results_dir(self.name)
-        truth = fine_tuned_means(self.name)
+        truth = self.fine_tuned_means()
         targets = own_targets(columns_of(truth, TEST_LOSS), tasks)
         metrics = {"test_loss": TEST_LOSS}
         if columns_of(truth, TEST_ACCURACY):
@@ -151,11 +151,25 @@ class Pipeline:
             label = method.replace("_", " ") + (f" (mean of {len(texts)})" if len(texts) > 1 else "")
             values = "".join(f"{measured[metric][method]:>15.3f}" for metric in metrics)
             print(f"{label:<28}{count:>6.0f}{values}{truth.loc[texts, 'seconds'].astype(float).mean():>10.1f}")
-        judged = f"Spearman of estimates and fine-tuned losses over random halves: {spearman:.2f}\n" if spearman else ""
+        judged, figure = "", ""
+        if spearman is not None:
+            judged = f"Spearman of estimates and fine-tuned losses over random halves: {spearman:.2f}\n"
+            figure = f" and {folder / ESTIMATES_FIGURE}"
         print(
             f"\n{judged}Seconds by stage: {', '.join(f'{stage} {value:.0f}' for stage, value in self.seconds.items())}\n"
-            f"Wrote {folder / SUMMARY_FILE}{f' and {folder / ESTIMATES_FIGURE}' if judged else ''}."
+            f"Wrote {folder / SUMMARY_FILE}{figure}."
         )
+
+    def fine_tuned_means(self) -> pd.DataFrame:
+        """The fine-tuned values of every subset, by its text: means over runs."""
+        return read_table(results_dir(self.name) / RESULTS_FILE).groupby("subset").mean(numeric_only=True)
+
+    def best_selection(self, tasks: Sequence[str], subsets: dict[str, list[str]]) -> str:
+        """Of the two selections the one whose validation loss after fine-tuning is lower."""
+        truth = self.fine_tuned_means()
+        targets = own_targets(columns_of(truth, VALIDATION_LOSS), tasks)
+        losses = {m: mean_over_targets(truth.loc[subsets[m]], VALIDATION_LOSS, targets)[0] for m in SELECTIONS}
+        return min(losses, key=losses.__getitem__)
 
     def judge(self, truth: pd.DataFrame, targets: Sequence[str], subsets: dict[str, list[str]]) -> float:
         """Draw estimates against fine-tuned losses of the random halves, the selection marked; their Spearman."""
@@ -171,24 +185,6 @@ class Pipeline:
             selected={"forward selection": (estimate, value)},
         )  # fmt: skip
         return linear_datamodeling_score(estimated, fine_tuned)
-
-
-def fine_tuned_means(name: str) -> pd.DataFrame:
-    """The fine-tuned values of every subset, by its text: means over runs."""
-    return read_table(results_dir(name) / RESULTS_FILE).groupby("subset").mean(numeric_only=True)
-
-
-def best_selection(name: str) -> tuple[str, str]:
-    """Of the two selections the one whose validation loss after fine-tuning is lower: its method and its text."""
-    truth = fine_tuned_means(name)
-    num_tasks = len(scores := read_table(results_dir(name) / SCORES_FILE))
-    targets = own_targets(columns_of(truth, VALIDATION_LOSS), scores["name"].tolist())
-    texts = {method: subset_text(read_subsets(subset_file(f"{name}_{method}"), num_tasks)[0]) for method in SELECTIONS}
-    losses = {
-        method: mean_over_targets(truth.loc[[text]], VALIDATION_LOSS, targets)[0] for method, text in texts.items()
-    }
-    method = min(losses, key=losses.__getitem__)
-    return method, texts[method]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -226,7 +222,8 @@ def main(args: argparse.Namespace) -> None:
     if halves < args.halves or 0 < halves < FEWEST_HALVES:
         cli.say_notices([f"{len(tasks)} sources have {halves} halves; from {FEWEST_HALVES} on they are fine-tuned"])
     subsets = pipeline.fine_tune(tasks, halves if halves >= FEWEST_HALVES else 0, args.runs)
-    method, text = best_selection(name)
+    method = pipeline.best_selection(tasks, subsets)
+    (text,) = subsets[method]
     file = subset_file(f"{name}_{method}")
     pipeline.run("export", f"scripts/export_selection.py {described} --save_name {name} --subset_file {file}")
     cli.run_command(f"scripts/report.py {folder}")

@@ -657,15 +657,20 @@ def instruction_files(args: argparse.Namespace) -> list[str | Path]:
     return [ALPACA_FILE, FLAN_FILE, ZS_COT_FILE] if args.train_instruction else [ALPACA_FILE]
 
 
+def _declared_by(*groups: Callable[[argparse.ArgumentParser], None]) -> list[argparse.Action]:
+    """The flags that some groups declare."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in groups:
+        add(parser)
+    return parser._actions
+
+
 def flags_of(
     args: argparse.Namespace, *groups: Callable[[argparse.ArgumentParser], None], without: Iterable[str] = ()
 ) -> list[str]:
     """The flags of some groups whose values are not the groups' defaults, as a user types them."""
-    declared = argparse.ArgumentParser(add_help=False)
-    for add in groups:
-        add(declared)
     words: list[str] = []
-    for action in declared._actions:
+    for action in _declared_by(*groups):
         value = getattr(args, action.dest, action.default)
         if value == action.default or action.dest in without:
             continue
@@ -677,9 +682,7 @@ def flags_of(
 
 def instruction_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that decide what the rows of the instruction track are, with their values."""
-    declared = argparse.ArgumentParser()
-    add_instruction_data(declared)
-    return {name: getattr(args, name) for name in vars(declared.parse_args([]))}
+    return {action.dest: getattr(args, action.dest) for action in _declared_by(add_instruction_data)}
 
 
 def run_from(args: argparse.Namespace, run: int | None = None) -> Run:

@@ -345,8 +345,9 @@ def how_trained(table: Path) -> str:
 def compare(args: argparse.Namespace) -> pd.DataFrame:
     """How good estimates are: a table and a figure beside them.
 
-    The targets that are no training task, else all that both tables have, are judged over the subsets that both have. The base model and training on all
-    tasks, where the truth has them, stand as predictors: they give every subset the same value.
+    The targets that are no training task, else all that both tables have, are judged over the subsets that both have.
+    The base model and training on all tasks, where the truth has them, stand as predictors: they give every subset the
+    same value.
     """
     started = time.perf_counter()
     path, truth = Path(args.estimates), read_table(Path(args.truth), of_subsets=True)
@@ -450,8 +451,8 @@ class ModelAtPart:
 def displaced_values(
     args: argparse.Namespace, estimator: Estimator, subsets: Sequence[tuple[int, ...]]
 ) -> pd.DataFrame:
-    """Validation metrics of the model at w* + lift(x_S) of the estimator, a row per subset: columns `displaced_loss/<target>` and,
-    where answers are judged, `displaced_accuracy/<target>`.
+    """Validation metrics of the model at w* + lift(x_S) of the estimator, a row per subset: columns
+    `displaced_loss/<target>` and, where answers are judged, `displaced_accuracy/<target>`.
 
     w* is the last checkpoint of the store, or the one that `--load_model_dir` names. With `--scale` the
     displacement has that length, relative to the norm of the trained weights.
@@ -558,13 +559,14 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
     comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
     write_subsets(chosen, selected, comment=comment, tasks=estimator.tasks)
     written = outputs
+    references = [reference_estimates(estimator, group) for group in groups]
     if args.per_target:
         write_affinity(estimator, columns, folder)
     else:
         title = f"{method.replace('_', ' ').capitalize()} for {shorten(labels[0], 40)}"
         selection_figure(
             steps[0], estimator.tasks, folder / SELECTION_FIGURE,
-            title=title, references=reference_estimates(estimator, columns), ranks_only=estimator.ranks_only,
+            title=title, references=references[0], ranks_only=estimator.ranks_only,
         )  # fmt: skip
     if args.weights:
         shares, course = mixture_weights(
@@ -573,8 +575,8 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
         written.append(weights_file(name))
         write_task_weights(written[-1], estimator.tasks, shares)
         print(f"Mixture weights: estimate {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
-    for subset, label, group in zip(selected, labels, groups, strict=True):
-        say_selected(estimator, subset, label, group)
+    for of_group in zip(selected, labels, groups, references, strict=True):
+        say_selected(estimator, *of_group)
     print(
         f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it with stage 1's script and "
         f"--subset_file {chosen}"
@@ -588,11 +590,12 @@ def reference_estimates(estimator: Estimator, columns: Sequence[int]) -> dict[st
     return dict(zip(("no task", "all tasks"), estimator(ends, columns).mean(axis=1).tolist(), strict=True))
 
 
-def say_selected(estimator: Estimator, subset: Sequence[int], label: str, columns: Sequence[int]) -> None:
-    """Print a selection by name, and its estimate beside those of nothing and everything."""
+def say_selected(
+    estimator: Estimator, subset: Sequence[int], label: str, columns: Sequence[int], references: Mapping[str, float]
+) -> None:
+    """Print a selection by name, and its estimate beside its `reference_estimates`."""
     tasks = estimator.tasks
     estimate = estimator(membership_matrix([tuple(subset)], len(tasks)) & estimator.has_rows, columns).mean()
-    references = reference_estimates(estimator, columns)
     beside = "".join(f", {value:.4g} with {name}" for name, value in references.items())
     print(
         f"Selected {len(subset)} of {len(tasks)} tasks for {label}: {names_of(subset, tasks)}\n"

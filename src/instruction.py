@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import datasets
 import pandas as pd
@@ -22,7 +22,6 @@ import pyarrow as pa
 
 from src.cli import progress
 from src.data import (
-    LEFT_OUT,
     SPLITS,
     StoredExamples,
     TaskData,
@@ -521,6 +520,6 @@ def load_instruction(
             f"the dev split map) and are no targets: {shorten(', '.join(bare), 200)}"
         )
     placed = rows + target_rows
-    splits = [row.split or LEFT_OUT for row in placed]  # all have one by now
+    splits = [cast(str, row.split) for row in placed]  # all have one by now
     examples = StoredExamples(spool.table(), [row.task for row in placed], splits)
     return TaskData(examples, tuple(notices))

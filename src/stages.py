@@ -646,7 +646,8 @@ class GradientPasses:
     def __init__(self, args: argparse.Namespace, data: TaskData, hardware: Hardware, processes: Processes) -> None:
         self.args, self.data, self.hardware, self.processes = args, data, hardware, processes
         self.store = store_dir(args, run_from(args))
-        self.rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
+        self.rows = rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
+        self.samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
         self.datamodule: TaskDataModule | None = None
         self.planned = False
 
@@ -742,9 +743,8 @@ class GradientPasses:
 
     def open_writer(self, model: LanguageModel, request: dict[str, Any]) -> StoreWriter:
         """The writer of a part in every process: the first makes what is missing, the others join it."""
-        args, data, rows = self.args, self.data, self.rows
+        args, data, samples = self.args, self.data, self.samples
         part = self.store / request["checkpoint"]
-        samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
 
         def writer(joins: bool) -> StoreWriter:
             return StoreWriter(
