@@ -320,6 +320,14 @@ class TaskDataModule(pl.LightningDataModule):
         """Tokens of each sample, prompt and completion together, (N,)."""
         return self.tokens.prompts.lengths + self.tokens.completions.lengths
 
+    @property
+    def target_tokens(self) -> np.ndarray:
+        """Label tokens that each sample's loss is a mean over, (N,); a decoder predicts no row's first token."""
+        completions = self.tokens.completions.lengths
+        if self.kind != "decoder":
+            return completions
+        return self.row_lengths - np.maximum(1, 0 if self.loss_on_prompt else self.tokens.prompts.lengths)
+
     def by_length(self, indices: np.ndarray) -> np.ndarray:
         """The sample indices, longest row first (an oversized batch fails at once); ties by index."""
         return indices[np.lexsort((indices, -self.row_lengths[indices]))]

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
 from src.instruction import load_instruction
 from src.models import (
@@ -74,6 +75,19 @@ def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[st
         theirs = model.network(**{k: v for k, v in batch.items() if k != "sample_index"}).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert len(labels) == int((batch["labels"] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_tokens_are_those_that_the_loss_counts(
+    kind: str, model_folders: dict[str, str], tmp_path: Path
+) -> None:
+    model = load_model(model_folders[kind], None)
+    data = TaskData(tuple(Example(i, "a", "train", "xyz"[:i], "bcd") for i in range(4)))  # the first has no prompt
+    for loss_on_prompt in (False, True):
+        datamodule = TaskDataModule(data, model.tokenizer, model.kind, loss_on_prompt=loss_on_prompt)
+        with torch.no_grad():
+            _, _, rows = model.target_logits(datamodule.collate(np.arange(4)))
+        np.testing.assert_array_equal(datamodule.target_tokens, torch.bincount(rows, minlength=4))
 
 
 @pytest.mark.parametrize("output", OUTPUT_FUNCTIONS)
