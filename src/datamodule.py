@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,9 +232,10 @@ def _joined(
                 pairs[row] = heads[row], tail
     for row in range(len(heads)):
         if row not in pairs:
-            head = os.path.commonprefix([heads[row], wholes[row]])
-            known = len(head) < len(heads[row])
-            pairs[row] = head, wholes[row][len(head) :] if known else _ids([completions[row]], tokenizer)[0]
+            head, whole = heads[row], wholes[row]
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(head, whole, strict=False)))
+            tail = whole[same:] if same < len(head) else _ids([completions[row]], tokenizer)[0]
+            pairs[row] = head[:same], tail
     return [pairs[row] for row in range(len(heads))]
 
 
@@ -340,7 +340,8 @@ class TaskDataModule(pl.LightningDataModule):
         inference_batch_size: Rows of a generation batch.
         max_length: Longest row (decoder) or prompt (encoder-decoder) in tokens.
         max_target_length: Longest completion of an encoder-decoder in tokens.
-        max_tokens_per_batch: Budget of an evaluation or gradient batch: rows x longest row.
+        max_tokens_per_batch: Budget of an evaluation or gradient batch: rows x longest row, of an encoder-decoder rows x
+            (longest prompt + longest completion).
         token_cache: Folder of `tokenize_once`; None = tokenise here and now.
         loss_on_prompt: Count the prompt in a decoder's loss (the published behaviour).
         train_indices: Sample indices to train on; None = every training row.
@@ -445,16 +446,22 @@ class TaskDataModule(pl.LightningDataModule):
         return indices[np.lexsort((indices, -self.row_lengths[indices]))]
 
     def budgeted(self, indices: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
-        """Cut the rows, by length, into batches of at most `max_tokens` padded tokens (at least one row each)."""
+        """Cut the rows, by length, into batches of at most `max_tokens` padded tokens (at least one row each); an
+        encoder-decoder pads prompts and completions apart."""
         max_tokens = max_tokens or self.max_tokens_per_batch
         ordered = self.by_length(np.asarray(indices))
-        lengths = self.row_lengths[ordered]
-        batches, start = [], 0
-        while start < len(ordered):
-            rows = max(1, max_tokens // int(lengths[start]))
-            batches.append(ordered[start : start + rows])
-            start += rows
-        return batches
+        padded = (
+            [self.row_lengths]
+            if self.kind == "decoder"
+            else [self.tokens.prompts.lengths, self.tokens.completions.lengths]
+        )
+        batches, start, widths = [], 0, [0] * len(padded)
+        for position, lengths in enumerate(zip(*(part[ordered].tolist() for part in padded), strict=True)):
+            widths = list(map(max, widths, lengths))
+            if start < position and (position + 1 - start) * sum(widths) > max_tokens:
+                batches.append(ordered[start:position])
+                start, widths = position, list(lengths)
+        return [*batches, ordered[start:]] if len(ordered) else []
 
     def evaluation_batches(self, indices: np.ndarray, max_tokens: int | None = None) -> Iterator[Batch]:
         """Batches by length within the token budget: for losses and gradients, where order does not matter."""
