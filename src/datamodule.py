@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 
 from src.cli import progress, say_once
-from src.data import TaskData
+from src.data import Example, TaskData
 from src.paths import (
     atomic_write,
     check_file,
@@ -85,41 +85,50 @@ def tokenize(
     max_length: int,
     max_target_length: int,
 ) -> None:
-    """Tokenise every example's prompt and completion apart, into the files of `open_tokens`.
+    """Tokenise every example into the files of `open_tokens`.
 
-    A decoder's row is prompt + completion + end token; where it is longer than `max_length` the prompt loses
-    tokens at its beginning first, then the completion at its end. An encoder-decoder's prompt is cut at
-    `max_length`, its completion at `max_target_length`. Every cut is counted in a notice.
+    A decoder's row is one text: its ids decode to prompt + completion (`_joined`). An encoder-decoder's completion is a
+    text of its own. Special tokens that the tokenizer puts before a text stand there once, also where the text brings
+    them. A row has one end token: the tokenizer's, or another special token with which the completion ends, such as a
+    chat template's end of turn; white space and repetitions behind it are dropped.
+
+    A decoder's row longer than `max_length` loses the prompt's first tokens, but for the beginning-of-text token, and
+    then the completion's last. An encoder-decoder's prompt is cut at `max_length`, before the special tokens at its end,
+    its completion at `max_target_length`. Every cut is counted in a notice.
 
     Raises:
-        ValueError: the tokenizer has no end token, or a completion has no token at all.
+        ValueError: the tokenizer has no end token or cannot read a text, a completion has no token at all, or
+            `max_length` leaves no room for one.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; add one and save it again"
         )
-    decoder, end = kind == "decoder", tokenizer.eos_token_id
+    decoder = kind == "decoder"
+    before, behind = _special_ids_around(data.examples[0].completion, tokenizer)
+    if decoder and max_length < (least := max(2, len(before) + 1)):  # no token is predicted at the first position
+        raise ValueError(f"--max_length {max_length} leaves no room for a completion; pass at least {least}")
     cut_prompts = cut_completions = 0
     lengths: dict[str, list[int]] = {"prompt": [], "completion": []}
     rows = iter(progress(data.examples, desc="tokenising", total=len(data), unit="row"))
     with open(folder / "prompt.bin", "wb") as prompt_file, open(folder / "completion.bin", "wb") as completion_file:
         files = {"prompt": prompt_file, "completion": completion_file}
         while block := list(itertools.islice(rows, TOKENIZED_TOGETHER)):
-            prompts = tokenizer([example.prompt for example in block], verbose=False)["input_ids"]
-            completions = tokenizer(
-                [example.completion for example in block], add_special_tokens=not decoder, verbose=False
-            )["input_ids"]
-            for example, prompt, completion in zip(block, prompts, completions, strict=True):
-                if not [token for token in completion if token != end]:
-                    raise ValueError(
-                        f"sample {example.sample_index} (task {example.task}): the completion {example.completion!r} has "
-                        "no token; give it a text that the tokenizer knows, or remove the row"
-                    )
-                if decoder or completion[-1] != end:
+            for prompt, completion, end in _tokenized(block, data, tokenizer, decoder):
+                if prompt[: len(before)] != before:
+                    prompt = [*before, *prompt]
+                if decoder:
                     completion = [*completion, end]
-                kept = completion[: max_length if decoder else max_target_length]
-                room = max_length - len(kept) if decoder else max_length
-                fitting = prompt[max(0, len(prompt) - room) :] if decoder else prompt[:room]
+                    begin = prompt[: len(before) or int(prompt[:1] == [tokenizer.bos_token_id])]
+                    kept = completion[: max_length - len(begin)]
+                    room = max_length - len(begin) - len(kept)
+                    fitting = [*begin, *prompt[max(len(begin), len(prompt) - room) :]]
+                else:
+                    completion = [*before, *completion, *(behind if end in behind else [end])]
+                    kept = completion[:max_target_length]
+                    prompt = [*prompt, *behind]
+                    room = max(0, max_length - len(behind))
+                    fitting = prompt if len(prompt) <= max_length else [*prompt[:room], *behind][:max_length]
                 cut_completions += len(kept) < len(completion)
                 cut_prompts += len(fitting) < len(prompt)
                 for part, ids in (("prompt", fitting), ("completion", kept)):
@@ -134,6 +143,100 @@ def tokenize(
             f"--max_length {max_length}" + ("" if decoder else f" and --max_target_length {max_target_length}")
         )
     write_json(folder / "notices.json", notices)
+
+
+def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of each text, without special tokens around it."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _special_ids_around(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind a text."""
+    try:
+        [inner], whole = _ids([text], tokenizer), tokenizer(text, verbose=False)["input_ids"]
+    except Exception:  # of the text, and told with its place when its row is tokenised
+        return [], []
+    start = next((start for start in range(len(whole)) if whole[start : start + len(inner)] == inner), 0)
+    return whole[:start], whole[start + len(inner) :]
+
+
+def _tokenized(
+    block: Sequence[Example], data: TaskData, tokenizer: PreTrainedTokenizerBase, decoder: bool
+) -> list[tuple[list[int], list[int], int]]:
+    """Ids of each row's prompt and of its completion, without special tokens around them, and its end token."""
+    ends = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends[tokenizer.eos_token] = tokenizer.eos_token_id
+    ends.pop(tokenizer.unk_token, None)  # stands in published texts for a word
+    prompts, completions, end_ids = [], [], []
+    for example in block:
+        text, end = example.completion, tokenizer.eos_token
+        if found := [token for token in ends if text.rstrip().endswith(token)]:
+            end = max(found, key=len)
+            while (bare := text.rstrip()).endswith(end):
+                text = bare.removesuffix(end)
+        prompts.append(example.prompt)
+        completions.append(text)
+        end_ids.append(ends[end])
+    try:
+        if decoder:
+            pairs = _joined(prompts, completions, tokenizer)
+        else:
+            pairs = list(zip(_ids(prompts, tokenizer), _ids(completions, tokenizer), strict=True))
+    except Exception:
+        for example in block:
+            try:
+                _ids([example.prompt, example.completion], tokenizer)
+            except Exception as error:
+                raise ValueError(
+                    f"{data.where(example.sample_index)}: the tokenizer of {tokenizer.name_or_path} cannot read this text "
+                    f"({type(error).__name__}: {error}); mend the text, or remove the row"
+                ) from error
+        raise
+    for example, (_, ids) in zip(block, pairs, strict=True):
+        if not ids:
+            raise ValueError(
+                f"sample {example.sample_index} (task {example.task}): the completion {example.completion!r} has "
+                "no token; give it a text that the tokenizer knows, or remove the row"
+            )
+    return [(*pair, end) for pair, end in zip(pairs, end_ids, strict=True)]
+
+
+def _joined(
+    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of each prompt and of the completion behind it, which together decode as the ids of prompt + completion do.
+
+    A completion tokenised apart may begin with a space that the text has not. So its ids are those of the whole text
+    behind the prompt's. Where they begin in another way, because a token would reach over the end of the prompt, the
+    completion is tokenised behind another text, which ends as the prompt does, or in a line's end, or in a letter:
+    the model sees the prompt's own ids, as in generation. If none of them gives the text, the token that reaches over
+    belongs to the completion. Only a text that has an unknown token at the end of its prompt is tokenised in two.
+    """
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    heads = _ids(prompts, tokenizer)
+    wholes = _ids([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], tokenizer)
+    pairs: dict[int, tuple[list[int], list[int]]] = {}
+    for row, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
+        if whole[: len(head)] == head and (not head or head[-1] != tokenizer.unk_token_id):
+            pairs[row] = head, whole[len(head) :]
+    for last in ("", "\n", "a"):
+        rows = [row for row in range(len(heads)) if row not in pairs]
+        contexts = [last or prompts[row][-1:] for row in rows]
+        joined = [context + completions[row] for row, context in zip(rows, contexts, strict=True)]
+        for row, context, behind in zip(rows, _ids(contexts, tokenizer), _ids(joined, tokenizer), strict=True):
+            tail = behind[len(context) :]
+            if tail and behind[: len(context)] == context and text([*heads[row], *tail]) == text(wholes[row]):
+                pairs[row] = heads[row], tail
+    for row in range(len(heads)):
+        if row not in pairs:
+            head, whole = heads[row], wholes[row]
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(head, whole, strict=False)))
+            tail = whole[same:] if same < len(head) else _ids([completions[row]], tokenizer)[0]
+            pairs[row] = head[:same], tail
+    return [pairs[row] for row in range(len(heads))]
 
 
 def open_tokens(folder: Path) -> TokenizedData:
@@ -178,12 +281,21 @@ def tokenize_once(
     return open_tokens(path)
 
 
+TOKENIZATION = 2
+"""Raised whenever `tokenize` gives the same texts other ids."""
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over what decides a text's ids: the fast tokenizers' one description, or the vocabulary of others."""
+    """sha256 over what decides a row's ids: the fast tokenizers' one description, or the vocabulary of others."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    special = [tokenizer.eos_token_id, sorted(tokenizer.special_tokens_map.items(), key=str)]
-    return hashlib.sha256(json.dumps([whole, special], default=str).encode()).hexdigest()
+    # its first use resets the truncation and padding that are saved with it
+    whole = (
+        json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+        if backend is not None
+        else sorted(tokenizer.get_vocab().items())
+    )
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps([TOKENIZATION, whole, special], default=str).encode()).hexdigest()
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
@@ -228,7 +340,8 @@ class TaskDataModule(pl.LightningDataModule):
         inference_batch_size: Rows of a generation batch.
         max_length: Longest row (decoder) or prompt (encoder-decoder) in tokens.
         max_target_length: Longest completion of an encoder-decoder in tokens.
-        max_tokens_per_batch: Budget of an evaluation or gradient batch: rows x longest row.
+        max_tokens_per_batch: Budget of an evaluation or gradient batch: rows x longest row, of an encoder-decoder rows x
+            (longest prompt + longest completion).
         token_cache: Folder of `tokenize_once`; None = tokenise here and now.
         loss_on_prompt: Count the prompt in a decoder's loss (the published behaviour).
         train_indices: Sample indices to train on; None = every training row.
@@ -320,21 +433,35 @@ class TaskDataModule(pl.LightningDataModule):
         """Tokens of each sample, prompt and completion together, (N,)."""
         return self.tokens.prompts.lengths + self.tokens.completions.lengths
 
+    @property
+    def target_tokens(self) -> np.ndarray:
+        """Label tokens that each sample's loss is a mean over, (N,); a decoder predicts no row's first token."""
+        completions = self.tokens.completions.lengths
+        if self.kind != "decoder":
+            return completions
+        return self.row_lengths - np.maximum(1, 0 if self.loss_on_prompt else self.tokens.prompts.lengths)
+
     def by_length(self, indices: np.ndarray) -> np.ndarray:
         """The sample indices, longest row first (an oversized batch fails at once); ties by index."""
         return indices[np.lexsort((indices, -self.row_lengths[indices]))]
 
     def budgeted(self, indices: np.ndarray, max_tokens: int | None = None) -> list[np.ndarray]:
-        """Cut the rows, by length, into batches of at most `max_tokens` padded tokens (at least one row each)."""
+        """Cut the rows, by length, into batches of at most `max_tokens` padded tokens (at least one row each); an
+        encoder-decoder pads prompts and completions apart."""
         max_tokens = max_tokens or self.max_tokens_per_batch
         ordered = self.by_length(np.asarray(indices))
-        lengths = self.row_lengths[ordered]
-        batches, start = [], 0
-        while start < len(ordered):
-            rows = max(1, max_tokens // int(lengths[start]))
-            batches.append(ordered[start : start + rows])
-            start += rows
-        return batches
+        padded = (
+            [self.row_lengths]
+            if self.kind == "decoder"
+            else [self.tokens.prompts.lengths, self.tokens.completions.lengths]
+        )
+        batches, start, widths = [], 0, [0] * len(padded)
+        for position, lengths in enumerate(zip(*(part[ordered].tolist() for part in padded), strict=True)):
+            widths = list(map(max, widths, lengths))
+            if start < position and (position + 1 - start) * sum(widths) > max_tokens:
+                batches.append(ordered[start:position])
+                start, widths = position, list(lengths)
+        return [*batches, ordered[start:]] if len(ordered) else []
 
     def evaluation_batches(self, indices: np.ndarray, max_tokens: int | None = None) -> Iterator[Batch]:
         """Batches by length within the token budget: for losses and gradients, where order does not matter."""

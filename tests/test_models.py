@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
 from src.instruction import load_instruction
 from src.models import (
@@ -19,6 +23,7 @@ from src.models import (
     displaced,
     load_checkpoint,
     load_model,
+    load_tokenizer,
     resolve_model_key,
     save_model,
 )
@@ -74,6 +79,45 @@ def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[st
         theirs = model.network(**{k: v for k, v in batch.items() if k != "sample_index"}).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert len(labels) == int((batch["labels"] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_tokens_are_those_that_the_loss_counts(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    model = load_model(model_folders[kind], None)
+    data = TaskData(tuple(Example(i, "a", "train", "xyz"[:i], "bcd") for i in range(4)))  # the first has no prompt
+    for loss_on_prompt in (False, True):
+        datamodule = TaskDataModule(data, model.tokenizer, model.kind, loss_on_prompt=loss_on_prompt)
+        with torch.no_grad():
+            _, _, rows = model.target_logits(datamodule.collate(np.arange(4)))
+        np.testing.assert_array_equal(datamodule.target_tokens, torch.bincount(rows, minlength=4))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) -> None:
+    """Every row once; padded tokens within the budget unless a row alone is longer; a decoder's batches are full."""
+    tokenizer = load_tokenizer(model_folders[kind])
+    model_kind = "encoder_decoder" if kind == "t5" else "decoder"
+    sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(sizes, min_size=1, max_size=30), st.integers(1, 300))
+    def check(rows: list[tuple[int, int]], budget: int) -> None:
+        examples = [Example(i, "a", "train", "p" * p, "c" * c) for i, (p, c) in enumerate(rows)]
+        datamodule = TaskDataModule(TaskData(tuple(examples)), tokenizer, model_kind)
+        batches = datamodule.budgeted(np.arange(len(rows)), budget)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(rows)))
+        padded = [_padded_tokens(datamodule, batch) for batch in batches]
+        assert all(tokens <= budget or len(batch) == 1 for tokens, batch in zip(padded, batches, strict=True))
+        for batch, following in itertools.pairwise(batches):
+            assert _padded_tokens(datamodule, np.append(batch, following[0])) > budget
+
+    check()
+
+
+def _padded_tokens(datamodule: TaskDataModule, rows: np.ndarray) -> int:
+    batch = datamodule.collate(rows)
+    names = ("input_ids",) if datamodule.kind == "decoder" else ("input_ids", "labels")
+    return sum(batch[name].numel() for name in names)
 
 
 @pytest.mark.parametrize("output", OUTPUT_FUNCTIONS)
