@@ -1,12 +1,16 @@
 # Sourced by the other scripts: makes .venv and installs requirements.txt where that is not done yet.
+# EXTRA="qlora …" installs requirements-qlora.txt and so on too, and keeps them.
 # PYTHON names another interpreter (3.11 or newer).
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stamp=.venv/requirements.sha256
-wanted=$(sha256sum requirements.txt pyproject.toml | sha256sum)
-if [ ! -x .venv/bin/python ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-    echo "Installing requirements.txt into .venv (a few minutes the first time) …"
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=…")'
-    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    echo "$wanted" > "$stamp"
-fi
+for name in "" ${EXTRA:-}; do
+    file=requirements${name:+-$name}.txt
+    stamp=.venv/${file%.txt}.sha256
+    wanted=$(sha256sum "$file" pyproject.toml | sha256sum)
+    if [ ! -x .venv/bin/python ] || [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+        echo "Installing $file into .venv (a few minutes the first time) …"
+        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=…")'
+        [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+        echo "$wanted" > "$stamp"
+    fi
+done

@@ -13,6 +13,7 @@ import errno
 import importlib.util
 import math
 import os
+import re
 import resource
 import shlex
 import sys
@@ -61,6 +62,8 @@ class Parser(argparse.ArgumentParser):
         parsed, strangers = self.parse_known_args(args, namespace)
         if strangers:
             self._refuse(strangers)
+        if hasattr(parsed, "precision"):
+            _settle_precision(parsed)
         for rule in RULES:
             for flag in rule.flags:
                 if getattr(parsed, flag, None) == self.get_default(flag) or rule.holds(parsed):
@@ -304,23 +307,48 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
                        "there is one; `cpu` with several --devices runs as many processes (default: auto)")  # fmt: skip
     group.add_argument("--strategy", choices=("auto", "ddp", "fsdp"), default="auto", help="several processes: ddp, the "
                        "whole model in each, or fsdp, its weights spread over them; auto is ddp (default: auto)")  # fmt: skip
-    group.add_argument("--precision", choices=("32", "16", "bf16"), default="32", help="32 bits, or mixed "
-                       "precision in 16 (with --strategy fsdp bf16 is taken, on the CPU 32) or bf16 (default: 32)")  # fmt: skip
+    group.add_argument("--precision", choices=("32", "16", "bf16", *PRECISIONS), default="32", metavar="NAME", help="32 "
+                       "bits, or mixed precision in 16 (with --strategy fsdp bf16 is taken, on the CPU 32) or bf16; or Lightning's "
+                       "names: 32-true, 16-mixed, bf16-mixed, and bf16-true, which is bf16 with --base_dtype bfloat16 (default: 32)")  # fmt: skip
     group.add_argument(
         "--num_nodes", type=positive_int, default=1, help="machines, each with as many processes (default: 1)"
     )
 
 
+PRECISIONS = {"32-true": "32", "16-mixed": "16", "bf16-mixed": "bf16", "bf16-true": "bf16", "16-true": "bf16"}
+"""Lightning's name of a precision -> ours."""
+
+
+def _settle_precision(args: argparse.Namespace) -> None:
+    """Our name for the precision; one that Lightning calls true also holds the base model's weights in bfloat16."""
+    typed, args.precision = args.precision, PRECISIONS.get(args.precision, args.precision)
+    if typed == "16-true":
+        say_once("note: --precision 16-true is taken as bf16-true: weights in 16 bits need the range of bfloat16")
+    if typed in ("16-true", "bf16-true"):
+        if args.train_lora:
+            args.base_dtype = "bfloat16"
+        else:
+            say_once(f"note: --precision {typed} is taken as bf16-mixed: weights that are trained stay in 32 bits")
+
+
 def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, epochs: int) -> None:
     """How it is trained."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="rows of a training batch, per "
-                       f"device (default: {batch_size})")  # fmt: skip
+    add_batch_size(parser, batch_size, f"rows of a training batch, per device (default: {batch_size})")
+    group = _group(parser, "training")
     group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimizer step (default: 1)")
     group.add_argument("--lr", type=positive_float, default=lr, help=f"learning rate of AdamW (default: {lr:g})")
     group.add_argument("--weight_decay", type=not_negative, default=0.0, help="weight decay of AdamW (default: 0)")
     group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
     group.add_argument("--runs", type=positive_int, default=1, help="repetitions, with seeds 0, 1, … (default: 1)")
+
+
+def add_batch_size(
+    parser: argparse.ArgumentParser,
+    default: int | None = None,
+    meaning: str = "kept for the published commands: no effect where nothing is trained (default: none)",
+) -> None:
+    """Rows of a training batch; scripts that do not train take the flag too."""
+    _group(parser, "training").add_argument("--batch_size", type=positive_int, default=default, help=meaning)
 
 
 def add_meta_training(parser: argparse.ArgumentParser) -> None:
@@ -454,22 +482,23 @@ def add_projection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_function", choices=("loss", "margin"), default="loss", help="what is differentiated: "
                        "the mean loss of a sample's target tokens, or their mean log-odds as in the paper "
                        "(default: loss)")  # fmt: skip
+    group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
+                       "are always projected (default: they are, unless --projection none)")  # fmt: skip
 
 
 def add_gradients(parser: argparse.ArgumentParser) -> None:
     """How gradients are taken."""
+    add_batch_size(parser)
     add_projection(parser)
     group = parser.add_argument_group("gradients")
     group.add_argument("--representations", action="store_true", help="also keep each sample's pooled hidden states, for "
                        "--estimator representation (default: do not)")  # fmt: skip
     group.add_argument("--save_projection_matrix", action="store_true", help="also write the projection's random signs, "
                        "packed in bits, beside the gradients of each checkpoint (default: do not; the seed draws them again)")  # fmt: skip
-    group.add_argument("--project_gradients", action="store_true", help="kept for the published commands: gradients "
-                       "are always projected (default: they are, unless --projection none)")  # fmt: skip
     group.add_argument("--on_nonfinite", choices=("stop", "skip"), default="stop", help="a sample whose output or gradient "
                        "is not finite: stop and name it, or leave it out and count it (default: stop)")  # fmt: skip
     group.add_argument("--max_tokens_per_batch", type=positive_int_or_auto, default=4096, metavar="TOKENS", help="rows "
-                       "times longest row of a batch, or auto for the largest that fits into memory (default: 4096)")  # fmt: skip
+                       "times longest row of a batch, or auto: on a GPU twice that, four times and so on, as long as a batch fits (default: 4096)")  # fmt: skip
     group.add_argument("--row_dtype", choices=("float32", "float16"), default="float32", help="numbers that gradients are "
                        "kept in on disk; float16 takes half the room (default: float32)")  # fmt: skip
 
@@ -530,6 +559,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def add_estimation(parser: argparse.ArgumentParser, estimators: Mapping[str, Described], rho: float) -> None:
     """Stage 3, but for its data: which subsets, for what, and how. Arguments as in `add_estimator`."""
+    add_batch_size(parser)
     add_subsets(parser)
     add_targets(parser, "targets to estimate (default: every task with validation rows)")
     add_estimator(parser, estimators, rho)
@@ -624,7 +654,11 @@ RULES = (
     Rule(("use_qlora",), _is("strategy", "auto", "ddp"),
          "with --strategy fsdp: 4-bit weights are not spread; use ddp, or --base_dtype bfloat16", refused=True),
     Rule(("lora_rank", "lora_alpha", "lora_target_modules"), _is("train_lora", True),
-         "is for an adapter; pass --train_lora too, or leave it out to train every weight", refused=True),
+         "has no effect without --train_lora: every weight is trained"),
+    Rule(("batch_size",), lambda args: hasattr(args, "epochs"),
+         "has no effect where nothing is trained"),
+    Rule(("project_dim", "project_gradients"), _is("projection", "sketch", "two_sided", "dense"),
+         "has no effect with --projection none, which keeps all numbers"),
     Rule(("data_files", "target_files", "train_instruction"), _is("dataset_key", None),
          "is instruction data, and --dataset_key chain of thought; name one of them", refused=True),
     Rule(("data_files",), _is("train_instruction", False),
@@ -640,8 +674,6 @@ RULES = (
          "has no effect with --compute_pretrained_outputs, only on the approximation error"),
     Rule(("representations", "save_projection_matrix", "on_nonfinite", "row_dtype", "max_tokens_per_batch"),
          _is("compute_pretrained_outputs", True), "has no effect without --compute_pretrained_outputs"),
-    Rule(("project_dim",), _is("projection", "sketch", "two_sided", "dense"),
-         "has no effect with --projection none, which keeps all numbers"),
     Rule(("rho",), lambda args: args.estimator not in ("alignment", "representation", "constant") or getattr(args, "weights", False),
          "has no effect on this estimator, which has no ridge"),
 )  # fmt: skip
@@ -724,11 +756,6 @@ class Hardware:
         return (len(self.devices) if isinstance(self.devices, list) else self.devices) * self.num_nodes
 
     @property
-    def processes_here(self) -> int:
-        """On this node."""
-        return self.num_processes // self.num_nodes
-
-    @property
     def autocast(self) -> str | None:
         """dtype name of mixed precision outside a Trainer, or None."""
         return {"16-mixed": "float16", "bf16-mixed": "bfloat16"}.get(self.precision)
@@ -784,6 +811,8 @@ def hardware_from(args: argparse.Namespace) -> Hardware:
             say_once(
                 "No CUDA GPU here: everything runs on the CPU" + (", in 32-bit" if args.precision == "16" else "") + "."
             )
+        elif args.precision == "16":
+            say_once("note: --precision 16 is for a GPU: the CPU computes in 32 bits")
         precision = {"32": "32-true", "16": "32-true", "bf16": "bf16-mixed"}[args.precision]
         return Hardware("cpu", processes, args.strategy, precision, num_nodes)
     devices = devices or [0]
@@ -915,15 +944,11 @@ def quiet_libraries() -> None:
     """Silence what libraries print on every start and a user cannot act on; imports the slowest of them."""
     import logging
 
+    # before the import: bitsandbytes, where it is installed, warns of kernels that nobody asked for
+    for name in ("bitsandbytes", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import pytorch_lightning  # noqa: F401
 
-    for name in (
-        "pytorch_lightning",
-        "lightning.pytorch",
-        "lightning",
-        "pytorch_lightning.utilities.rank_zero",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="pytorch_lightning.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
@@ -978,8 +1003,34 @@ _CURES = {
 """What to do about errors of the operating system that a user can mend."""
 
 
-def _line_about(error: ValueError | OSError) -> str | None:
+_OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|bad_alloc|ALLOC_FAILED", re.I)
+_SAVES_MEMORY = {
+    "accumulate": "a smaller --batch_size with a larger --accumulate",
+    "max_tokens_per_batch": "a smaller --max_tokens_per_batch",
+    "gradient_checkpointing": "--gradient_checkpointing",
+    "precision": "--precision bf16",
+    "base_dtype": "--base_dtype bfloat16",
+    "use_qlora": "--use_qlora",
+    "strategy": "--strategy fsdp",
+    "max_length": "a smaller --max_length",
+    "project_dim": "a smaller --project_dim",
+}
+"""Flag that a script may have -> how it saves memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the CPU's: of the CPU's, torch says so only in the text of a RuntimeError."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _line_about(error: Exception, args: argparse.Namespace) -> str | None:
     """An error that the user can mend in one line: what, where, and the cure. None for other errors."""
+    if is_out_of_memory(error):
+        asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
+        cures = ", ".join(cure for flag, cure in _SAVES_MEMORY.items() if hasattr(args, flag))
+        return f"out of memory{f' (asked for {asked[1]} more)' if asked else ''}" + (f"; try {cures}" if cures else "")
     if isinstance(error, OSError) and error.errno in _CURES:
         what = error.strerror or type(error).__name__
         return f"cannot use {error.filename}: {what[:1].lower()}{what[1:]}; {_CURES[error.errno]}"
@@ -995,8 +1046,8 @@ def run_stage(main: Callable[[argparse.Namespace], Any], args: argparse.Namespac
     except KeyboardInterrupt:
         print("interrupted; the same command goes on, or starts again, where it was", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        line = _line_about(error)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        line = _line_about(error, args)
         if line is None or os.environ.get("GRADEX_TRACEBACK"):
             raise
         sys.exit(f"error: {line}")

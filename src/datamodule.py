@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -462,6 +462,10 @@ class TaskDataModule(pl.LightningDataModule):
                 batches.append(ordered[start:position])
                 start, widths = position, list(lengths)
         return [*batches, ordered[start:]] if len(ordered) else []
+
+    def padded_tokens(self, batches: Iterable[np.ndarray]) -> int:
+        """Tokens of these batches of sample indices, padding included."""
+        return sum(len(batch) * int(self.row_lengths[batch].max()) for batch in batches)
 
     def evaluation_batches(self, indices: np.ndarray, max_tokens: int | None = None) -> Iterator[Batch]:
         """Batches by length within the token budget: for losses and gradients, where order does not matter."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.cli import progress, say_once, waiting_for
+from src.cli import is_out_of_memory, progress, say_once, waiting_for
 from src.datamodule import Batch, TaskDataModule, read_arrays, write_arrays
 from src.estimation import MomentSums, Part, Rows, TaskMoments, task_moments
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
@@ -58,6 +58,8 @@ BOOT = "boot"
 PROJECTION_SIGNS = "projection_signs.npz"
 FLUSH_EVERY = 200
 """Batches after which rows are forced to disk."""
+LARGEST_BUDGET = 1 << 16
+"""Tokens of a batch beyond which `--max_tokens_per_batch auto` looks no further: a GPU gains nothing there."""
 
 MISSING, WRITTEN, ON_DISK = range(3)
 """State of a row on its way: not there; written, which a process that dies does not undo; forced to disk."""
@@ -130,26 +132,21 @@ class GradientCollector:
         # the output layer sees the target positions of all rows in one line (`LanguageModel.target_logits`)
         at_targets = self._modules[matrix.module_name] is self.model.network.get_output_embeddings()
 
+        def project(output_gradients: Tensor, inputs: Tensor) -> None:
+            factors = [output_gradients, inputs]
+            if at_targets:
+                factors = [self._by_row(factor) for factor in factors]
+            elif inputs.dim() == 2 and len(inputs) in self._positions:  # a block that lays all rows in one line
+                factors = [factor.unflatten(0, (len(self._rows), -1)) for factor in factors]
+            self.projection.add(matrix.name, matrix.shape, factors[0], factors[1], self._rows)
+
         def forward_hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            inputs, rows = arguments[0].detach(), self._rows
-
-            def project(output_gradients: Tensor) -> None:
-                factors = [output_gradients, inputs]
-                if at_targets:
-                    factors = [self._by_row(factor) for factor in factors]
-                elif inputs.dim() == 2 and len(inputs) in self._positions:  # a block that lays all rows in one line
-                    factors = [factor.unflatten(0, (len(rows), -1)) for factor in factors]
-                self.projection.add(matrix.name, matrix.shape, factors[0], factors[1], rows)
-
-            if output.requires_grad:
-                output.register_hook(project)
-                return None
-            # the lowest adapted layers: the graph starts here, nothing below them is ever differentiated
-            output = output.detach().requires_grad_()
-            output.register_hook(project)
-            return output
+            if not output.requires_grad:
+                # the lowest adapted layers: the graph starts here, nothing below them is ever differentiated
+                output = output.detach().requires_grad_()
+            return _Projecting.apply(output, arguments[0].detach(), project)
 
         return forward_hook
 
@@ -187,6 +184,24 @@ class GradientCollector:
             outputs = self.output_function(logits, labels, rows, num_rows)
             outputs.sum().backward()
         return self._rows, outputs.detach()
+
+
+class _Projecting(torch.autograd.Function):
+    """The identity; its backward hands the layer's output gradients and inputs to `project`.
+
+    The inputs are a saved tensor, which activation checkpointing lets go and computes again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, project: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.project = project
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.project(output_gradients[0], *ctx.saved_tensors)
+        return output_gradients[0], None, None
 
 
 def sign_of(output_function: str) -> float:
@@ -462,11 +477,6 @@ def kernel_is_smaller(num_rows: int, dim: int) -> bool:
     return num_rows <= dim
 
 
-def moment_bytes(num_groups: int, num_rows: int, dim: int) -> int:
-    """Bytes on disk of the moments of so many groups: sums in float64, outer products in float32 where they are kept."""
-    return num_groups * dim * (8 if kernel_is_smaller(num_rows, dim) else 8 + 4 * dim)
-
-
 def moments_file(folder: Path, name: str, outers: bool) -> Path:
     """Cached moments of a part: of a division into groups, with or without outer products."""
     return folder / f"moments_{name}{'' if outers else '_sums'}.npz"
@@ -669,7 +679,7 @@ def collect_gradients(
 ) -> None:
     """Take the gradients that the store still misses, by length within the token budget.
 
-    A batch that does not fit into the GPU's memory is halved, and all after it. With several processes each takes whole
+    A batch that does not fit into memory is halved, and all after it. With several processes each takes whole
     batches of its own into a shard beside the store, and the first takes the shards over: every sample is computed
     once, and what a process that dies has finished is kept. Where they share one model's weights they go in step, and
     one that has a batch less takes part in the last step with a row that it does not keep.
@@ -684,12 +694,14 @@ def collect_gradients(
 
     if processes is None or processes.is_first:
         store.absorb()
+    everything = datamodule.budgeted(store.samples["sample_index"])
     if processes is None or processes.world == 1:
-        batches = store.unfinished(datamodule.budgeted(store.samples["sample_index"]))
-        _collect(collector(), datamodule, store, batches, desc)
+        batches = store.unfinished(everything)
+        done = datamodule.padded_tokens(everything) - datamodule.padded_tokens(batches)
+        _collect(collector(), datamodule, store, batches, desc, done)
         return
     processes.wait()
-    batches = store.unfinished(datamodule.budgeted(store.samples["sample_index"]))
+    batches = store.unfinished(everything)
     own = batches[processes.rank :: processes.world]
     if own:
         shard = store.shard(processes.rank, np.concatenate(own))
@@ -707,27 +719,28 @@ def _collect(
     collector: GradientCollector,
     datamodule: TaskDataModule,
     store: StoreWriter,
-    batches: Iterable[np.ndarray],
+    batches: Sequence[np.ndarray],
     desc: str,
+    done: int = 0,
 ) -> None:
-    """Take batches of sample indices, of which the store has no row yet."""
+    """Take batches of sample indices, of which the store has no row yet; `done` padded tokens are there already.
+
+    Progress is counted in padded tokens: the longest rows come first, and take the longest.
+    """
     waiting, unflushed = deque(batches), 0
-    with (
-        collector as collect,
-        progress(desc=desc, total=len(store.samples["sample_index"]), unit="sample") as bar,
-    ):
-        bar.update(bar.total - len(store.missing()))
+    total = done + datamodule.padded_tokens(batches)
+    with collector as collect, progress(desc=desc, total=total, initial=done, unit="token") as bar:
         while waiting:
             indices = waiting.popleft()
             taken = _unless_out_of_memory(collect, datamodule.collate(indices))
             if taken is None:
-                torch.cuda.empty_cache()
                 waiting = _halved([indices, *waiting], datamodule, collect.model.is_sharded)
+                bar.total = bar.n + datamodule.padded_tokens(waiting)
                 continue
             values = [collect.sign * value for value in taken]
             values += [collect.representations] if collect.represent else []
             store.write(indices, *(value.cpu().numpy() for value in values))
-            bar.update(len(indices))
+            bar.update(datamodule.padded_tokens([indices]))
             unflushed += 1
             if unflushed == FLUSH_EVERY or not waiting:
                 store.flush()
@@ -735,12 +748,31 @@ def _collect(
 
 
 def _unless_out_of_memory(collect: GradientCollector, batch: Batch) -> tuple[Tensor, Tensor] | None:
-    """The batch's rows and outputs; None where the device has no memory for it (the error, which holds the batch's
-    tensors, ends here)."""
+    """The batch's rows and outputs; None where the device has no memory for it."""
     try:
         return collect(batch)
-    except torch.OutOfMemoryError:
-        return None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # after the error, which holds the batch's tensors
+    return None
+
+
+def fitting_budget(collector: GradientCollector, datamodule: TaskDataModule, rows: np.ndarray) -> int:
+    """The data module's budget of tokens, doubled as long as a batch of the longest rows fits into memory.
+
+    Args:
+        collector: Takes the batches that are tried.
+        datamodule: Its data.
+        rows: Sample indices of all rows.
+    """
+    budget = datamodule.max_tokens_per_batch
+    with collector as collect:
+        while budget < LARGEST_BUDGET and len(rows) > len(datamodule.budgeted(rows, budget)[0]):
+            if _unless_out_of_memory(collect, datamodule.collate(datamodule.budgeted(rows, 2 * budget)[0])) is None:
+                break
+            budget *= 2
+    return budget
 
 
 def _halved(batches: Sequence[np.ndarray], datamodule: TaskDataModule, in_step: bool) -> deque[np.ndarray]:
@@ -748,11 +780,10 @@ def _halved(batches: Sequence[np.ndarray], datamodule: TaskDataModule, in_step: 
     count, tokens = len(batches[0]), int(datamodule.row_lengths[batches[0]].max())
     if count == 1 or in_step:
         raise ValueError(
-            f"a batch of {count} rows of up to {tokens} tokens does not fit into the GPU's memory; pass "
-            "--gradient_checkpointing, a smaller --max_length or --max_tokens_per_batch, --precision bf16, or spread "
+            f"a batch of {count} rows of up to {tokens} tokens does not fit into memory; pass --gradient_checkpointing, a smaller --max_length or --max_tokens_per_batch, --precision bf16, or spread "
             "the weights with --strategy fsdp"
         )
-    say_once(f"note: {count} rows of up to {tokens} tokens do not fit into the GPU's memory: batches are halved.")
+    say_once(f"note: {count} rows of up to {tokens} tokens do not fit into memory: batches are halved.")
     return deque(half for batch in batches for half in np.array_split(batch, min(2, len(batch))))
 
 

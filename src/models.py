@@ -359,7 +359,7 @@ class BaseWeights:
             return options
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(
-                "--use_qlora: bitsandbytes is not installed; pip install bitsandbytes, or leave the flag out"
+                "--use_qlora: bitsandbytes is not installed; pip install -r requirements-qlora.txt, or leave the flag out"
             )
         quantized = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -385,6 +385,11 @@ def load_base_model(model_key: str, weights: BaseWeights = FULL_PRECISION) -> La
     architecture = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _clear_load_error(model_key), waiting_for(f"loading {model_key}"):
         network = architecture.from_pretrained(path, use_safetensors=True, **options)
+        for module in network.modules():
+            # with AVX512-BF16, bitsandbytes packs a 4-bit layer for inference when it is first evaluated; a packed one
+            # passes no gradient on, and one narrower than a block cannot be packed
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         tokenizer = load_tokenizer(path)
     return LanguageModel(network, tokenizer, model_key)
 

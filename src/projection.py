@@ -108,10 +108,6 @@ class Projection(ABC):
             raise ValueError(f"a solution has {self.dim} numbers, found shape {tuple(solution.shape)}")
         return {name: self._lift(name, shape, solution) for name, shape in shapes.items()}
 
-    def resident_bytes(self, shapes: Mapping[str, Shape]) -> int:
-        """Bytes that it keeps on the device between batches, for matrices of these shapes."""
-        return 0
-
     @abstractmethod
     def packed_signs(self, name: str, shape: Shape) -> np.ndarray:
         """The random signs of one matrix, uint8, a bit each (1 is +) in the order of `numpy.packbits`.
@@ -181,9 +177,6 @@ class _Sketch(Projection):
 
     kind = "sketch"
 
-    def resident_bytes(self, shapes: Mapping[str, Shape]) -> int:
-        return 5 * sum(map(math.prod, shapes.values()))  # a sign and a source for each number
-
     def _draw(self, name: str, shape: Shape, device: torch.device) -> list[tuple[slice, _Fold]]:
         hashes = []
         for group in _blocks(shape[0], _GROUP_ENTRIES // shape[1]):
@@ -214,10 +207,6 @@ class _TwoSided(Projection):
     """
 
     kind = "two_sided"
-
-    def resident_bytes(self, shapes: Mapping[str, Shape]) -> int:
-        sides = ((shape, projected_sides(shape, self.dim)) for shape in shapes.values())
-        return 4 * sum(out * d_out + inner * d_in for (out, inner), (d_out, d_in) in sides)
 
     def _draw(self, name: str, shape: Shape, device: torch.device) -> tuple[Tensor | None, Tensor | None, _Fold]:
         sides = projected_sides(shape, self.dim)
@@ -267,10 +256,6 @@ class _Dense(Projection):
         super().__init__(dim, seed)
         self.block_entries = block_entries
         self._words = math.ceil(dim / 64)  # of a line
-
-    def resident_bytes(self, shapes: Mapping[str, Shape]) -> int:
-        sizes = (math.prod(shape) * self._words * 8 for shape in shapes.values())
-        return sum(size for size in sizes if size <= _RESIDENT_BYTES)
 
     def _draw(self, name: str, shape: Shape, device: torch.device) -> Tensor | None:
         if math.prod(shape) * self._words * 8 > _RESIDENT_BYTES:

@@ -25,6 +25,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from src.cli import (
     ALL_TASKS,
+    AUTO,
     Hardware,
     command_typed,
     counted,
@@ -54,15 +55,15 @@ from src.finetune import (
 )
 from src.gradients import (
     PROJECTION_SIGNS,
+    GradientCollector,
     StoredPart,
     StoreWriter,
     collect_gradients,
-    moment_bytes,
+    fitting_budget,
     open_store,
     save_projection_signs,
 )
 from src.instruction import Columns, files_of, load_instruction
-from src.memory import MemoryPlan, plan_gradients, plan_training
 from src.models import (
     BaseWeights,
     LanguageModel,
@@ -127,7 +128,7 @@ def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageMod
         max_length=args.max_length,
         max_target_length=args.max_target_length,
         token_cache=TOKENS,
-        **{name: getattr(args, name) for name in options if hasattr(args, name)},
+        **{name: value for name in options if (value := getattr(args, name, None)) is not None},
     )
     longest = int(datamodule.row_lengths.max())
     if model.kind == "decoder" and model.context is not None and longest > model.context:
@@ -137,13 +138,6 @@ def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageMod
         )
     say_notices((*data.notices, *datamodule.tokens.notices))
     return datamodule
-
-
-def say_plan(plan: MemoryPlan) -> None:
-    """Print what the run will need, and refuse one that cannot fit."""
-    plan.check()
-    if not rank_zero_only.rank:
-        say(plan.describe())
 
 
 def load_data(args: argparse.Namespace) -> TaskData:
@@ -344,7 +338,6 @@ def meta_train(
         shutil.rmtree(folder, ignore_errors=True)  # checkpoints of a training that was cut off
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
-    say_plan(plan_training(model, datamodule, hardware, args.batch_size))
     described = {"data_fingerprint": data.fingerprint, "run": run_index, "use_qlora": args.use_qlora}
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
@@ -438,7 +431,6 @@ def fine_tune_subsets(
             start = model.trainable_state()
             if datamodule is None:
                 datamodule = make_datamodule(args, data, model)
-                say_plan(plan_training(model, datamodule, hardware, args.batch_size))
             for _, subset in of_run:
                 started = time.perf_counter()
                 bar_of_fit = FitProgress(f"subset {bar.n + 1} of {bar.total}", leave=False)
@@ -649,22 +641,21 @@ class GradientPasses:
         self.rows = rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
         self.samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
         self.datamodule: TaskDataModule | None = None
-        self.planned = False
+        self.max_tokens = args.max_tokens_per_batch
 
     def take_at(self, folders: Sequence[Path]) -> None:
         """The gradients at each checkpoint, where they are not there yet."""
         args, processes = self.args, self.processes
-        for position, folder in enumerate(folders):
+        for folder in folders:
             started = time.perf_counter()
             model = placed(model_at(args, folder), processes)
             check_adapter(args, model, folder)
             datamodule = self.datamodule = self.datamodule or make_datamodule(args, self.data, model)
             dim = None if args.projection == "none" else args.project_dim
             projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
-            if not self.planned and not (self.store / folder.name).is_dir():
-                self.plan(model, datamodule, projection, folders[position:])
             writer = self.open_writer(model, self.request(model, datamodule, projection, folder))
             if not writer.complete:
+                self.prepare(model, datamodule, projection)
                 collect_gradients(
                     model,
                     datamodule,
@@ -684,36 +675,23 @@ class GradientPasses:
             "model flags."
         )
 
-    def plan(
-        self, model: LanguageModel, datamodule: TaskDataModule, projection: Projection, folders: Sequence[Path]
-    ) -> None:
-        """Say what the passes will need and settle the batches' size; refuse what cannot fit.
-
-        Raises:
-            ValueError: it does not fit.
-        """
-        args, num_rows, dim = self.args, len(self.rows), projection.dim
-        plan, datamodule.max_tokens_per_batch = self.processes.from_first(
-            plan_gradients(
-                model,
-                datamodule,
-                self.rows,
-                self.hardware,
-                max_tokens=args.max_tokens_per_batch,
-                projection_bytes=projection.resident_bytes(model.layout.shapes),
-                moment_bytes=moment_bytes(len(self.data.tasks) + len(self.data.targets), num_rows, dim),
-                store=self.store,
-                part_bytes=num_rows * dim * np.dtype(args.row_dtype).itemsize,
-                num_parts=sum(not (self.store / folder.name).is_dir() for folder in folders),
-            )
-        )
-        say_plan(plan)
-        if dim > model.layout.num_parameters:
+    def prepare(self, model: LanguageModel, datamodule: TaskDataModule, projection: Projection) -> None:
+        """Settle the size of batches, which all processes share; `auto` is the default on a CPU and of spread weights."""
+        if self.max_tokens == AUTO:
+            budget = datamodule.max_tokens_per_batch
+            if self.processes.is_first and model.device.type == "cuda" and not model.is_sharded:
+                collector = GradientCollector(
+                    model, projection, self.args.output_function, self.hardware.autocast, self.args.representations
+                )
+                budget = fitting_budget(collector, datamodule, self.rows)
+                say(f"Batches of up to {budget:,} tokens fit into the GPU's memory.")
+            self.max_tokens = self.processes.from_first(budget)
+        datamodule.max_tokens_per_batch = self.max_tokens
+        if projection.dim > model.layout.num_parameters:
             say_notices(
-                [f"--project_dim {dim} is above p = {model.layout.num_parameters:,}, the numbers of a gradient: "
+                [f"--project_dim {projection.dim} is above p = {model.layout.num_parameters:,}, the numbers of a gradient: "
                  "projecting buys nothing; --projection none keeps them as they are"]
             )  # fmt: skip
-        self.planned = True
 
     def request(
         self, model: LanguageModel, datamodule: TaskDataModule, projection: Projection, folder: Path

@@ -66,6 +66,7 @@ class Stages:
         kill_after: float | None = None,
         kill_at: int | None = None,
         largest_file: int | None = None,
+        memory: int | None = None,
         stop_at: str | None = None,
         unprivileged: bool = False,
     ) -> Outcome:
@@ -77,6 +78,7 @@ class Stages:
             kill_after: Kill it with SIGKILL after so many seconds.
             kill_at: It kills itself so, just before its k-th change of a folder.
             largest_file: Bytes beyond which no file can grow.
+            memory: Bytes of address space that it may take besides what it has.
             stop_at: It stops (SIGSTOP) before a change of a folder that names this, and is left so; the answer comes as
                 soon as it has stopped.
             unprivileged: Give up the right of root to write in spite of file modes.
@@ -87,6 +89,7 @@ class Stages:
             kill_after=kill_after,
             kill_at=kill_at,
             largest_file=largest_file,
+            memory=memory,
             stop_at=stop_at,
             unprivileged=unprivileged,
         )
@@ -144,6 +147,9 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
         rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))  # as its import reads it
     if request.get("largest_file") is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    if request.get("memory") is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + request["memory"],) * 2)
     if request.get("unprivileged"):
         give_up_override()
     changes, stop_at, kill_at = 0, request.get("stop_at"), request.get("kill_at")

@@ -165,7 +165,6 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
     "a flag cut short": (TRAIN, ["--epoch", "1"], r"--epoch 1; did you mean --epochs\?"),
-    "rank without an adapter": (TRAIN, ["-no-lora"], r"--lora_rank is for an adapter; pass --train_lora too, or leave it out"),
     "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora with --strategy fsdp: 4-bit weights"),
     "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--data_files is instruction data, and --dataset_key chain of thought"),
     "two ways to choose": (TRAIN, ["--subset_file", "bad/word.txt", "--task_idxes", "1"], r"not allowed with"),

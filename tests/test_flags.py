@@ -30,6 +30,18 @@ APPROXIMATION = "fast_estimate_eval_approximation_alpaca.py"
         (SELECT, "--project_dim 9 --projection none", "--project_dim has no effect with --projection none"),
         (APPROXIMATION, "--scale 0.3 --compute_pretrained_outputs", "--scale has no effect with --compute_pretrained"),
         (APPROXIMATION, "--scale 0.3", None),
+        (APPROXIMATION, "--batch_size 2", "--batch_size has no effect where nothing is trained"),
+        (COT_ESTIMATES, "--dataset_key gsm8k --batch_size 2", "--batch_size has no effect where nothing is trained"),
+        (COT_ESTIMATES, "--dataset_key gsm8k --lora_rank 8", "--lora_rank has no effect without --train_lora"),
+        (COT_ESTIMATES, "--dataset_key gsm8k --project_gradients", None),
+        (SELECT, "--project_gradients --projection none", "--project_gradients has no effect with --projection none"),
+        ("custom_train_alpaca.py", "--batch_size 2", None),
+        (
+            "custom_train_alpaca.py",
+            "--precision bf16-true",
+            "--precision bf16-true is taken as bf16-mixed: weights that",
+        ),
+        ("custom_train_alpaca.py", "--train_lora --precision 16-true", "--precision 16-true is taken as bf16-true"),
         (APPROXIMATION, "--row_dtype float16", "--row_dtype has no effect without --compute_pretrained_outputs"),
         ("fast_estimate_compute_gradients.py", "--dataset_key gsm8k --row_dtype float16", None),
         ("custom_train_alpaca.py", "--task_idxes --logger csv", "--logger has no effect in fine-tuning on subsets"),
@@ -44,6 +56,31 @@ def test_flags_without_effect_are_named(
         load_script(script).parse_args(typed.split())
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == (note is not None) and all(line.startswith(f"note: {note}") for line in printed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "same"),
+    [
+        ("32-true", "--precision 32"),
+        ("16-mixed", "--precision 16"),
+        ("bf16-mixed", "--precision bf16"),
+        ("bf16-true", "--precision bf16 --base_dtype bfloat16"),
+        ("16-true", "--precision bf16 --base_dtype bfloat16"),
+    ],
+)
+def test_lightnings_names_of_precisions(typed: str, same: str) -> None:
+    """They are ours under other names, so that stages and manifests agree whichever is typed."""
+    script = load_script("custom_train_alpaca.py")
+    assert script.parse_args(["--train_lora", "--precision", typed]) == script.parse_args(
+        ["--train_lora", *same.split()]
+    )
+
+
+def test_16_bits_on_the_cpu_are_said_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_said", set())
+    args = load_script(SELECT).parse_args(["--accelerator", "cpu", "--precision", "16"])
+    assert {cli.hardware_from(args).precision for _ in range(2)} == {"32-true"}
+    assert capsys.readouterr().out == "note: --precision 16 is for a GPU: the CPU computes in 32 bits\n"
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [("fsdp", "bf16-mixed"), ("ddp", "16-mixed")])

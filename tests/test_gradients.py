@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 from pathlib import Path
 
@@ -9,10 +11,19 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from src import gradients
 from src.estimation import task_moments
-from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store, save_projection_signs
+from src.gradients import (
+    GradientCollector,
+    StoreWriter,
+    collect_gradients,
+    open_store,
+    outputs_of,
+    save_projection_signs,
+)
 from src.models import (
     LORA_TARGETS,
     OUTPUT_FUNCTIONS,
@@ -176,22 +187,25 @@ def test_every_known_architecture_takes_an_adapter(kind: str, model_folders: dic
     assert np.abs(expected).max() > 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "weights"),
-    [(kind, BaseWeights("bfloat16")) for kind in KINDS] + [("llama", BaseWeights(four_bit_device="cpu"))],
-)
-def test_fewer_bits_for_the_base(
-    kind: str, weights: BaseWeights, model_folders: dict[str, str], tmp_path: Path
-) -> None:
-    """A base in bfloat16 or in 4 bits under a float32 adapter: rows are float32, and the for-loop's own."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_base(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """A base in bfloat16 under a float32 adapter: rows are float32, near the for-loop's own and a float32 base's."""
+    own, exact = rows_with_base(model_folders[kind], BaseWeights("bfloat16"), tmp_path)
+    assert own.min() > 0.99  # other order of sums, in half precision
+    assert exact.min() > 0.98
+
+
+def rows_with_base(folder: str, weights: BaseWeights, tmp_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of six rows of a model with such a base: with the for-loop's gradients, and with a float32 base's rows."""
     lora = LoraShape(rank=4, alpha=8)
-    model = load_model(model_folders[kind], lora, weights=weights).eval()
-    full = load_model(model_folders[kind], lora).eval()
+    model = load_model(folder, lora, weights=weights).eval()
+    full = load_model(folder, lora).eval()
     adapter = {name: torch.randn_like(value) * 0.1 for name, value in full.trainable_state().items()}
     model.load_trainable_state(adapter), full.load_trainable_state(adapter)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
     assert any(parameter.dtype in (torch.bfloat16, torch.uint8) for parameter in model.parameters())
     datamodule = make_datamodule(model, tmp_path)
+    outputs_of(model, datamodule, np.arange(6), "loss")  # an evaluation before changes nothing
     projection = make_projection("none", None, 0, shapes=model.layout.shapes)
     rows, _ = collected(model, datamodule, projection, "loss", np.arange(6), 10_000)
     own = np.stack([oracle(model, datamodule, index, "loss")[0] for index in range(6)])
@@ -200,14 +214,46 @@ def test_fewer_bits_for_the_base(
     def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
 
-    assert cosines(rows, own).min() > 0.99  # other order of sums, in half precision
-    assert cosines(rows, exact).min() > (0.98 if weights.four_bit_device is None else 0.5)
+    return cosines(rows, own), cosines(rows, exact)
 
 
-def test_four_bits_need_bitsandbytes(model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--use_qlora: bitsandbytes is not installed; pip install"):
-        load_model(model_folders["llama"], LoraShape(4, 8), weights=BaseWeights(four_bit_device="cpu"))
+@pytest.mark.parametrize("lora", [LoraShape(4, 8), None])
+def test_checkpointing_lets_layer_inputs_go(
+    lora: LoraShape | None, model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between forward and backward, tensors that Python or the graph holds: a small share of what they are without."""
+    model = load_model(model_folders["llama"], lora)
+    batch = make_datamodule(model, tmp_path).collate(np.arange(20))
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def kept() -> int:
+        """Bytes, without weights and logits."""
+        held: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        def output(logits: torch.Tensor, *others: object) -> torch.Tensor:
+            gc.collect()
+            before = {id(tensor) for tensor in earlier}
+            for found in gc.get_objects():
+                if type(found) is torch.Tensor and id(found) not in before:
+                    note(found)
+            held.pop(logits.untyped_storage().data_ptr(), None)
+            return OUTPUT_FUNCTIONS["loss"](logits, *others)
+
+        earlier = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+        with GradientCollector(model, make_projection("sketch", 16, 0)) as collect:
+            collect.output_function = output
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                collect(batch)
+        return sum(size for pointer, size in held.items() if pointer not in weights)
+
+    whole = kept()
+    model.checkpoint_activations()
+    assert kept() < 0.2 * whole
 
 
 def test_dropout_stays_off_under_checkpointing(model_folders: dict[str, str], tmp_path: Path) -> None:
@@ -395,6 +441,39 @@ def test_value_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
     store = writer(tmp_path / "store" / "x")
     with pytest.raises(ValueError, match="sample 2: its gradient is not finite at x"):
         store.write(np.array([0, 2]), np.array([[0.0] * 4, [np.nan] * 4]), np.zeros(2))
+
+
+def test_progress_counts_padded_tokens(
+    model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar ends at its total: of a whole run, of one that goes on, and of one whose batches had to be halved."""
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=200)
+    rows = datamodule.data.indices("train")
+    samples = {"sample_index": rows, "task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
+    batches = datamodule.budgeted(rows)
+    padded = [batch["input_ids"].numel() for batch in map(datamodule.collate, batches)]
+    bars, fitting = [], 100
+
+    def progress(**options: object) -> tqdm:
+        bars.append(tqdm(**options, disable=False, file=io.StringIO()))
+        return bars[-1]
+
+    class Small(GradientCollector):
+        def __call__(self, batch: dict) -> tuple:
+            if len(batch["labels"]) > fitting:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(batch)
+
+    monkeypatch.setattr(gradients, "progress", progress)
+    monkeypatch.setattr(gradients, "GradientCollector", Small)
+    for name, done, fitting in (("whole", 0, 100), ("begun", 2, 100), ("halved", 0, 3)):  # noqa: B007 read above
+        store = StoreWriter(tmp_path / name, {}, samples, 16, "")
+        for batch in batches[:done]:
+            store.write(batch, np.zeros((len(batch), 16)), np.zeros(len(batch)))
+        collect_gradients(model, datamodule, make_projection("sketch", 16, 0), store, output_function="loss")
+        assert bars[-1].initial == sum(padded[:done]) and bars[-1].n == bars[-1].total
+        assert bars[-1].n == sum(padded) or (name == "halved" and bars[-1].n < sum(padded))
 
 
 def test_interrupted_collection_goes_on_where_it_was(model_folders: dict[str, str], tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ ORDER = [
     "cot",
     "datamodule",
     "models",
-    "memory",
     "finetune",
     "projection",
     "estimation",
@@ -160,8 +159,8 @@ def test_no_function_is_longer_than_a_screen() -> None:
 
 def test_every_import_is_pinned_with_a_reason() -> None:
     """And nothing is pinned that is not used, but for what is named."""
-    pins = re.findall(r"^([\w-]+)==\S+\s+#\s\S", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("requirements*.txt")))
+    pins, lines = re.findall(r"^([\w-]+)==\S+\s+#\s\S", text, re.MULTILINE), text.splitlines()
     assert len(pins) == sum("==" in line for line in lines)
     names = {"scikit-learn": "sklearn", "pytorch-lightning": "pytorch_lightning", "pytest-xdist": "xdist"}
     pinned = {names.get(pin, pin) for pin in pins}
