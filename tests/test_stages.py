@@ -40,7 +40,16 @@ def track(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str
     folder = tmp_path_factory.mktemp("track")
     write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
     write_sources(folder / "target.jsonl", {"goal": 20})
-    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl", "--data_key", "toy"]
+    flags = [
+        "--data_files",
+        "sources.jsonl",
+        "--target_files",
+        "target.jsonl",
+        "--heldout_share",
+        "0.1",
+        "--data_key",
+        "toy",
+    ]
     flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
