@@ -72,7 +72,7 @@ class StoredExamples(Sequence[Example]):
     """
 
     def __init__(self, texts: pa.Table, tasks: Sequence[str], splits: Sequence[str]) -> None:
-        self._texts, self.tasks, self.splits = texts, list(tasks), list(splits)
+        self.texts, self.tasks, self.splits = texts, list(tasks), list(splits)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -87,12 +87,12 @@ class StoredExamples(Sequence[Example]):
         if isinstance(position, slice):
             return [self[index] for index in range(*position.indices(len(self)))]
         position = range(len(self))[position]
-        prompt, completion = (column[position].as_py() for column in self._texts.columns)
+        prompt, completion = (column[position].as_py() for column in self.texts.columns)
         return Example(position, self.tasks[position], self.splits[position], prompt, completion)
 
     def __iter__(self) -> Iterator[Example]:
         position = 0
-        for block in self._texts.to_batches(max_chunksize=4096):
+        for block in self.texts.to_batches(max_chunksize=4096):
             for prompt, completion in zip(*(column.to_pylist() for column in block.columns), strict=True):
                 yield Example(position, self.tasks[position], self.splits[position], prompt, completion)
                 position += 1
@@ -101,14 +101,6 @@ class StoredExamples(Sequence[Example]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(Example.__eq__, self, other))
 
     __hash__ = None  # type: ignore[assignment]  # of a sequence that is compared by its content
-
-    def with_tasks(self, task_of: Mapping[int, str]) -> StoredExamples:
-        """As `TaskData.with_tasks`."""
-        training = [row for row, split in enumerate(self.splits) if split == "train"]
-        tasks, splits = list(self.tasks), list(self.splits)
-        for row in training:
-            tasks[row], splits[row] = (task_of[row], "train") if row in task_of else (tasks[row], LEFT_OUT)
-        return StoredExamples(self._texts, tasks, splits)
 
 
 @dataclass(frozen=True)
@@ -191,17 +183,16 @@ class TaskData:
 
     def with_tasks(self, task_of: Mapping[int, str]) -> TaskData:
         """The same rows with other tasks for the training rows: sample index -> task; those without one are left out."""
-        if isinstance(self.examples, StoredExamples):
-            return replace(self, examples=self.examples.with_tasks(task_of))
-        examples = [
-            example
-            if example.split != "train"
-            else replace(example, task=task_of[example.sample_index])
-            if example.sample_index in task_of
-            else replace(example, split=LEFT_OUT)
-            for example in self.examples
+        rows = [
+            (e.task, e.split)
+            if e.split != "train"
+            else (task_of.get(row, e.task), "train" if row in task_of else LEFT_OUT)
+            for row, e in enumerate(self.examples)
         ]
-        return replace(self, examples=tuple(examples))
+        if isinstance(self.examples, StoredExamples):
+            return replace(self, examples=StoredExamples(self.examples.texts, *zip(*rows, strict=True)))
+        changed = (replace(e, task=task, split=split) for e, (task, split) in zip(self.examples, rows, strict=True))
+        return replace(self, examples=tuple(changed))
 
     def where(self, sample_index: int) -> str:
         """Task and split of a sample, for messages."""

@@ -169,7 +169,7 @@ class Chat:
             )
         try:
             template = tokenizer.get_chat_template(tools=tools)
-            if "tool_calls" not in template and any("tool_calls" in turn for turn in turns):
+            if "tool_calls" not in template and any(turn.get("tool_calls") for turn in turns):
                 raise ValueError("it has no place for tool_calls")
             if tools and "tools" not in template:
                 self.notices["the chat template has no place for the column tools: prompts do not show it"] = None
@@ -352,15 +352,8 @@ def _dev_map_splits(path: Path, frame: pd.DataFrame) -> dict[Any, str] | None:
 
 
 def _saved_records(source: str) -> Iterator[tuple[str, Record]]:
-    """A folder that `save_to_disk` wrote; of several splits, `train`."""
-    saved = datasets.load_from_disk(source)
-    if isinstance(saved, datasets.DatasetDict):
-        if "train" not in saved:
-            raise ValueError(
-                f"{source} has the splits {', '.join(saved)}, expected train among them, or a folder of one split"
-            )
-        saved = saved["train"]
-    yield from _numbered(source, saved.with_format(None))
+    """A folder that `save_to_disk` wrote."""
+    return _numbered(source, cast(datasets.Dataset, datasets.load_from_disk(source)).with_format(None))
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
@@ -442,17 +435,16 @@ def files_of(source: str, without: Sequence[str] = (), notices: list[str] | None
 
 
 _ABOUT_DATA = re.compile(
-    rf"(?i)\..*|(readme|licen[sc]e).*|.*\.(md|py)|.*_dev_split_map\.pkl|dataset_infos\.json|{MANIFEST}"
+    rf"(?i)\..*|(readme|licen[sc]e).*|.*\.(md|py)|.*_dev_split_map\.pkl|dataset_(infos|dict)\.json|{MANIFEST}"
 )
 """Names of files that belong to data and hold none."""
 
 
 def _files_below(folder: Path, without: set[Path], unread: list[str]) -> list[str]:
-    there = [path for path in sorted(folder.iterdir()) if not _ABOUT_DATA.fullmatch(path.name)]
-    folders = [path for path in there if path.is_dir() and not (path / "config.json").is_file()]
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
-        unread += [str(path) for path in folders if path.name != "train"]
+    if (folder / "dataset_info.json").is_file():
         return [str(folder)]
+    there = [path for path in sorted(folder.iterdir()) if not _ABOUT_DATA.fullmatch(path.name)]
+    folders = [path for path in there if path.is_dir() and not (path / "config.json").is_file()]  # that is a model
     files = [path for path in there if path.is_file() and _format_of(path.name) in (*FORMATS, ".pkl")]
     others = {Path(path) for path in _other_splits(map(str, files + folders), in_folder=True)}
     kept = [str(path) for path in files if path not in others and path.resolve() not in without]
@@ -466,16 +458,16 @@ def _other_splits(paths: Iterable[str], in_folder: bool = False) -> list[str]:
     """Those of some files or folders that are test or validation splits of a data set whose training rows are among them;
     in a folder also `test` by itself, beside other files."""
     stems = {path: re.sub(r"-\d+-of-\d+.*|(\.\w+){1,2}$", "", os.path.abspath(path)).lower() for path in paths}
-    splits = {
-        path: re.fullmatch(r"(.*[-_./])(test|testing|validation|valid|val|dev|eval)", stems[path]) for path in stems
-    }
-    rest = {stem for path, stem in stems.items() if not splits[path]}
-    return [
-        path
-        for path, split in splits.items()
-        if split
-        and rest & {split[1].rstrip("-_."), f"{split[1]}train", *(rest if in_folder and split[1][-1] == "/" else ())}
-    ]
+    pattern = r"(?P<head>.*[-_./])(test|testing|validation|valid|val|dev|eval)(?P<tail>[-_][^/]*)?"
+    named = {path: match for path, stem in stems.items() if (match := re.fullmatch(pattern, stem))}
+    rest = {stem for path, stem in stems.items() if path not in named}
+    others = []
+    for path, match in named.items():
+        head, tail = match["head"], match["tail"] or ""
+        is_alone = in_folder and head.endswith("/") and not tail and rest
+        if is_alone or rest & {f"{head}train{tail}", head.rstrip("-_.") + tail}:
+            others.append(path)
+    return others
 
 
 # --- all sources together ------------------------------------------------------------------------------------
@@ -562,26 +554,21 @@ def _split_rows(rows: Sequence[_Row], quotas: Callable[[int], tuple[int, int]], 
         if row.split in (None, HALVED):
             (halved if row.split else bare)[row.task].add(row.key)
     halves = stable_sides(halved, lambda n: ((n + 1) // 2, n))
-    own = [halves[row.key] if row.split == HALVED else row.split for row in rows]
-    sides = stable_sides(bare, quotas, {row.key: side for row, side in zip(rows, own, strict=True) if side in HELD_OUT})
-    # keys that other tasks hold out may be more than a task wants: the rest is neither trained on nor evaluated
-    kept = {
-        (task, key)
-        for task, keys in bare.items()
-        if any(sides[key] == "validation" for key in keys)
-        for side in HELD_OUT
-        for key in sorted(key for key in keys if sides[key] == side)[:most]
-    }
-    splits = [
-        side or (sides[row.key] if sides[row.key] == "train" or (row.task, row.key) in kept else LEFT_OUT)
-        for row, side in zip(rows, own, strict=True)
-    ]
-    tested, validated = (
-        {row.task for row, s in zip(rows, splits, strict=True) if s == side} for side in ("test", "validation")
+    splits = [halves[row.key] if row.split == HALVED else row.split or "" for row in rows]
+    sides = stable_sides(
+        bare, quotas, {row.key: side for row, side in zip(rows, splits, strict=True) if side in HELD_OUT}
     )
-    if only := sorted(tested - validated):  # of their own splits, as no other is left without validation rows
+    # keys that other tasks hold out may be more than a task wants: the rest is neither trained on nor evaluated
+    kept: dict[str, set[bytes]] = {}
+    for task, keys in bare.items():
+        of_side = {side: sorted(key for key in keys if sides[key] == side) for side in SPLITS}
+        heldout = (of_side[side][:most] for side in HELD_OUT if of_side["validation"])
+        kept[task] = {*of_side["train"], *itertools.chain(*heldout)}
+    tested, validated = ({row.task for row, split in zip(rows, splits, strict=True) if split == side} for side in ("test", "validation"))  # fmt: skip
+    if only := sorted(tested - validated):
         raise ValueError(f"task {only[0]!r} ({given[only[0]]}) has test rows but no validation rows")
-    return splits
+    chosen = (sides[row.key] if not split and row.key in kept[row.task] else split for row, split in zip(rows, splits, strict=True))  # fmt: skip
+    return [split or LEFT_OUT for split in chosen]
 
 
 def load_instruction(
@@ -627,9 +614,8 @@ def load_instruction(
     table = store_texts(reader.texts(training, targets))
     for flag, name in zip(("--task_column", "--prompt_column", "--completion_column"), columns, strict=True):
         if name and name not in reader.columns_used:
-            raise ValueError(
-                f"{flag} {name}: none of {shorten(', '.join([*training, *targets]), 200)} has such a column"
-            )
+            listed = shorten(", ".join([*training, *targets]), 200)
+            raise ValueError(f"{flag} {name}: none of {listed} has such a column")
     rows, target_rows = ([row for row in reader.rows if row.is_target == side] for side in (False, True))
     sources = {row.task for row in rows}
     for row in target_rows:

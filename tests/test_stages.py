@@ -537,7 +537,7 @@ def test_a_folder_of_files_is_a_source_for_each(
         load_data(script.parse_args(["--data_files", *sources, *flags, *named]))
         for sources in (["my"], ["my/plain.jsonl", "my/asked.csv"])
     )
-    assert folder.tasks == ("asked", "plain") and folder.targets == ("asked", "goal", "plain")
+    assert folder.tasks == ("asked", "plain") and folder.targets == ("goal",)
     assert sorted((e.task, e.prompt, e.split) for e in folder.examples) == sorted(
         (e.task, e.prompt, e.split) for e in files.examples
     )
