@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Protocol, TextIO, cast
 
 from tqdm import tqdm
 
-from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run, source_name
+from src.paths import ALPACA_FILE, DATA, FLAN_FILE, SAVED, ZS_COT_FILE, Run, source_names
 
 ALL_TASKS = "all"
 AUTO = "auto"
@@ -181,8 +181,8 @@ def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGro
 def add_instruction_data(parser: argparse.ArgumentParser) -> None:
     """Where the instruction track's examples come from."""
     group = parser.add_argument_group("data (instruction)")
-    group.add_argument("--data_files", nargs="+", metavar="SOURCE", help="training sources: .jsonl, .csv, .parquet or .pkl "
-                       "files, folders of them or that datasets saved, or hub ids such as org/name:split (default: "
+    group.add_argument("--data_files", nargs="+", metavar="SOURCE", help="training sources: .jsonl, .json, .csv, .tsv, "
+                       ".parquet or .pkl files, folders of them or that datasets saved, or hub ids such as org/name:split (default: "
                        f"{ALPACA_FILE})")  # fmt: skip
     add_columns(group)
     group.add_argument("--target_files", nargs="+", default=[], metavar="SOURCE", help="target tasks that are "
@@ -194,8 +194,8 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
                        "files' names)")  # fmt: skip
     add_tasks(
         group,
-        "column that names a row's task (default: _task_name, skill or task; without "
-        "one a file is a task, which FLAN's inputs and targets do not allow)",
+        "column that names a row's task, in sources that have it (default: _task_name, skill or task; without "
+        "one a source is a task, which FLAN's inputs and targets do not allow)",
     )
     group.add_argument("--loss_on_prompt", action="store_true", help="count a decoder's prompt in the loss, as "
                        "published (default: the completion only)")  # fmt: skip
@@ -204,17 +204,17 @@ def add_instruction_data(parser: argparse.ArgumentParser) -> None:
 def add_columns(group: argparse._ArgumentGroup) -> None:
     """Columns whose names are not the usual ones."""
     group.add_argument("--prompt_column", metavar="NAME", help="column of the prompts, in sources that have it (default: "
-                       "inputs, prompt, messages or instruction, whichever is there)")  # fmt: skip
+                       "inputs, prompt, messages, conversations or instruction, whichever is there)")  # fmt: skip
     group.add_argument("--completion_column", metavar="NAME", help="column of the completions, in sources that have it "
-                       "(default: targets, completion, messages or output)")  # fmt: skip
+                       "(default: targets, completion, output or response, or the last of the messages)")  # fmt: skip
 
 
 def add_tasks(group: argparse._ArgumentGroup, task_column: str) -> None:
     """What a row's task is (`task_column` describes the flag), and how many rows are kept back from training."""
     group.add_argument("--task_column", metavar="NAME", help=task_column)
-    group.add_argument("--heldout_share", type=share, default=0.1, help="share of each task's different "
+    group.add_argument("--heldout_share", type=share, help="share of each task's different "
                        "prompts held out for validation, and again for test; chain of thought: of the training questions, for "
-                       "validation alone (default: 0.1)")  # fmt: skip
+                       "validation alone (default: 0.1; with --target_files 0, all rows of the sources are trained on)")  # fmt: skip
     group.add_argument("--max_heldout", type=positive_int, help="most prompts of a task held out for "
                        "validation, and for test (default: 50; chain of thought 500, validation alone)")  # fmt: skip
 
@@ -723,7 +723,8 @@ def run_from(args: argparse.Namespace, run: int | None = None) -> Run:
         data_key, preset_key = args.dataset_key, args.preset_key
     else:
         files = instruction_files(args)
-        default = "instruction" if args.train_instruction else "+".join(source_name(str(file)) for file in files)
+        names = dict.fromkeys(source_names(map(str, files)).values())
+        default = "instruction" if args.train_instruction else "+".join(names)
         data_key, preset_key = args.data_key or default, None
     return Run(
         args.model_key,

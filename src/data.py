@@ -5,7 +5,7 @@ write. Rows are compiled afresh from the user's files on every run; nothing is c
 that does not look at its sources goes stale. Held-out rows are chosen by hashing their text, so every process
 chooses the same ones.
 
-Texts may be more than fits into memory: `StoredExamples` leaves them in a temporary file.
+Texts may be more than fits into memory: `store_texts` leaves them in a temporary file.
 
 Shapes: N samples, n tasks, k targets.
 """
@@ -13,15 +13,16 @@ Shapes: N samples, n tasks, k targets.
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 import json
+import math
 import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -47,45 +48,18 @@ class Example:
     answer: str | None = None  # chain of thought: the cleaned gold answer
 
 
-class TextSpool:
-    """Prompts and completions on their way into `StoredExamples`: in memory while they are few, then in a temporary
-    file without a name, which is gone with the process that made it.
-
-    Args:
-        in_memory: Bytes from which on they are in a file, below the system's folder for those (`TMPDIR`).
-        block_rows: Rows written at once.
-    """
-
-    SCHEMA = pa.schema({"prompt": pa.large_string(), "completion": pa.large_string()})
-
-    def __init__(self, in_memory: int = 1 << 26, block_rows: int = 4096) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115 open as long as its rows are read
-        self._writer = pa.ipc.new_file(self._file, self.SCHEMA)
-        self._block_rows = block_rows
-        self._waiting: list[dict[str, str]] = []
-
-    def append(self, prompt: str, completion: str) -> None:
-        """Add a row."""
-        self._waiting.append({"prompt": prompt, "completion": completion})
-        if len(self._waiting) == self._block_rows:
-            self._write()
-
-    def _write(self) -> None:
-        self._writer.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=self.SCHEMA))
-        self._waiting = []
-
-    def table(self) -> pa.Table:
-        """All rows, read from where they are when they are looked at; nothing can be added after it."""
-        self._write()
-        self._writer.close()
-        self._file.flush()
-        inside = self._file._file
-        stored = (
-            inside.getvalue()
-            if isinstance(inside, io.BytesIO)
-            else mmap.mmap(inside.fileno(), 0, access=mmap.ACCESS_READ)
-        )
-        return pa.ipc.open_file(pa.py_buffer(stored)).read_all()
+def store_texts(rows: Iterable[tuple[str, str]]) -> pa.Table:
+    """Prompts and completions, (N, 2), for `StoredExamples`: memory-mapped from a temporary file (below `TMPDIR`) without
+    a name, which is gone with the process."""
+    schema, rows = pa.schema({"prompt": pa.large_string(), "completion": pa.large_string()}), iter(rows)
+    with tempfile.TemporaryFile() as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            while block := list(itertools.islice(rows, 4096)):
+                writer.write_batch(
+                    pa.record_batch([pa.array(texts, pa.large_string()) for texts in zip(*block, strict=True)], schema)
+                )
+        file.flush()
+        return pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
 
 
 class StoredExamples(Sequence[Example]):
@@ -98,7 +72,7 @@ class StoredExamples(Sequence[Example]):
     """
 
     def __init__(self, texts: pa.Table, tasks: Sequence[str], splits: Sequence[str]) -> None:
-        self._texts, self.tasks, self.splits = texts, list(tasks), list(splits)
+        self.texts, self.tasks, self.splits = texts, list(tasks), list(splits)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -113,12 +87,12 @@ class StoredExamples(Sequence[Example]):
         if isinstance(position, slice):
             return [self[index] for index in range(*position.indices(len(self)))]
         position = range(len(self))[position]
-        prompt, completion = (column[position].as_py() for column in self._texts.columns)
+        prompt, completion = (column[position].as_py() for column in self.texts.columns)
         return Example(position, self.tasks[position], self.splits[position], prompt, completion)
 
     def __iter__(self) -> Iterator[Example]:
         position = 0
-        for block in self._texts.to_batches(max_chunksize=4096):
+        for block in self.texts.to_batches(max_chunksize=4096):
             for prompt, completion in zip(*(column.to_pylist() for column in block.columns), strict=True):
                 yield Example(position, self.tasks[position], self.splits[position], prompt, completion)
                 position += 1
@@ -127,14 +101,6 @@ class StoredExamples(Sequence[Example]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(Example.__eq__, self, other))
 
     __hash__ = None  # type: ignore[assignment]  # of a sequence that is compared by its content
-
-    def with_tasks(self, task_of: Mapping[int, str]) -> StoredExamples:
-        """As `TaskData.with_tasks`."""
-        training = [row for row, split in enumerate(self.splits) if split == "train"]
-        tasks, splits = list(self.tasks), list(self.splits)
-        for row in training:
-            tasks[row], splits[row] = (task_of[row], "train") if row in task_of else (tasks[row], LEFT_OUT)
-        return StoredExamples(self._texts, tasks, splits)
 
 
 @dataclass(frozen=True)
@@ -217,17 +183,16 @@ class TaskData:
 
     def with_tasks(self, task_of: Mapping[int, str]) -> TaskData:
         """The same rows with other tasks for the training rows: sample index -> task; those without one are left out."""
-        if isinstance(self.examples, StoredExamples):
-            return replace(self, examples=self.examples.with_tasks(task_of))
-        examples = [
-            example
-            if example.split != "train"
-            else replace(example, task=task_of[example.sample_index])
-            if example.sample_index in task_of
-            else replace(example, split=LEFT_OUT)
-            for example in self.examples
+        rows = [
+            (e.task, e.split)
+            if e.split != "train"
+            else (task_of.get(row, e.task), "train" if row in task_of else LEFT_OUT)
+            for row, e in enumerate(self.examples)
         ]
-        return replace(self, examples=tuple(examples))
+        if isinstance(self.examples, StoredExamples):
+            return replace(self, examples=StoredExamples(self.examples.texts, *zip(*rows, strict=True)))
+        changed = (replace(e, task=task, split=split) for e, (task, split) in zip(self.examples, rows, strict=True))
+        return replace(self, examples=tuple(changed))
 
     def where(self, sample_index: int) -> str:
         """Task and split of a sample, for messages."""
@@ -259,43 +224,62 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def stable_ranks(keys: Sequence[str | bytes]) -> dict[str | bytes, int]:
-    """Rank of each distinct key, or its digest, by its sha256: the same in any process and for any row order."""
-    ranked = sorted(set(keys), key=lambda key: key if isinstance(key, bytes) else key_digest(key))
-    return {key: rank for rank, key in enumerate(ranked)}
+def stable_sides(
+    keys_of_task: Mapping[str, Iterable[bytes]],
+    quotas: Callable[[int], tuple[int, int]],
+    decided: Mapping[bytes, str] | None = None,
+) -> dict[bytes, str]:
+    """One side for each key, the same in every task that has it.
+
+    Task by task, the smallest first, keys are taken in the order of their digests: until the task has its quota in
+    validation, then in test; the rest trains. Keys that an earlier task decided count. The order of rows and tasks
+    changes nothing.
+
+    Args:
+        keys_of_task: The distinct keys of each task, as `key_digest` gives them.
+        quotas: Number of a task's distinct keys -> how many validate and how many test.
+        decided: Sides of keys that are held out already.
+    """
+    sides = dict(decided or {})
+    for _, keys in sorted(
+        ((task, set(keys)) for task, keys in keys_of_task.items()), key=lambda item: (len(item[1]), item[0])
+    ):
+        free = iter(sorted(keys - sides.keys()))
+        for side, quota in zip(HELD_OUT, quotas(len(keys)), strict=True):
+            there = sum(sides.get(key) == side for key in keys)
+            sides |= dict.fromkeys(itertools.islice(free, max(0, quota - there)), side)
+        sides |= dict.fromkeys(free, "train")
+    return sides
+
+
+def heldout_quotas(share: float, most: int, test_share: float | None = None) -> Callable[[int], tuple[int, int]]:
+    """How many of a task's n distinct keys validate and test: these shares of them, at most `most`. From three keys on,
+    a share above zero holds out at least one key; below three, all rows train.
+
+    Raises:
+        ValueError: a share below zero, shares that leave nothing to train on, or a negative `most`.
+    """
+    shares = (share, share if test_share is None else test_share)
+    if min(*shares, most) < 0 or sum(shares) >= 1:
+        raise ValueError(
+            f"held-out shares {shares[0]} and {shares[1]}, at most {most} keys: none may be negative, and the shares must "
+            "add up to less than 1"
+        )
+
+    def quotas(n: int) -> tuple[int, int]:
+        validation, test = (min(max(1, int(part * n)), most) if part > 0 and n >= 3 else 0 for part in shares)
+        return validation, test
+
+    return quotas
 
 
 def stable_split(
-    keys: Sequence[str | bytes], heldout_share: float, max_heldout: int, test_share: float | None = None
+    keys: Sequence[str], heldout_share: float, max_heldout: int, test_share: float | None = None
 ) -> list[str]:
-    """Split of each row, decided by its key: equal keys fall on the same side, row order is irrelevant.
-
-    Distinct keys are ranked by sha256; the first share validates, the next tests, the rest trains. From three
-    distinct keys on, a share above zero holds out at least one key; below three, all rows train.
-
-    Args:
-        keys: What identifies a row, usually its prompt, or the `key_digest` of that.
-        heldout_share: Share of the distinct keys that validates.
-        max_heldout: Most keys in validation, and most in test.
-        test_share: Share of the distinct keys that tests; as `heldout_share` unless given.
-
-    Raises:
-        ValueError: a share below zero, shares that leave nothing to train on, or a negative `max_heldout`.
-    """
-    test_share = heldout_share if test_share is None else test_share
-    if min(heldout_share, test_share, max_heldout) < 0 or heldout_share + test_share >= 1:
-        raise ValueError(
-            f"held-out shares {heldout_share} and {test_share}, at most {max_heldout} keys: none may be negative, "
-            "and the shares must add up to less than 1"
-        )
-    ranks = stable_ranks(keys)
-    num_validation, num_test = (
-        min(max(1, int(share * len(ranks))), max_heldout) if share > 0 and len(ranks) >= 3 else 0
-        for share in (heldout_share, test_share)
-    )
-    sides = ["validation"] * num_validation + ["test"] * num_test
-    sides += ["train"] * (len(ranks) - len(sides))
-    return [sides[ranks[key]] for key in keys]
+    """Split of each row of one task by `stable_sides`, with the quotas of `heldout_quotas`."""
+    digests = list(map(key_digest, keys))
+    sides = stable_sides({"": digests}, heldout_quotas(heldout_share, max_heldout, test_share))
+    return [sides[digest] for digest in digests]
 
 
 # --- reading, with one clear error ----------------------------------------------------------------------------
@@ -307,6 +291,11 @@ def require_file(path: Path, cure: str = "check the name") -> Path:
     return path
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a field holds nothing: null, or what frames write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def text_field(record: Mapping, field: str, where: str, allow_empty: bool = False) -> str:
     """The text in a field of a record, or one error that says where it should have been."""
     record = record if isinstance(record, Mapping) else {}
@@ -314,4 +303,16 @@ def text_field(record: Mapping, field: str, where: str, allow_empty: bool = Fals
     if not isinstance(value, str) or not (allow_empty or value.strip()):
         found = f"{field} is {shorten(repr(value))}" if field in record else f"there is no field {field!r}"
         raise ValueError(f"{where}: {found}, expected {'text' if allow_empty else 'text that is not empty'}")
+    require_unicode(value, f"{where}: {field}")
     return value
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds half a character ({text[error.start]!r}, a lone surrogate, as in text that was cut); correct "
+            "the row or leave it out"
+        ) from error

@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,25 +70,53 @@ APPROXIMATION_FIGURE = "approximation_error.png"
 ARTIFACT_VERSION = 3
 
 
+LONGEST_NAME = 180
+"""Characters of a name that is made of keys: file systems take 255 bytes, and endings and temporary names need some."""
+
+
 def slug(key: str) -> str:
     """A key as one safe file name: `TinyLlama/TinyLlama-1.1B` -> `TinyLlama-TinyLlama-1.1B`.
 
-    Absolute paths keep their last two components, so that a name stays readable. A key that carries nothing
-    printable becomes a hash of itself; no result ever climbs out of its folder.
+    Absolute paths keep their last two components, so that a name stays readable. A name that is too long ends in a hash
+    of its key, and a key that carries nothing printable becomes that hash; no result ever climbs out of its folder.
     """
     parts = [part for part in Path(key).parts if part not in ("/", ".", "..")]
     if Path(key).is_absolute():
         parts = parts[-2:]
     name = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join(parts)).strip(".-")
-    return name or hashlib.sha256(key.encode()).hexdigest()[:12]
+    if name and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{name[: LONGEST_NAME - 13]}-{digest}".lstrip("-")
 
 
-def source_name(source: str) -> str:
-    """What a source without a column of tasks is called as a task, and in folder names: its file's stem. Folders and hub
-    ids keep what stands behind a dot."""
-    name = Path(source).name
-    known = re.search(r"\.(jsonl|json|csv|parquet|pkl)(\.gz)?$", name)
-    return re.sub(r"\.[a-z]+(\.gz)?$", "", name) or name if known or Path(source).is_file() else name
+def source_names(sources: Iterable[str]) -> dict[str, str]:
+    """What each source without a column of tasks is called, as a task and in folder names: the shortest end of its path
+    that tells it from the others.
+
+    Endings of files are no part of a name, nor are `train` and `data` where a folder stands above them: `law/train.jsonl`
+    and `law/data/train-00000-of-00002.parquet` are `law`. Shards of one data set have one name. Folders and hub ids keep
+    what stands behind a dot.
+    """
+    shard = re.compile(r"[-_.]?\d{3,}-of-\d{3,}(-[0-9a-f]+)?(?=\.\w)|(?<=/train/)\d{3,}(?=\.\w)")
+    whole = {source: shard.sub("", os.path.abspath(source)) for source in sources}
+    parts: dict[str, list[str]] = {}
+    for source, path in whole.items():
+        *folders, name = re.sub(r"datasets--(?:[^/]+--)?([^/]+)/snapshots/[^/]+", r"\1", shard.sub("", source)).split(
+            "/"
+        )
+        known = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|pkl)(\.gz)?$", "", name, flags=re.IGNORECASE)
+        stem = Path(name).stem if known == name and Path(source).is_file() else known
+        parts[path] = [part for part in (*folders, stem) if part not in ("", ".", "..")] or [Path(path).name]
+        for generic in ("train", "data"):
+            if len(parts[path]) > 1 and parts[path][-1].lower() == generic:
+                parts[path].pop()
+    names: dict[str, str] = {}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {path: "/".join(of_path[-depth:]) for path, of_path in parts.items()}
+        counts = Counter(ends.values())
+        names = {path: end for path, end in ends.items() if counts[end] == 1} | names
+    return {source: names.get(path, os.path.relpath(path)) for source, path in whole.items()}
 
 
 @dataclass(frozen=True)
@@ -110,7 +139,7 @@ class Run:
         parts += [slug(self.preset_key)] if self.preset_key else []
         parts += [f"lora_r_{self.lora_rank}"] if self.lora_rank else []
         parts += [slug(suffix)] if suffix else []
-        return "_".join([*parts, f"run_{self.run}"])
+        return f"{slug('_'.join(parts))}_run_{self.run}"
 
     @property
     def meta_initialization_dir(self) -> Path:

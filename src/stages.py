@@ -146,9 +146,8 @@ def load_data(args: argparse.Namespace) -> TaskData:
     Raises:
         ValueError: neither track's data is named.
     """
-    held_out = {"heldout_share": args.heldout_share}
-    if args.max_heldout is not None:
-        held_out["max_heldout"] = args.max_heldout
+    typed = {name: getattr(args, name) for name in ("heldout_share", "max_heldout")}
+    held_out = {name: value for name, value in typed.items() if value is not None}
     if getattr(args, "dataset_key", None) is None:
         if missing := [file for file in instruction_files(args) if not args.data_files and not Path(file).is_file()]:
             track = ", or chain-of-thought data with --dataset_key" if hasattr(args, "dataset_key") else ""

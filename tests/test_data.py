@@ -358,6 +358,34 @@ def test_instruction_rows_keep_their_order_and_split_by_prompt(tmp_path):
     assert data.notices == () and data.answer_key is None
 
 
+def slow_sides(keys_of_task: dict[str, set[str]], share: float, most: int) -> dict[str, str]:
+    """One key at a time: the smallest task first, by sha256, until it has its share in validation, then in test."""
+    sides: dict[str, str] = {}
+    for task in sorted(keys_of_task, key=lambda task: (len(keys_of_task[task]), task)):
+        keys = keys_of_task[task]
+        quota = min(max(1, int(share * len(keys))), most) if len(keys) >= 3 else 0
+        for key in sorted(keys - set(sides), key=lambda key: hashlib.sha256(key.encode()).digest()):
+            there = [sides.get(other) for other in keys]
+            open_sides = [side for side in ("validation", "test") if there.count(side) < quota]
+            sides[key] = open_sides[0] if open_sides else "train"
+    return sides
+
+
+@pytest.mark.parametrize("most", [50, 2])
+def test_equal_prompts_are_on_one_side_in_all_tasks(tmp_path, most):
+    sizes = {"a": range(10), "b": range(100), "c": range(5, 45), "d": range(200, 203)}
+    records = [flan(task, f"q{i}", task) for task, numbers in sizes.items() for i in numbers]
+    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)], max_heldout=most)
+    expected = slow_sides({task: {f"q{i}\n" for i in numbers} for task, numbers in sizes.items()}, 0.1, most)
+    counts = Counter((e.task, e.split) for e in data.examples)
+    for example in data.examples:
+        assert example.split in (expected[example.prompt], "left out")
+    for task, numbers in sizes.items():
+        assert counts[task, "validation"] == min(max(1, len(numbers) // 10), most) == counts[task, "test"]
+    left_out = sum(example.split == "left out" for example in data.examples)
+    assert (left_out > 0) == (most == 2) == any(f"{left_out} rows are left out" in notice for notice in data.notices)
+
+
 def test_rows_without_inputs_split_by_their_answer(tmp_path):
     data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", "", f"a{i}") for i in range(10)])])
     assert Counter(e.split for e in data.examples) == {"train": 8, "validation": 1, "test": 1}
@@ -391,15 +419,15 @@ def test_alpaca_prompt_is_told_from_output(tmp_path):
     data = load_instruction([write_pickle(tmp_path / "a.pkl", records)], heldout_share=0)
     assert texts_of(data, "train")[0] == ("s", "Instruction: do 0\n", "answer 0")
     assert texts_of(data, "train")[-1] == ("s", "", "something else") and len(data) == 6
-    assert "1 of 7 rows have an empty output and are left out" in data.notices[0]
-    assert "cannot be told from the answer in 1 of 7 rows" in data.notices[1]
+    assert "1 of 7 rows have an empty output and are left out" in data.notices[1]
+    assert "1 of 7 rows have no prompt apart from the answer" in data.notices[0]
 
 
 def test_text_only_pickle_has_no_prompts(tmp_path):
     data = load_instruction([write_pickle(tmp_path / "a.pkl", [{"skill": "s", "text": f"t{i}"} for i in range(8)])])
     assert all(e.prompt == "" and e.completion == f"t{e.sample_index}" for e in data.examples)
     assert Counter(e.split for e in data.examples) == {"train": 6, "validation": 1, "test": 1}
-    assert "cannot be told from the answer in 8 of 8 rows" in data.notices[0]
+    assert "8 of 8 rows have no prompt apart from the answer" in data.notices[0]
 
 
 @pytest.mark.parametrize("file, map_file", [("x.pkl", "x_dev_split_map.pkl"), ("x_final.pkl", "x_dev_split_map.pkl")])
@@ -438,7 +466,9 @@ def test_target_files_are_never_trained_on(tmp_path):
     data_file = write_jsonl(tmp_path / "a.jsonl", [flan("t", f"q{i}") for i in range(10)])
     targets = write_jsonl(tmp_path / "b.jsonl", [flan("u", f"q{i // 2}") for i in range(10)])
     data = load_instruction([data_file], [targets])
-    assert data.tasks == ("t",) and data.targets == ("t", "u")
+    assert data.tasks == ("t",) and data.targets == ("u",) and len(data.indices("train")) == 10
+    assert load_instruction([data_file], [targets], heldout_share=0.1).targets == ("t", "u")
+    assert "5 of 5 held-out prompts are trained on too" in data.notices[0]
     sides = {e.prompt: e.split for e in data.examples if e.task == "u"}
     assert Counter(sides.values()) == {"validation": 3, "test": 2}
     assert all(sides[e.prompt] == e.split for e in data.examples if e.task == "u")
@@ -456,11 +486,13 @@ def test_target_files_are_never_trained_on(tmp_path):
         (b"{", "line 2 is not JSON"),
         (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
         (b"[1]", "line 2 holds"),
+        (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
+        (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
+        (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
         (b"null", "line 2 holds None"),
         (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
         (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
         (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
-        (b'{"inputs": "a", "targets": " ", "_task_name": "t"}', "line 2: targets is ' '"),
         (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x", "y"]}', "line 2: _split is"),
     ],
 )
@@ -478,11 +510,11 @@ def test_bad_files_are_named(tmp_path):
         load_instruction([empty])
     with pytest.raises(FileNotFoundError, match=r"b\.jsonl does not exist"):
         load_instruction([tmp_path / "b.jsonl"])
-    with pytest.raises(ValueError, match=r"b\.xlsx: instruction data are files that end in \.jsonl, \.json, \.csv"):
+    with pytest.raises(ValueError, match=r"b\.xlsx: instruction data are files that end in .jsonl, .json"):
         load_instruction([tmp_path / "b.xlsx"])
     with pytest.raises(ValueError, match="empty list of data files"):
         load_instruction([])
-    with pytest.raises(ValueError, match=r"the columns \['skill'\]"):
+    with pytest.raises(ValueError, match=r"row 1 .*: there is no field 'text'"):
         load_instruction([write_pickle(tmp_path / "a.pkl", [{"skill": "s"}])])
     with pytest.raises(ValueError, match=r"row 2 \(index label 7\): skill is nan"):
         load_instruction([write_pickle(tmp_path / "a.pkl", [alpaca("s", 0), alpaca(None, 1)], [5, 7])])
@@ -502,7 +534,7 @@ def test_real_instruction_files(shared_data, file, rows, tasks, heldout):
     if file.endswith("jsonl"):
         assert not prompts["train"] & (prompts["validation"] | prompts["test"])
         assert not prompts["validation"] & prompts["test"]
-    assert data.notices == ()
+    assert len(data.notices) == (file == "dolly_mini.pkl")  # its map holds out a prompt that is trained on too
 
 
 # --- chain of thought: answers ------------------------------------------------------------------------------

@@ -75,35 +75,35 @@ def test_an_architecture_is_an_entry_of_lora_targets(
 # --- a data format -------------------------------------------------------------------------------------------
 
 
-def tsv_records(source: str) -> Iterator[tuple[str, Record]]:
-    """Columns with tabs between them; the first line names them."""
+def psv_records(source: str) -> Iterator[tuple[str, Record]]:
+    """Columns with bars between them; the first line names them."""
     with open(require_file(Path(source)), encoding="utf-8", newline="") as file:
-        yield from _numbered(source, csv.DictReader(file, delimiter="\t"))
+        yield from _numbered(source, csv.DictReader(file, delimiter="|"))
 
 
 def test_a_data_format_is_a_reader_in_the_table_of_formats(
     workspace: Path, model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A .tsv file is refused by its name; with a reader it gives the rows and losses of the same data in .jsonl, and a
+    """A .psv file is refused by its name; with a reader it gives the rows and losses of the same data in .jsonl, and a
     damaged one is named."""
     write_sources(workspace / "rows.jsonl", {"up": 20, "down": 20})
-    pd.read_json("rows.jsonl", lines=True).to_csv("rows.tsv", sep="\t", index=False)
+    pd.read_json("rows.jsonl", lines=True).to_csv("rows.psv", sep="|", index=False)
 
     def taken_by_stage_1(source: str) -> tuple[TaskData, pd.DataFrame]:
         flags = ["--data_files", source, "--model_key", model_folders["llama"], "--save_name", source]
         run_script(STAGE_1, *flags, "--task_idxes")
         return load_data(load_script(STAGE_1).parse_args(flags)), pd.read_csv(f"results/{source}/results.csv")
 
-    with pytest.raises(ValueError, match=r"^rows\.tsv: instruction data are files that end in \.jsonl"):
-        taken_by_stage_1("rows.tsv")
-    monkeypatch.setitem(FORMATS, ".tsv", tsv_records)
-    (data, losses), (expected, expected_losses) = taken_by_stage_1("rows.tsv"), taken_by_stage_1("rows.jsonl")
+    with pytest.raises(ValueError, match=r"^rows\.psv: instruction data are files that end in \.jsonl"):
+        taken_by_stage_1("rows.psv")
+    monkeypatch.setitem(FORMATS, ".psv", psv_records)
+    (data, losses), (expected, expected_losses) = taken_by_stage_1("rows.psv"), taken_by_stage_1("rows.jsonl")
     assert list(data.examples) == list(expected.examples) and len(data) == 40
     assert data.fingerprint == expected.fingerprint
     pd.testing.assert_frame_equal(losses.drop(columns="seconds"), expected_losses.drop(columns="seconds"))
-    Path("damaged.tsv").write_bytes(b"inputs\ttargets\nup\t\xff\n")
-    with pytest.raises(ValueError, match=r"^damaged\.tsv cannot be read"):
-        taken_by_stage_1("damaged.tsv")
+    Path("damaged.psv").write_bytes(b"inputs|targets\nup|\xff\n")
+    with pytest.raises(ValueError, match=r"^damaged\.psv cannot be read"):
+        taken_by_stage_1("damaged.psv")
 
 
 # --- an estimator --------------------------------------------------------------------------------------------

@@ -48,7 +48,16 @@ class World:
         write_sources(self.empty / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
         write_sources(self.empty / "target.jsonl", {"goal": 20})
         (self.empty / "three.txt").write_text("0\n1\n2 3\n")
-        data = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl", "--data_key", "toy"]
+        data = [
+            "--data_files",
+            "sources.jsonl",
+            "--target_files",
+            "target.jsonl",
+            "--heldout_share",
+            "0.1",
+            "--data_key",
+            "toy",
+        ]
         self.flags = [*data, "--model_key", "../model", "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
         training = ["custom_train_alpaca.py", *self.flags, *TRAINING[:4]]
         drawn = ["--sampled_tasks", "sampled_tasks/toy.txt", "--number_of_subsets", "6", "--subset_size", "2"]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
 import pandas as pd
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from src.data import TaskData
 from src.instruction import Columns, load_instruction
 from src.models import load_tokenizer
+from src.paths import Run, slug, subset_file
 from tests.commands import run_script
 from tests.conftest import character_tokenizer, write_sources
 
@@ -132,7 +134,7 @@ def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled()
     tokenizer = character_tokenizer(end_appended=False)
     tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ eos_token }}")
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
-    prompt, completion = Chat(lambda: tokenizer).texts(turns, "here")
+    prompt, completion, _ = Chat(lambda: tokenizer).texts(turns, "here")
     assert prompt.count("<assistant>") == 2 and prompt.endswith("<assistant>") and completion == "a"
 
 
@@ -141,11 +143,18 @@ BAD = {
     "no layout": ({"question": "x", "reply": "y"}, r"line 1 has the columns question, reply; expected inputs and targets"),
     "half a layout": ({"prompt": "x", "reply": "y"}, r"line 1: there is no field 'completion'"),
     "a number": ({"prompt": "x", "completion": 3}, r"line 1: completion is 3, expected text"),
-    "nothing": ({"prompt": "x", "completion": " "}, r"line 1: completion is ' ', expected text that is not empty"),
+    "no prompt": ({"prompt": None, "completion": "x"}, r"line 1: prompt is None, expected text"),
+    "a list as input": ({"instruction": "x", "input": ["y"], "output": "z"}, r"line 1: input is \['y'\], expected text"),
     "no task": ({"inputs": "x", "targets": "y"}, r"line 1: there is no field '_task_name'"),
     "no template": (CHAT, r"line 1: the tokenizer of .* has no chat template.*columns prompt and completion"),
     "no answer": ({"messages": [*CHAT["messages"], CHAT["messages"][0]]}, r"last of its messages is by 'user', expected 'assistant'"),
     "no turns": ({"messages": "x"}, r"line 1: messages is x, expected two or more turns"),
+    "one turn": ({"messages": CHAT["messages"][1:]}, r"line 1: messages is \[.*expected two or more turns"),
+    "no role": ({"messages": [{"content": "x"}, CHAT["messages"][1]]}, r"line 1: turn 1 is .*expected an object with role"),
+    "null": ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": None}]}, r"turn 2 \(assistant\) has content null"),
+    "empty": ({"messages": [{"role": "user", "content": ""}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content \"\""),
+    "a number said": ({"messages": [{"role": "user", "content": 5}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content 5"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content .*image"),
 }  # fmt: skip
 
 
@@ -163,7 +172,8 @@ def test_damaged_sources_are_named(frame: pd.DataFrame, tmp_path: Path, monkeypa
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-40])
     (tmp_path / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
     (tmp_path / "ragged.csv").write_text('prompt,completion\nx,y\nx,y,z,"u\n')
-    for name in ("cut.parquet", "latin.csv", "ragged.csv"):
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x", "completion": "y"}\n' * 99)[:-9])
+    for name in ("cut.parquet", "latin.csv", "ragged.csv", "cut.jsonl.gz"):
         with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*\); write it again"):
             load_instruction([tmp_path / name])
     monkeypatch.chdir(tmp_path)
@@ -171,10 +181,208 @@ def test_damaged_sources_are_named(frame: pd.DataFrame, tmp_path: Path, monkeypa
         FileNotFoundError, match=r"^nobody/nothing:train: no such file or folder, and as a data set on the hub"
     ):
         load_instruction(["nobody/nothing:train"])
-    with pytest.raises(ValueError, match="row 3: targets is None, expected text"):
-        frame.loc[2, "targets"] = None
-        FORMATS["rows.parquet"](frame, tmp_path / "gap.parquet")
+    FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")
+    with pytest.raises(ValueError, match="row 1: inputs is None, expected text"):
         load_instruction([tmp_path / "gap.parquet"])
+
+
+# --- what users' tools write -----------------------------------------------------------------------------------
+
+
+def lines(path: Path, records: Iterable[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def pairs(count: int = 20) -> list[dict]:
+    return [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(count)]
+
+
+def said(*turns: tuple[str, object]) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"q": "x"}'}}
+TOLD = "<system>s\n<user>q\n<assistant>"
+WRITTEN: dict[str, tuple[str | bytes, str, str]] = {
+    "bom.jsonl": (b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\n', "q", "a"),
+    "bom.json": (b'\xef\xbb\xbf\n [{"prompt": "q", "completion": "a"}]', "q", "a"),
+    "array.json": (json.dumps([{"instruction": "q", "input": "", "output": "a"}], indent=4), "q\n", "a"),
+    "array.jsonl": (json.dumps([{"instruction": "q", "output": "a"}]), "q\n", "a"),
+    "nan.jsonl": (json.dumps({"instruction": "q", "input": float("nan"), "output": "a"}), "q\n", "a"),
+    "zero.jsonl": (json.dumps({"instruction": "q", "input": 0, "output": "a"}), "q\n0\n", "a"),
+    "dolly.jsonl": (json.dumps({"instruction": "q", "context": "c", "response": "a", "category": "x"}), "q\nc\n", "a"),
+    "excel.csv": (b'\xef\xbb\xbfprompt;completion\r\n"q, r";02\r\n', "q, r", "02"),
+    "lines.csv": ('prompt,completion\n"q\nr",NA\n', "q\nr", "NA"),
+    "trailing.csv": ("prompt,completion\nq,a,,\n", "q", "a"),
+    "tabs.tsv": ("prompt\tcompletion\nq,r\ta\n", "q,r", "a"),
+    "UPPER.JSONL": ('{"prompt": "q", "completion": "a"}', "q", "a"),
+    "openai.jsonl": (json.dumps({"messages": said(("system", "s"), ("user", "q"), ("assistant", "a"))}), TOLD, "a"),
+    "text.jsonl": (json.dumps({"messages": json.dumps(said(("system", "s"), ("user", "q"), ("assistant", "a")))}), TOLD, "a"),
+    "sharegpt.jsonl": (json.dumps({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}), TOLD, "a"),
+    "lmsys.jsonl": (json.dumps({"conversation": said(("system", "s"), ("human", "q"), ("gpt", "a"))}), TOLD, "a"),
+    "parts.jsonl": (json.dumps({"messages": said(("system", "s"), ("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))}), TOLD, "a"),
+    "calls.jsonl": (json.dumps({"messages": [*said(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [CALL]}, *said(("tool", "r"), ("assistant", "a"))], "tools": [{"name": "f"}]}),
+                    "[f]<user>q\n<assistant>f(x)\n<tool>r\n<assistant>", "a"),
+    "last.jsonl": (json.dumps({"messages": [*said(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [CALL]}]}), "<user>q\n<assistant>", "f(x)"),
+}  # fmt: skip
+CALLING = (
+    "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.q }}){% endfor %}{{ m.content or '' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def chat() -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes a function that gives a tokenizer with a chat template."""
+
+    def with_template(template: str = CALLING) -> Callable[[], PreTrainedTokenizerFast]:
+        tokenizer = character_tokenizer(end_appended=False)
+        tokenizer.chat_template = template
+        return lambda: tokenizer
+
+    return with_template
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_are_read_as_tools_write_them(name: str, tmp_path: Path, chat: Callable) -> None:
+    content, prompt, completion = WRITTEN[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (row,) = load_instruction([tmp_path / name], load_tokenizer=chat()).examples
+    assert (row.prompt, row.completion, row.task) == (prompt, completion, name.split(".")[0])
+
+
+def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path: Path) -> None:
+    source = lines(tmp_path / "d.jsonl", [{"instruction": "q", "context": "c", "response": "a"}])
+    (row,) = load_instruction([source], columns=Columns(None, "instruction", "response")).examples
+    assert row.prompt == "q\nc\n"
+
+
+@pytest.mark.parametrize("name", ["id.csv", "short.csv", "first.csv"])
+def test_a_csv_row_never_shifts(name: str, tmp_path: Path) -> None:
+    texts = {"id.csv": "id,prompt,completion\n0,q,a,note\n", "short.csv": "id,prompt,completion\nq,a\n", "first.csv": "prompt,completion\n0,q,a\n"}  # fmt: skip
+    (tmp_path / name).write_text(texts[name])
+    with pytest.raises(ValueError, match=rf"{name}, row 1 has \d fields, and the first line names \d columns \("):
+        load_instruction([tmp_path / name])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "saved", "rows.pkl"])
+def test_empty_outputs_are_left_out_and_counted_in_every_format(name: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+    frame.loc[[2, 5], "targets"] = ["", " "] if name in ("rows.csv", "rows.pkl") else ["", None]
+    FORMATS[name](frame, tmp_path / name)
+    data = load_instruction([tmp_path / name])
+    assert len(data) == len(frame) - 2 and "2 of 21 rows have an empty output and are left out" in data.notices[0]
+
+
+def test_sources_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("law/train", "medicine/train", "code/train", "x/code", "y/code", "same/a", "goal"):
+        lines(Path(f"{name}.jsonl"), pairs())
+    Path("same/a.csv").write_text("prompt,completion\nq,a\n")
+    three = ["law", "medicine"]
+    assert load_instruction([f"{name}/train.jsonl" for name in three]).tasks == ("law", "medicine")
+    assert load_instruction([tmp_path / name for name in three], ["goal.jsonl"]).tasks == ("law", "medicine")
+    assert load_instruction(["x/code.jsonl", "y", "law"]).tasks == ("law", "x/code", "y/code")
+    assert load_instruction(["same"]).tasks == ("same/a.csv", "same/a.jsonl")
+    assert load_instruction(["law/train.jsonl", "./law/train.jsonl", tmp_path / "law"]).tasks == ("law",)
+    data = load_instruction(["law/train.jsonl"], ["code/train.jsonl"])
+    assert (data.tasks, data.targets) == (("law",), ("code",))
+    with pytest.raises(ValueError, match="target 'law' is a task of the training data too"):
+        load_instruction(["law/train.jsonl"], ["./law/train.jsonl"])
+
+
+SNAPSHOT = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl")
+
+
+@pytest.mark.parametrize("source", ["law", "law/data", *[f"law/data/{SNAPSHOT[0]}"]])
+def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source: str, tmp_path: Path) -> None:
+    for number, name in enumerate(SNAPSHOT):
+        lines(tmp_path / "law" / "data" / name, [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)])
+    (tmp_path / "law" / "README.md").write_text("# law")
+    is_file = source.endswith("l")
+    sources = [tmp_path / "law" / "data" / name for name in SNAPSHOT] if is_file else [tmp_path / source]
+    data = load_instruction(sources)
+    assert data.tasks == ("law",) and len(data) == 20 and len(data.notices) == 1 and SNAPSHOT[2] in data.notices[0]
+    assert load_instruction(sources[:1] if is_file else sources, sources[2:]).targets in (("test",), ("law",), ())
+
+
+def test_other_splits_beside_their_data_set(tmp_path: Path) -> None:
+    for name in ("law", "law_test", "unit_test", "mix/train/0000", "mix/validation/0000"):
+        lines(tmp_path / f"{name}.jsonl", pairs())
+    data = load_instruction([tmp_path])
+    assert data.tasks == ("law", "unit_test") and "law_test.jsonl" in data.notices[0] and "mix" in data.notices[0]
+    data = load_instruction([tmp_path / "mix"])
+    assert data.tasks == ("mix",) and len(data) == 20 and "validation" in data.notices[0]
+    assert load_instruction([tmp_path], [tmp_path / "law_test.jsonl"]).targets == ("law_test",)
+
+
+def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
+    for name in ("law.jsonl", "UPPER.JSONL", "packed.jsonl.zst", "rows.xlsx", "sub/extra.jsonl", "model/config.json"):
+        lines(tmp_path / name, pairs())
+    data = load_instruction([tmp_path])
+    assert data.tasks == ("UPPER", "law") and len(data.notices) == 1
+    named = data.notices[0].partition(": ")[2].split(", ")
+    assert named == [str(tmp_path / name) for name in ("packed.jsonl.zst", "rows.xlsx", "sub")]
+
+
+def test_a_task_column_is_for_the_sources_that_have_it(tmp_path: Path) -> None:
+    mixed = lines(tmp_path / "mixed.jsonl", [{**row, "source": "ab"[i % 2]} for i, row in enumerate(pairs())])
+    goal = lines(tmp_path / "goal.jsonl", pairs())
+    data = load_instruction([mixed], [goal], columns=Columns("source"))
+    assert (data.tasks, data.targets) == (("a", "b"), ("goal",))
+    data = load_instruction([mixed])
+    assert data.tasks == ("mixed",) and "--task_column source would make 2 of it" in data.notices[0]
+    with pytest.raises(
+        ValueError, match=r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such a column"
+    ):
+        load_instruction([mixed], [goal], columns=Columns("kind"))
+
+
+def test_splits_and_texts_are_the_same_on_any_day(tmp_path: Path, chat: Callable) -> None:
+    source = lines(
+        tmp_path / "chat.jsonl", [{"messages": said(("user", f"q{i}"), ("assistant", "a"))} for i in range(20)]
+    )
+
+    def loaded(template: str) -> TaskData:
+        return load_instruction([source], load_tokenizer=chat(template))
+
+    dated = loaded("{{ strftime_now('%d %b %Y') }}" + CALLING)
+    assert dated.examples[0].prompt == "26 Jul 2024<user>q0\n<assistant>"
+    assert any("the chat template writes the date: it is 2024-07-26" in notice for notice in dated.notices)
+    undated = loaded(CALLING)
+    assert [row.split for row in dated.examples] == [row.split for row in undated.examples]
+    assert "date" not in "".join(undated.notices)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].nothing.at_all }}", "has no attribute 'nothing'"),
+        ("{% for part in none %}{% endfor %}", "not iterable"),
+        ("{% for m in messages %}{{ m", "unexpected end"),
+    ],
+)
+def test_what_a_template_raises_names_the_row(template: str, reason: str, tmp_path: Path, chat: Callable) -> None:
+    source = lines(tmp_path / "chat.jsonl", [CHAT])
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take this") as caught:
+        load_instruction([source], load_tokenizer=chat(template))
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_long_names_fit_into_file_names() -> None:
+    """Of 40 files, a model far below and a long name; equal beginnings stay apart."""
+    names = [f"source_number_{number}" for number in range(40)]
+    runs = [
+        Run("m" * 300, "+".join([*names[:-1], last]), None, 16, save, 1)
+        for last in "ab"
+        for save in ("s" * 300, "t" * 300)
+    ]
+    folders = {run.meta_initialization_dir.name for run in runs} | {run.store_dir(400, "margin").name for run in runs}
+    assert len(folders) == 8 and all(len(name) < 220 and name.endswith("_run_1") for name in folders)
+    assert len(subset_file("s" * 300).name) < 220 and slug("a/b") == "a-b"
 
 
 def test_training_from_csv_folder_and_chat(workspace: Path, model_folders: dict[str, str], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_instruction_world_is_in_the_users_formats(workspace: Path) -> None:
     rows = [json.loads(line) for line in Path("world/flan.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"inputs", "targets", "_template_idx", "_task_name", "_task_source", "_template_type"}
     data = load_instruction(["world/flan.jsonl"], ["world/target.jsonl"])
-    assert len(data.tasks) == 6 and "target" in data.targets and len(data.indices("train")) == 6 * 16
+    assert len(data.tasks) == 6 and data.targets == ("target",) and len(data.indices("train")) == 6 * 20
     prompts = {
         e.task == "target": {x.prompt for x in data.examples if (x.task == "target") == (e.task == "target")}
         for e in data.examples

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src.data import SPLITS, StoredExamples, TaskData, TextSpool, stable_split
+from src.data import SPLITS, StoredExamples, TaskData, stable_split, store_texts
 from src.estimation import ESTIMATORS, MomentSums, Part, Rows, estimate, task_moments
 from src.frames import read_pickle
 from src.gradients import open_store
@@ -142,16 +142,12 @@ def test_splits_do_not_depend_on_the_order_of_rows(keys: list[str], share: float
 
 
 @QUICK
-@given(
-    st.lists(st.tuples(texts, texts, st.sampled_from(SPLITS)), min_size=1, max_size=30), st.sampled_from([1, 1 << 20])
-)
-def test_stored_texts_are_the_texts(rows: list[tuple[str, str, str]], in_memory: int) -> None:
-    """In memory or in a file, by position, by slice and in a loop; surrogates aside, which no file in UTF-8 has."""
+@given(st.lists(st.tuples(texts, texts, st.sampled_from(SPLITS)), min_size=1, max_size=30))
+def test_stored_texts_are_the_texts(rows: list[tuple[str, str, str]]) -> None:
+    """By position, by slice and in a loop; surrogates aside, which no file in UTF-8 has."""
     rows = [tuple(text.encode("utf-8", "replace").decode() for text in row) for row in rows]
-    spool = TextSpool(in_memory, block_rows=4)
-    for prompt, completion, _ in rows:
-        spool.append(prompt, completion)
-    examples = StoredExamples(spool.table(), ["t"] * len(rows), [split for *_, split in rows])
+    table = store_texts((prompt, completion) for prompt, completion, _ in rows)
+    examples = StoredExamples(table, ["t"] * len(rows), [split for *_, split in rows])
     found = [(example.prompt, example.completion, example.split) for example in examples]
     assert found == rows and [examples[i] for i in range(len(rows))] == list(examples) == examples[:]
     assert TaskData(examples).fingerprint == TaskData(tuple(examples)).fingerprint

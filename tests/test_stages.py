@@ -40,7 +40,16 @@ def track(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str
     folder = tmp_path_factory.mktemp("track")
     write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
     write_sources(folder / "target.jsonl", {"goal": 20})
-    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl", "--data_key", "toy"]
+    flags = [
+        "--data_files",
+        "sources.jsonl",
+        "--target_files",
+        "target.jsonl",
+        "--heldout_share",
+        "0.1",
+        "--data_key",
+        "toy",
+    ]
     flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -528,7 +537,7 @@ def test_a_folder_of_files_is_a_source_for_each(
         load_data(script.parse_args(["--data_files", *sources, *flags, *named]))
         for sources in (["my"], ["my/plain.jsonl", "my/asked.csv"])
     )
-    assert folder.tasks == ("asked", "plain") and folder.targets == ("asked", "goal", "plain")
+    assert folder.tasks == ("asked", "plain") and folder.targets == ("goal",)
     assert sorted((e.task, e.prompt, e.split) for e in folder.examples) == sorted(
         (e.task, e.prompt, e.split) for e in files.examples
     )
