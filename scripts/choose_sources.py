@@ -113,7 +113,7 @@ class Pipeline:
         subsets = {"base": [""], "all_tasks": [subset_text(range(len(tasks)))]}
         if num_halves:  # the first of those that stage 3 has estimated
             halves = subset_file(f"{self.name}_random_halves")
-            drawn = read_subsets(subset_file(self.name), len(tasks))[:num_halves]
+            drawn = read_subsets(subset_file(self.name), len(tasks), tasks)[:num_halves]
             write_subsets(halves, drawn, comment="random halves, to judge estimates by", tasks=tasks)
             self.run("random_halves", f"{fine_tuning} --subset_file {halves}")
             subsets["random_half"] = [subset_text(subset) for subset in drawn]

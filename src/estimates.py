@@ -110,6 +110,7 @@ from src.stages import (
     base_fingerprint,
     cluster_tasks,
     data_source,
+    each_once,
     generation_options,
     load_data,
     make_datamodule,
@@ -306,7 +307,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
         draw_subsets(*drawing)  # refuses what cannot be drawn
     if is_dry_run(args, read, [*drawn, folder / ESTIMATES_FILE, folder / MANIFEST]):
         return
-    subsets = load_or_draw_subsets(path, *drawing, tasks=estimator.tasks)
+    subsets = each_once(load_or_draw_subsets(path, *drawing, tasks=estimator.tasks), path)
     if args.number_of_subsets not in (None, len(subsets)):
         say_notices([f"{path} is there, and its {len(subsets):,} subsets are taken; remove it to draw others"])
     membership = membership_matrix(subsets, len(estimator.tasks))

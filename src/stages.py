@@ -230,7 +230,8 @@ def held_by_first(*paths: Path) -> contextlib.AbstractContextManager[None]:
 def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple[int, ...]], np.ndarray | None] | None:
     """The subsets that the flags of `add_truth` name, and the tasks' shares (n,) where they name those; None for neither."""
     if args.subset_file is not None:
-        return read_subsets(Path(args.subset_file), len(data.tasks)), None
+        path = Path(args.subset_file)
+        return each_once(read_subsets(path, len(data.tasks), data.tasks), path), None
     if args.task_weights is not None:
         shares = read_task_weights(Path(args.task_weights), data.tasks)
         return [tuple(np.flatnonzero(shares).tolist())], shares
@@ -238,6 +239,14 @@ def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple
         everything = args.task_idxes == [ALL_TASKS]
         return [valid_subset(range(len(data.tasks)) if everything else args.task_idxes, len(data.tasks))], None
     return None
+
+
+def each_once(subsets: Sequence[tuple[int, ...]], path: Path) -> list[tuple[int, ...]]:
+    """The different subsets of a file, in order; a notice counts the lines that say one again."""
+    different = list(dict.fromkeys(subsets))
+    if repeated := len(subsets) - len(different):
+        say_notices([f"{path}: {counted(repeated, 'line')} with a subset that stands there before; each is taken once"])
+    return different
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, int]:

@@ -163,9 +163,10 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
     run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled, "--target_task", "goal")
     frame = pd.read_csv("results/toy/estimates.csv", dtype={"subset": str})
     assert frame["subset"].tolist() == ["0 1", "3"] and list(frame.columns) == ["subset", "run", "estimate/goal"]
-    Path("sampled_tasks/toy.txt").write_text("0 1\n2 3\n1 2\n")
+    Path("sampled_tasks/toy.txt").write_text("0 1\n2 3\n1 2\n3 2\n")
     run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled)
 
+    assert pd.read_csv("results/toy/estimates.csv")["subset"].tolist() == ["0 1", "2 3", "1 2"]
     run_script("fast_estimate_eval_approximation_alpaca.py", *estimation, "--scale", "0.05")
     assert Path("results/toy/approximation_error.png").is_file()
     run_script("fast_estimate_forward_selection.py", *estimation)
@@ -269,6 +270,28 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(here: list[str], monkeypat
     assert calls == [(0,), (1,), (1,), (2, 3)]
     whole, cut = (pd.read_csv(f"results/{name}/results.csv").drop(columns="seconds") for name in ("whole", "cut"))
     pd.testing.assert_frame_equal(whole, cut)
+
+
+def test_a_subset_that_stands_twice_is_trained_once(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from src import stages
+
+    Path("twice.txt").write_text("0 1\n2\n1 0\n2\n")
+    calls: list[object] = []
+    monkeypatch.setattr(stages, "fine_tune_on_subset", lambda *given, **_: calls.append(given[3]) or {"num_rows": 1})
+    run_script("custom_train_alpaca.py", *here, "--subset_file", "twice.txt", "--save_name", "twice", "--epochs", "1")
+    assert calls == [(0, 1), (2,)]
+    assert "twice.txt: 2 lines with a subset that stands there before" in capsys.readouterr().out
+
+
+def test_a_subset_file_of_other_data_is_refused(here: list[str]) -> None:
+    Path("other.txt").write_text("# 0 = down\n# 1 = up a\n1\n")
+    with pytest.raises(ValueError, match=r"other\.txt, line 2: task 1 is 'up a' there, and 'down/2' in the data"):
+        run_script("custom_train_alpaca.py", *here, "--subset_file", "other.txt", "--save_name", "other")
+    stage_3 = ["fast_estimate_linear_regression_alpaca.py", *here, "--project_dim", "32"]
+    with pytest.raises(ValueError, match=r"other\.txt, line 2: task 1 is 'up a' there"):
+        run_script(*stage_3, "--sampled_tasks", "other.txt", "--save_name", "other")
 
 
 def test_selection_for_each_target_and_backward(here: list[str]) -> None:
