@@ -281,10 +281,12 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """What the results are called, and a look before anything is written."""
+    """What the run and its results are called, and a look before anything is written."""
     group = _group(parser, "run")
-    group.add_argument("--save_name", metavar="NAME", help="name of the results; given to meta-training too, it keeps its "
-                       "folders and gradients apart from others (default: made of model, data and run)")  # fmt: skip
+    group.add_argument("--save_name", metavar="NAME", help="name of the run: given to every stage, it keeps a training, its "
+                       "gradients and results apart from others (default: made of model, data and run)")  # fmt: skip
+    group.add_argument("--results_name", metavar="NAME", help="name of a table of results and of the selections made of it: "
+                       "several may belong to one run (default: --save_name)")  # fmt: skip
     add_dry_run(parser)
 
 
@@ -618,6 +620,12 @@ def _is(flag: str, *values: Any) -> Callable[[argparse.Namespace], bool]:
     return lambda args: getattr(args, flag, values[0]) in values
 
 
+def _is_meta_training(args: argparse.Namespace) -> bool:
+    """Whether a training names no subsets."""
+    chosen = [getattr(args, name, None) for name in ("subset_file", "task_weights", "task_idxes")]
+    return hasattr(args, "stop_after_checkpoints") and chosen == [None, None, None]
+
+
 RULES = (
     Rule(("use_qlora", "base_dtype"), _is("train_lora", True),
          "is for a base model that stays as it is; pass --train_lora too, or leave it out", refused=True),
@@ -629,8 +637,11 @@ RULES = (
          "is instruction data, and --dataset_key chain of thought; name one of them", refused=True),
     Rule(("data_files",), _is("train_instruction", False),
          "and --train_instruction, which names files of its own; leave one of them out", refused=True),
+    Rule(("results_name",), lambda args: not _is_meta_training(args), "has no effect in meta-training, which has --save_name"),
+    Rule(("results_name",), _is("compute_pretrained_outputs", False),
+         "has no effect with --compute_pretrained_outputs: gradients are named by --save_name"),
     Rule(("checkpoint_at", "stop_after_checkpoints", "logger"),
-         lambda args: (args.subset_file, args.task_weights, args.task_idxes) == (None, None, None),
+         _is_meta_training,
          "has no effect in fine-tuning on subsets, only in meta-training"),
     Rule(("epochs", "lr", "batch_size", "accumulate", "weight_decay", "runs", "inference_batch_size", "max_new_tokens"),
          lambda args: getattr(args, "refine", True) is not None, "has no effect without --refine"),
@@ -700,6 +711,7 @@ def run_from(args: argparse.Namespace, run: int | None = None) -> Run:
         args.lora_rank if args.train_lora else None,
         args.save_name,
         args.run if run is None else run,
+        args.results_name,
     )
 
 

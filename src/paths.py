@@ -94,7 +94,8 @@ def source_name(source: str) -> str:
 class Run:
     """What the names of a run's artifacts depend on.
 
-    `lora_rank` is None for full fine-tuning; `run` numbers repetitions and is their seed.
+    `lora_rank` is None for full fine-tuning; `save_name` is of the training and its gradients, `table` of results alone;
+    `run` numbers repetitions and is their seed.
     """
 
     model_key: str
@@ -103,6 +104,7 @@ class Run:
     lora_rank: int | None = None
     save_name: str | None = None
     run: int = 0
+    table: str | None = None
 
     def name(self, suffix: str | None = None) -> str:
         """`<model>_<data>[_<preset>][_lora_r_<r>][_<suffix>]_run_<k>`."""
@@ -125,8 +127,8 @@ class Run:
 
     @property
     def results_name(self) -> str:
-        """What `results/` and `sampled_tasks/` call this run: `--save_name`, else its name."""
-        return self.save_name or self.name()
+        """What `results/` and `sampled_tasks/` call this run: `--results_name`, else `--save_name`, else its name."""
+        return self.table or self.save_name or self.name()
 
 
 def results_dir(name: str) -> Path:

@@ -425,7 +425,7 @@ def fine_tune_subsets(
     facts = training_facts(args, data)
     if task_shares is not None:
         facts["task_shares"] = task_shares.round(6).tolist()
-    table = ResultsTable(folder / RESULTS_FILE, facts, "Choose another --save_name, or remove the file.")
+    table = ResultsTable(folder / RESULTS_FILE, facts, "Choose another --results_name, or remove the file.")
     models = kept_models(args, data, folder, subsets)
     described = [
         {**facts, "kind": "fine-tuned model", "subset": list(subsets[0]), "run": run} for run in range(args.runs)
@@ -561,10 +561,14 @@ def export(args: argparse.Namespace) -> None:
 
 def store_dir(args: argparse.Namespace, run: Run) -> Path:
     """The run's store of projected gradients, by the dimension that the flags name: of the meta-training with this
-    `--save_name` where there is one, else of the one without, whose estimates then have that name."""
+    `--save_name` where there is one, else of the one without a name."""
     described = (None if args.projection == "none" else args.project_dim, args.output_function)
     named, plain = run.store_dir(*described), replace(run, save_name=None).store_dir(*described)
-    return named if run.meta_initialization_dir.is_dir() or named.is_dir() else plain
+    if run.save_name is None or run.meta_initialization_dir.is_dir() or named.is_dir():
+        return named
+    say_notices([f"no meta-training is called {run.save_name}: the gradients of the one without a name are taken, and "
+                 "--save_name names the results, as --results_name does"])  # fmt: skip
+    return plain
 
 
 # --- stage 2: gradients --------------------------------------------------------------------------------------

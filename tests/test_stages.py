@@ -491,8 +491,9 @@ def test_losses_are_logged_where_asked(here: list[str]) -> None:
         run_script("custom_train_alpaca.py", *here, *training, "--save_name", "other", "--logger", "wandb")
 
 
-def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str]) -> None:
-    """Two meta-trainings of the same data and model have a store each; estimates under a third name use the unnamed one."""
+def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Two meta-trainings of the same data and model have a store each; estimates under a third name use the unnamed one,
+    and say so. A second table of the named one has a name of its own."""
     small = ["--epochs", "1", "--batch_size", "8", "--checkpoint_at", "1.0"]
     run_script("custom_train_alpaca.py", *here, *small, "--lr", "5e-2", "--save_name", "hot")
     at = ["--project_dim", "32", "--number_of_subsets", "3"]
@@ -511,6 +512,22 @@ def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str]) ->
         manifest = json.loads(Path(f"results/{name}/manifest.json").read_text())
         tables[name] = len(manifest["checkpoints"])
     assert tables == {"hot": 1, "cool": 2}
+    assert "no meta-training is called cool" in capsys.readouterr().out
+    named = ["--save_name", "hot", "--results_name", "hot/other"]
+    before = Path("results/hot/estimates.csv").read_bytes()
+    run_script(
+        "fast_estimate_linear_regression_alpaca.py", *here, *at, *named, "--sampled_tasks", "three.txt", "--rho", "9"
+    )
+    run_script("fast_estimate_forward_selection.py", *here, "--project_dim", "32", *named)
+    run_script("notebook/select_random_ensemble.py", "results/hot/other")
+    selected = Path("sampled_tasks/hot-other_forward_selection.txt")
+    run_script("scripts/export_selection.py", *here, *named, "--subset_file", selected)
+    run_script("custom_train_alpaca.py", *here, *small, *named, "--subset_file", selected)
+    assert {"estimates.csv", "selection.csv", "scores.csv", "selected.jsonl", "results.csv"} <= files_below(
+        Path("results/hot/other")
+    )
+    assert Path("results/hot/estimates.csv").read_bytes() == before
+    assert "no meta-training" not in capsys.readouterr().out
     (store,) = Path("gradients").glob("*_hot_dim_32_run_0")
     (plain,) = set(Path("gradients").glob("*_dim_32_run_0")) - {store}
     (part,) = store.iterdir()
