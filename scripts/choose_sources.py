@@ -208,8 +208,7 @@ def main(args: argparse.Namespace) -> None:
     data_groups = (cli.add_instruction_data, partial(cli.add_model, model_key=""))
     described = shlex.join(cli.flags_of(args, *data_groups, without=("results_name", "dry_run")))
     data = f"{described} {shlex.join(cli.flags_of(args, cli.add_hardware))}"
-    hyperparameters = partial(cli.add_training, batch_size=0, lr=0.0, epochs=0)
-    training = shlex.join(cli.flags_of(args, hyperparameters, without=("runs",)))
+    training = shlex.join(cli.flags_of(args, cli.add_training, without=("runs",)))
     folder = results_dir(name)
     if cli.is_dry_run(args, [*cli.instruction_files(args), *args.target_files, args.model_key], [folder]):
         return

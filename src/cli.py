@@ -313,15 +313,26 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, epochs: int) -> None:
-    """How it is trained."""
+def add_training(
+    parser: argparse.ArgumentParser,
+    *,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    epochs: int | None = None,
+) -> None:
+    """How it is trained; without defaults what is not typed is None, and taken from meta-training."""
     group = parser.add_argument_group("training")
+    inherited, of_parent = lr is None, "that of meta-training"
     group.add_argument("--batch_size", type=positive_int, default=batch_size, help="rows of a training batch, per "
-                       f"device (default: {batch_size})")  # fmt: skip
-    group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimizer step (default: 1)")
-    group.add_argument("--lr", type=positive_float, default=lr, help=f"learning rate of AdamW (default: {lr:g})")
-    group.add_argument("--weight_decay", type=not_negative, default=0.0, help="weight decay of AdamW (default: 0)")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
+                       f"device (default: {batch_size or of_parent})")  # fmt: skip
+    group.add_argument("--accumulate", type=positive_int, default=None if inherited else 1, help="batches per optimizer "
+                       f"step (default: {of_parent if inherited else 1})")  # fmt: skip
+    group.add_argument("--lr", type=positive_float, default=lr, help="learning rate of AdamW (default: "
+                       f"{of_parent if lr is None else f'{lr:g}'})")  # fmt: skip
+    group.add_argument("--weight_decay", type=not_negative, default=None if inherited else 0.0, help="weight decay of AdamW "
+                       f"(default: {of_parent if inherited else 0})")  # fmt: skip
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the rows (default: "
+                       f"{epochs or of_parent})")  # fmt: skip
     group.add_argument("--runs", type=positive_int, default=1, help="repetitions, with seeds 0, 1, … (default: 1)")
 
 

@@ -305,27 +305,36 @@ def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
 
 
 def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
-    """What a training's outcome depends on, besides the rows and the seed."""
-    names = [
+    """What a training's outcome depends on, besides the rows and the seed.
+
+    Of batches and processes only the rows of an optimizer step count, and of precisions the one that this machine takes.
+    ddp and fsdp compute the same.
+    """
+    hardware = hardware_from(args)
+    names = (
         "model_key",
         "lora_alpha",
         "lora_target_modules",
         "lr",
         "weight_decay",
         "epochs",
-        "batch_size",
-        "accumulate",
         "max_length",
         "max_target_length",
         "load_model_dir",
-        "precision",
         "base_dtype",
         "use_qlora",
-    ]
+        *(("max_new_tokens", "letters") if data.judge else ()),
+    )
+    start = (
+        file_fingerprint(sorted(resolve_checkpoint(args.load_model_dir).glob(WEIGHTS))) if args.load_model_dir else None
+    )
     return {
         "data_fingerprint": data.fingerprint,
         "base_fingerprint": base_fingerprint(args),
+        "start_fingerprint": start,
         "lora_rank": args.lora_rank if args.train_lora else None,
+        "rows_per_step": args.batch_size * args.accumulate * hardware.num_processes,
+        "precision": hardware.precision,
         "loss_on_prompt": getattr(args, "loss_on_prompt", False),
         **{name: getattr(args, name) for name in names},
     }
@@ -371,6 +380,7 @@ def meta_train(
             "best": checkpoints.best,
             "best_validation_loss": checkpoints.best_loss,
             "tasks": list(data.tasks),
+            **{name: getattr(args, name) for name in ("batch_size", "accumulate")},
             **spent(started),
             "command": command_typed(),
         },

@@ -331,6 +331,52 @@ def test_candidates_are_really_fine_tuned(here: list[str]) -> None:
     assert results["validation_loss/goal"].idxmin() == " ".join(map(str, chosen))
 
 
+@pytest.mark.parametrize("typed", [[], ["--lr", "5e-3", "--accumulate", "2"]])
+def test_candidates_are_trained_as_the_meta_training_was(here: list[str], typed: list[str]) -> None:
+    """What is typed counts, the rest is what meta-training was given: of the instruction track too, with as many rows in a
+    step."""
+    name = f"as_before_{len(typed)}"
+    select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--results_name", name]
+    run_script(*select, "--refine", "1", "--target_task", "goal", *typed)
+    facts = json.loads(Path(f"results/{name}/results.json").read_text())
+    assert [facts[key] for key in ("epochs", "rows_per_step", "weight_decay")] == [2, 8, 0]
+    assert facts["lr"] == (5e-3 if typed else 1e-2)
+
+
+def test_candidates_without_a_known_meta_training_need_flags(
+    here: list[str], track: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(track[0], tmp_path / "copy", ignore=shutil.ignore_patterns("results"))
+    monkeypatch.chdir(tmp_path / "copy")
+    select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--refine", "1"]
+    with pytest.raises(
+        ValueError, match=r"max_length: found 512, expected 99\. Give --refine the flags of meta-training"
+    ):
+        run_script(*select, "--max_length", "99")
+    for manifest in Path("external_lightning_logs").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match=r"--refine fine-tunes, .*: pass --epochs --batch_size$"):
+        run_script(*select, "--lr", "1e-3")
+
+
+def test_rows_of_one_table_are_of_one_training(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    """On one device, on several or with accumulated batches: what counts is the number of rows in a step."""
+    Path("one.txt").write_text("0\n1\n")
+    command = ["custom_train_alpaca.py", *here, "--epochs", "1", "--lr", "1e-2", "--subset_file", "one.txt"]
+    command += ["--results_name", "one_training", "--accelerator", "cpu"]
+    run_script(*command, "--batch_size", "8")
+    written = Path("results/one_training/results.csv").read_bytes()
+    four = ["--devices", "0", "1", "2", "3"]
+    for same in (["--batch_size", "4", "--accumulate", "2"], ["--batch_size", "2", *four]):
+        run_script(*command, *same)
+    assert Path("results/one_training/results.csv").read_bytes() == written
+    for other in (["--batch_size", "8", *four], ["--batch_size", "4"], ["--batch_size", "8", "--accumulate", "2"]):
+        with pytest.raises(ValueError, match=r"rows_per_step: found 8, expected \d+.*--results_name"):
+            run_script(*command, *other)
+    with pytest.raises(ValueError, match="precision: found 32-true, expected bf16-mixed"):
+        run_script(*command, "--batch_size", "8", "--precision", "bf16")
+
+
 def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
     select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--save_name", "mixed"]
     run_script(*select, "--weights", "--target_task", "goal")
