@@ -46,6 +46,8 @@ FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
 ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+LOGS = "logs"
 WEIGHTS = "*.safetensors"
 RESULTS_FILE = "results.csv"
 MODELS = "models"
@@ -178,6 +180,11 @@ def epoch_checkpoint_name(epoch: int) -> str:
 def step_checkpoint_name(step: int) -> str:
     """A checkpoint on the way of meta-training, by optimizer step: `step_step=40`."""
     return f"step_step={step}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether meta-training gives its checkpoints such names."""
+    return re.fullmatch(r"(epoch_epoch|step_step)=\d+", name) is not None
 
 
 def resolve_checkpoint(load_model_dir: str) -> Path:

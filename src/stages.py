@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,13 @@ from src.models import (
     state_to_save,
 )
 from src.paths import (
+    LOGS,
     MANIFEST,
     MIXTURE_FILE,
     RESULTS_FILE,
     SELECTED_ROWS,
     TOKENS,
+    UNFINISHED,
     WEIGHTS,
     Run,
     atomic_write,
@@ -87,12 +90,14 @@ from src.paths import (
     check_manifest,
     clusters_file,
     file_fingerprint,
+    is_checkpoint_name,
     locked,
     model_dir,
     prediction_file,
     read_manifest,
     resolve_checkpoint,
     results_dir,
+    shorten,
     write_json,
     write_manifest,
 )
@@ -345,29 +350,27 @@ def meta_train(
 ) -> None:
     """Stage 1: train on every task and keep checkpoints on the way and at the best validation loss."""
     folder = run_from(args, run_index).meta_initialization_dir
-    ways = {"checkpoint_at": args.checkpoint_at, "stop_after_checkpoints": args.stop_after_checkpoints}
-    facts = {**training_facts(args, data), **ways, "run": run_index}
-    repair = "Choose another --save_name, or remove the folder to train it again."
+    facts = {**training_facts(args, data), "checkpoint_at": args.checkpoint_at, "run": run_index}
     if (folder / MANIFEST).is_file():
         found = read_manifest(folder, training_script(args))
-        expected = {name: value for name, value in facts.items() if name != "stop_after_checkpoints"}
-        check_manifest(folder, found, expected, repair)
+        check_manifest(folder, found, facts, "Choose another --save_name, or remove the folder to train it again.")
         if args.stop_after_checkpoints or not found["stop_after_checkpoints"]:  # a whole one has the checkpoints too
+            (folder / UNFINISHED).unlink(missing_ok=True)  # where it was killed after its last line
             say(f"{folder} is there already and fits; nothing to train.")
             return
         say(f"{folder} ended with its last checkpoint; it is trained again, to the end.")
     started = time.perf_counter()
     model = starting_model(args, run_index)
-    if not rank_zero_only.rank and args.load_model_dir is None:
-        shutil.rmtree(folder, ignore_errors=True)  # checkpoints of a training that was cut off
+    if not rank_zero_only.rank:
+        remove_checkpoints(folder, resolve_checkpoint(args.load_model_dir) if args.load_model_dir else None)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
     say_plan(plan_training(model, datamodule, hardware, args.batch_size))
-    described = {"data_fingerprint": data.fingerprint, "run": run_index, "use_qlora": args.use_qlora}
+    described = {name: facts[name] for name in ("data_fingerprint", "run", "use_qlora")}
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
-        callbacks.append(SavePredictions(lambda epoch, completions: write_predictions(args, data, epoch, completions)))
+        callbacks.append(SavePredictions(partial(write_predictions, args, data)))
     logger = make_logger(args.logger, folder)
     fit(model, datamodule, plan, hardware, seed=run_index, callbacks=callbacks, validate=True, logger=logger)
     if rank_zero_only.rank:  # of several processes the first writes, and speaks for all
@@ -380,11 +383,12 @@ def meta_train(
             "best": checkpoints.best,
             "best_validation_loss": checkpoints.best_loss,
             "tasks": list(data.tasks),
-            **{name: getattr(args, name) for name in ("batch_size", "accumulate")},
+            **{name: getattr(args, name) for name in ("batch_size", "accumulate", "stop_after_checkpoints")},
             **spent(started),
             "command": command_typed(),
         },
     )
+    (folder / UNFINISHED).unlink(missing_ok=True)
     best = f"{checkpoints.best} (best validation loss {checkpoints.best_loss:.3f})"
     kept = ", ".join([*checkpoints.trajectory, *([best] if checkpoints.best else [])])
     if len(checkpoints.losses) > 1 and checkpoints.best_loss > 0.99 * checkpoints.losses[0]:
@@ -394,6 +398,30 @@ def meta_train(
              f"--batch_size {args.batch_size} and --epochs {args.epochs} right for these rows?"]
         )  # fmt: skip
     print(f"Wrote {folder}: {kept}. Next: the projected gradients there (stage 2), with the same data and model flags.")
+
+
+def remove_checkpoints(folder: Path, start: Path | None) -> None:
+    """Remove the checkpoints of an earlier training, cut off or whole, from a run's folder. What others put there stays,
+    and is named; so does the checkpoint to start from."""
+    manifest, unfinished = folder / MANIFEST, folder / UNFINISHED
+    written: list[str] = []
+    if manifest.is_file():
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        written = [*found["trajectory"], *filter(None, [found["best"]])]
+        write_json(unfinished, written)  # before the manifest goes: a kill in between must not leave them unknown
+        manifest.unlink()
+    elif unfinished.is_file():
+        written = json.loads(unfinished.read_text(encoding="utf-8"))
+    others = []
+    for path in sorted(folder.glob("[!.]*")):
+        if start is not None and path.resolve() == start.resolve():
+            continue
+        if path.name in written or (is_checkpoint_name(path.name) and not (path / MANIFEST).is_file()):
+            shutil.rmtree(path)
+        elif path not in (unfinished, folder / LOGS):
+            others.append(path.name)
+    if others:
+        say_notices([f"{folder} holds {shorten(', '.join(others))}, not written by this training; left as it is"])
 
 
 def predictions_file(args: argparse.Namespace, epoch: int) -> Path:

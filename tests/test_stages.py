@@ -118,6 +118,43 @@ def test_meta_training_can_end_with_its_checkpoints(here: list[str]) -> None:
     assert manifest["trajectory"] == ["step_step=0", "step_step=4"]
 
 
+def test_meta_training_leaves_alone_what_others_put_into_its_folder(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Files, and checkpoints copied there: they are named, and where it would write over one it does not start. Half a
+    checkpoint and those of a training that was cut off go."""
+    from src import finetune
+
+    (source,) = Path("external_lightning_logs").glob("*_toy_lora_r_4_run_0/step_step=8")
+    run = Path(str(source.parent).replace("toy_lora_r_4_run", "toy_lora_r_4_guest_run"))
+    shutil.copytree(source, run / "step_step=777")
+    (run / "notes.txt").write_text("mine")
+    (run / "step_step=5").mkdir()
+    before = {name: (run / name).read_bytes() for name in files_below(run)}
+    train = ["custom_train_alpaca.py", *here, "--save_name", "guest", "--epochs", "1", "--batch_size", "8"]
+    original = finetune.FineTuning.on_validation_epoch_end
+
+    def cut_off(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(finetune.FineTuning, "on_validation_epoch_end", cut_off)
+    with pytest.raises(ZeroDivisionError):
+        run_script(*train, "--checkpoint_at", "0.5")
+    assert "guest_run_0 holds notes.txt, step_step=777, not written by this training" in capsys.readouterr().out
+    assert (run / "step_step=4" / "manifest.json").is_file() and not (run / "step_step=5").exists()
+    monkeypatch.setattr(finetune.FineTuning, "on_validation_epoch_end", original)
+    run_script(*train, "--checkpoint_at", "0.25")
+    assert {path.name for path in run.iterdir()} == {
+        "manifest.json", "notes.txt", "step_step=777", "step_step=2", "epoch_epoch=0",
+    }  # fmt: skip
+    assert {name: (run / name).read_bytes() for name in before} == before
+    taken = Path(str(run).replace("guest", "taken"))
+    shutil.copytree(source, taken / "epoch_epoch=0")
+    with pytest.raises(ValueError, match=r"taken_run_0/epoch_epoch=0 is not of this training.*--save_name"):
+        run_script(*train, "--save_name", "taken")
+    assert (taken / "epoch_epoch=0" / "manifest.json").read_bytes() == (source / "manifest.json").read_bytes()
+
+
 def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest.CaptureFixture) -> None:
     (store,) = Path("gradients").iterdir()
     parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz"}
@@ -542,18 +579,19 @@ def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str], ca
     and say so. A second table of the named one has a name of its own."""
     small = ["--epochs", "1", "--batch_size", "8", "--checkpoint_at", "1.0"]
     run_script("custom_train_alpaca.py", *here, *small, "--lr", "5e-2", "--save_name", "hot")
-    at = ["--project_dim", "32", "--number_of_subsets", "3"]
+    at = ["--project_dim", "32"]
+    Path("chain.txt").write_text("0 1\n1 2\n2 3\n")
     run_script(
         "fast_estimate_eval_approximation_alpaca.py",
         "--compute_pretrained_outputs",
         *here,
-        *at[:2],
+        *at,
         "--save_name",
         "hot",
     )
     tables = {}
     for name in ("hot", "cool"):
-        drawn = ["--sampled_tasks", "three.txt", "--save_name", name]
+        drawn = ["--sampled_tasks", "chain.txt", "--save_name", name]
         run_script("fast_estimate_linear_regression_alpaca.py", *here, *at, *drawn)
         manifest = json.loads(Path(f"results/{name}/manifest.json").read_text())
         tables[name] = len(manifest["checkpoints"])
@@ -562,9 +600,9 @@ def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str], ca
     named = ["--save_name", "hot", "--results_name", "hot/other"]
     before = Path("results/hot/estimates.csv").read_bytes()
     run_script(
-        "fast_estimate_linear_regression_alpaca.py", *here, *at, *named, "--sampled_tasks", "three.txt", "--rho", "9"
+        "fast_estimate_linear_regression_alpaca.py", *here, *at, *named, "--sampled_tasks", "chain.txt", "--rho", "9"
     )
-    run_script("fast_estimate_forward_selection.py", *here, "--project_dim", "32", *named)
+    run_script("fast_estimate_forward_selection.py", *here, *at, *named)
     run_script("notebook/select_random_ensemble.py", "results/hot/other")
     selected = Path("sampled_tasks/hot-other_forward_selection.txt")
     run_script("scripts/export_selection.py", *here, *named, "--subset_file", selected)
