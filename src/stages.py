@@ -522,12 +522,15 @@ def kept_models(
 
 
 def holds_model(folder: Path, described: dict[str, Any], made_by: str) -> bool:
-    """Whether the very model that is described is kept there, whole."""
+    """Whether the very model that is described is kept there, whole; another one that is there is named."""
     if not (folder / MANIFEST).is_file():
         return False
     found, wanted = read_manifest(folder, made_by), json.loads(json.dumps(described, default=str))
-    is_whole = all((folder / name).is_file() for name in found["files"])
-    return is_whole and all(found.get(name) == value for name, value in wanted.items())
+    if other := [name for name, value in wanted.items() if found.get(name) != value]:
+        shown = f"{other[0]}: found {shorten(found.get(other[0]))}, expected {shorten(wanted[other[0]])}"
+        say_notices([f"{folder} holds a model of another training ({shown}), which is replaced"])
+        return False
+    return all((folder / name).is_file() for name in found["files"])
 
 
 def say_fine_tuned(
@@ -536,6 +539,7 @@ def say_fine_tuned(
     """The last line of fine-tuning: what was written, and of one subset how good it is."""
     print(
         f"Wrote {table.path}: {counted(len(table.frame), 'row')}, losses of {counted(len(data.targets), 'target')} each."
+        + (" Of several subsets no model is kept." if len(subsets) > 1 else "")
     )
     if models:
         print(f"Wrote {', '.join(map(str, models))}: the fine-tuned model" + ("s." if len(models) > 1 else "."))

@@ -414,6 +414,27 @@ def test_rows_of_one_table_are_of_one_training(here: list[str], capsys: pytest.C
         run_script(*command, "--batch_size", "8", "--precision", "bf16")
 
 
+def test_a_model_that_is_replaced_is_named(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    """The subset file has changed since the model was kept under its name."""
+    train = [
+        "custom_train_alpaca.py",
+        *here,
+        "--epochs",
+        "1",
+        "--results_name",
+        "replaced",
+        "--subset_file",
+        "choice.txt",
+    ]
+    for text, replaced in (("0\n", False), ("0\n", False), ("1\n", True)):
+        Path("choice.txt").write_text(text)
+        run_script(*train)
+        said = (
+            "models/choice_run_0 holds a model of another training (subset: found [0], expected [1]), which is replaced"
+        )
+        assert (said in capsys.readouterr().out) == replaced
+
+
 def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
     select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--save_name", "mixed"]
     run_script(*select, "--weights", "--target_task", "goal")
