@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_targets(parser)
     cli.add_estimator(parser, ESTIMATORS, DEFAULT_RHO)
     cli.add_selection(parser, METHODS)
-    cli.add_training(parser, batch_size=8, lr=3e-4, epochs=20)
+    cli.add_training(parser)
     cli.add_generation(parser)
     cli.add_hardware(parser)
     return parser.parse_args(argv)

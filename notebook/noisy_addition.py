@@ -80,7 +80,7 @@ def run(*command: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Data, model, stages, figure."""
-    folder, save = DATA / f"{NAME}_seed_{args.seed}", ("--save_name", NAME)
+    folder, save = DATA / f"{NAME}_seed_{args.seed}", ("--results_name", NAME)
     write_data(folder, args)
     data = (
         "--data_files",

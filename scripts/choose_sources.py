@@ -69,7 +69,6 @@ class Pipeline:
         name: Of the results.
         data: Data and model flags.
         training: Hyperparameters of fine-tuning.
-        training_name: The `--save_name` of meta-training and its gradients, where they have one.
         tasks: Flags that say what a task is.
         train, gradients, regression: The stages' scripts (and what selects the stage in a script).
         seconds: Of each stage so far.
@@ -78,7 +77,6 @@ class Pipeline:
     name: str
     data: str
     training: str
-    training_name: str = ""
     tasks: str = ""
     train: str = "custom_train_alpaca.py"
     gradients: str = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs"
@@ -93,19 +91,18 @@ class Pipeline:
 
     def select(self) -> list[str]:
         """Stages 1 to 4; the names of the tasks."""
-        regression = f"{self.regression} {self.data} {self.tasks} --save_name {self.name}"
-        named = f"--save_name {self.training_name}" if self.training_name else ""
-        self.run("meta_training", f"{self.train} {self.data} {self.training} {named} --stop_after_checkpoints")
-        self.run("gradients", f"{self.gradients} {self.data} {named}")
+        regression = f"{self.regression} {self.data} {self.tasks} --results_name {self.name}"
+        self.run("meta_training", f"{self.train} {self.data} {self.training} --stop_after_checkpoints")
+        self.run("gradients", f"{self.gradients} {self.data}")
         self.run("estimation", f"{regression} --sampled_tasks {subset_file(self.name)}")
-        selection = f"fast_estimate_forward_selection.py {self.data} {self.tasks} --save_name {self.name}"
+        selection = f"fast_estimate_forward_selection.py {self.data} {self.tasks} --results_name {self.name}"
         self.run("forward_selection", selection)
         self.run("random_ensemble", f"notebook/select_random_ensemble.py {results_dir(self.name)}")
         return read_table(results_dir(self.name) / SCORES_FILE).sort_values("task")["name"].tolist()
 
     def fine_tune(self, tasks: Sequence[str], num_halves: int, runs: int = 1) -> dict[str, list[str]]:
         """Stage 5 on nothing, everything, the selections and some random halves: the texts of the subsets of each."""
-        fine_tuning = f"{self.train} {self.data} {self.tasks} {self.training} --runs {runs} --save_name {self.name}"
+        fine_tuning = f"{self.train} {self.data} {self.tasks} {self.training} --runs {runs} --results_name {self.name}"
         self.run("base", f"{fine_tuning} --task_idxes")
         self.run("all_tasks", f"{fine_tuning} --task_idxes all")
         for method in SELECTIONS:
@@ -113,7 +110,7 @@ class Pipeline:
         subsets = {"base": [""], "all_tasks": [subset_text(range(len(tasks)))]}
         if num_halves:  # the first of those that stage 3 has estimated
             halves = subset_file(f"{self.name}_random_halves")
-            drawn = read_subsets(subset_file(self.name), len(tasks))[:num_halves]
+            drawn = read_subsets(subset_file(self.name), len(tasks), tasks)[:num_halves]
             write_subsets(halves, drawn, comment="random halves, to judge estimates by", tasks=tasks)
             self.run("random_halves", f"{fine_tuning} --subset_file {halves}")
             subsets["random_half"] = [subset_text(subset) for subset in drawn]
@@ -206,17 +203,16 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             "several processes would each run every stage; run the stages one by one, or name one of --devices"
         )
-    name = slug(args.save_name or cli.run_from(args, 0).name())
+    name = slug(cli.run_from(args, 0).results_name)
     # every flag whose default may differ from script to script is given
     data_groups = (cli.add_instruction_data, partial(cli.add_model, model_key=""))
-    described = shlex.join(cli.flags_of(args, *data_groups, without=("save_name", "dry_run")))
+    described = shlex.join(cli.flags_of(args, *data_groups, without=("results_name", "dry_run")))
     data = f"{described} {shlex.join(cli.flags_of(args, cli.add_hardware))}"
-    hyperparameters = partial(cli.add_training, batch_size=0, lr=0.0, epochs=0)
-    training = shlex.join(cli.flags_of(args, hyperparameters, without=("runs",)))
+    training = shlex.join(cli.flags_of(args, cli.add_training, without=("runs",)))
     folder = results_dir(name)
     if cli.is_dry_run(args, [*cli.instruction_files(args), *args.target_files, args.model_key], [folder]):
         return
-    pipeline = Pipeline(name, data, training, name if args.save_name else "")
+    pipeline = Pipeline(name, data, training)
     tasks = pipeline.select()
     halves = min(args.halves, math.comb(len(tasks), tasks_in_subset(len(tasks), 0.5)))
     if halves < args.halves or 0 < halves < FEWEST_HALVES:
@@ -225,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
     method = pipeline.best_selection(tasks, subsets)
     (text,) = subsets[method]
     file = subset_file(f"{name}_{method}")
-    pipeline.run("export", f"scripts/export_selection.py {described} --save_name {name} --subset_file {file}")
+    pipeline.run("export", f"scripts/export_selection.py {described} --results_name {name} --subset_file {file}")
     cli.run_command(f"scripts/report.py {folder}")
     pipeline.summarise(tasks, subsets)
     print(

@@ -5,7 +5,7 @@ Writes  results/<name>/selected.jsonl (or .parquet): a row per training row, wit
         results/<name>/mixture.json: rows and sampling weight of each source
 
     python scripts/export_selection.py --data_files data/synthetic/flan.jsonl --model_key data/synthetic/model \\
-        --subset_file sampled_tasks/mine_forward_selection.txt --save_name mine
+        --subset_file sampled_tasks/mine_forward_selection.txt --results_name mine
 """
 
 from __future__ import annotations

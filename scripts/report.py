@@ -131,7 +131,7 @@ def later_commands(folder: Path) -> list[str]:
 
 def page(folder: Path) -> str:
     """The page of a results folder."""
-    manifest = read_manifest(folder, "stage 3 (fast_estimate_linear_regression*.py) with this --save_name")
+    manifest = read_manifest(folder, "stage 3 (fast_estimate_linear_regression*.py) with this --results_name")
     tasks, targets = manifest["tasks"], own_targets(manifest["targets"], manifest["tasks"])
     question = (
         f"Which of {len(tasks)} data sources should {manifest['model_key']} be fine-tuned on for {', '.join(targets)}?"

@@ -139,7 +139,7 @@ def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
 def fine_tuning(world: World, args: argparse.Namespace, benchmark: str) -> str:
     """The command that fine-tunes on subsets, without them."""
     store = f"--project_dim {args.project_dim}" if world.tasks else ""
-    return f"{world.scripts[0]} {world.data} {world.tasks} {store} {world.training} --save_name {world.save_name(benchmark)}"
+    return f"{world.scripts[0]} {world.data} {world.tasks} {store} {world.training} --results_name {world.save_name(benchmark)}"
 
 
 def regression_args(world: World, args: argparse.Namespace, estimator: str) -> argparse.Namespace:

@@ -284,10 +284,12 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """What the results are called, and a look before anything is written."""
+    """What the run and its results are called, and a look before anything is written."""
     group = _group(parser, "run")
-    group.add_argument("--save_name", metavar="NAME", help="name of the results; given to meta-training too, it keeps its "
-                       "folders and gradients apart from others (default: made of model, data and run)")  # fmt: skip
+    group.add_argument("--save_name", metavar="NAME", help="name of the run: given to every stage, it keeps a training, its "
+                       "gradients and results apart from others (default: made of model, data and run)")  # fmt: skip
+    group.add_argument("--results_name", metavar="NAME", help="name of a table of results and of the selections made of it: "
+                       "several may belong to one run (default: --save_name)")  # fmt: skip
     add_dry_run(parser)
 
 
@@ -331,14 +333,25 @@ def _settle_precision(args: argparse.Namespace) -> None:
             say_once(f"note: --precision {typed} is taken as bf16-mixed: weights that are trained stay in 32 bits")
 
 
-def add_training(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, epochs: int) -> None:
-    """How it is trained."""
-    add_batch_size(parser, batch_size, f"rows of a training batch, per device (default: {batch_size})")
+def add_training(
+    parser: argparse.ArgumentParser,
+    *,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    epochs: int | None = None,
+) -> None:
+    """How it is trained; without defaults what is not typed is None, and taken from meta-training."""
+    inherited, of_parent = lr is None, "that of meta-training"
+    add_batch_size(parser, batch_size, f"rows of a training batch, per device (default: {batch_size or of_parent})")
     group = _group(parser, "training")
-    group.add_argument("--accumulate", type=positive_int, default=1, help="batches per optimizer step (default: 1)")
-    group.add_argument("--lr", type=positive_float, default=lr, help=f"learning rate of AdamW (default: {lr:g})")
-    group.add_argument("--weight_decay", type=not_negative, default=0.0, help="weight decay of AdamW (default: 0)")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help=f"passes over the rows (default: {epochs})")
+    group.add_argument("--accumulate", type=positive_int, default=None if inherited else 1, help="batches per optimizer "
+                       f"step (default: {of_parent if inherited else 1})")  # fmt: skip
+    group.add_argument("--lr", type=positive_float, default=lr, help="learning rate of AdamW (default: "
+                       f"{of_parent if lr is None else f'{lr:g}'})")  # fmt: skip
+    group.add_argument("--weight_decay", type=not_negative, default=None if inherited else 0.0, help="weight decay of AdamW "
+                       f"(default: {of_parent if inherited else 0})")  # fmt: skip
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the rows (default: "
+                       f"{epochs or of_parent})")  # fmt: skip
     group.add_argument("--runs", type=positive_int, default=1, help="repetitions, with seeds 0, 1, … (default: 1)")
 
 
@@ -648,6 +661,12 @@ def _is(flag: str, *values: Any) -> Callable[[argparse.Namespace], bool]:
     return lambda args: getattr(args, flag, values[0]) in values
 
 
+def _is_meta_training(args: argparse.Namespace) -> bool:
+    """Whether a training names no subsets."""
+    chosen = [getattr(args, name, None) for name in ("subset_file", "task_weights", "task_idxes")]
+    return hasattr(args, "stop_after_checkpoints") and chosen == [None, None, None]
+
+
 RULES = (
     Rule(("use_qlora", "base_dtype"), _is("train_lora", True),
          "is for a base model that stays as it is; pass --train_lora too, or leave it out", refused=True),
@@ -663,8 +682,11 @@ RULES = (
          "is instruction data, and --dataset_key chain of thought; name one of them", refused=True),
     Rule(("data_files",), _is("train_instruction", False),
          "and --train_instruction, which names files of its own; leave one of them out", refused=True),
+    Rule(("results_name",), lambda args: not _is_meta_training(args), "has no effect in meta-training, which has --save_name"),
+    Rule(("results_name",), _is("compute_pretrained_outputs", False),
+         "has no effect with --compute_pretrained_outputs: gradients are named by --save_name"),
     Rule(("checkpoint_at", "stop_after_checkpoints", "logger"),
-         lambda args: (args.subset_file, args.task_weights, args.task_idxes) == (None, None, None),
+         _is_meta_training,
          "has no effect in fine-tuning on subsets, only in meta-training"),
     Rule(("epochs", "lr", "batch_size", "accumulate", "weight_decay", "runs", "inference_batch_size", "max_new_tokens"),
          lambda args: getattr(args, "refine", True) is not None, "has no effect without --refine"),
@@ -733,6 +755,7 @@ def run_from(args: argparse.Namespace, run: int | None = None) -> Run:
         args.lora_rank if args.train_lora else None,
         args.save_name,
         args.run if run is None else run,
+        args.results_name,
     )
 
 

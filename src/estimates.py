@@ -110,6 +110,7 @@ from src.stages import (
     base_fingerprint,
     cluster_tasks,
     data_source,
+    each_once,
     generation_options,
     load_data,
     make_datamodule,
@@ -306,7 +307,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
         draw_subsets(*drawing)  # refuses what cannot be drawn
     if is_dry_run(args, read, [*drawn, folder / ESTIMATES_FILE, folder / MANIFEST]):
         return
-    subsets = load_or_draw_subsets(path, *drawing, tasks=estimator.tasks)
+    subsets = each_once(load_or_draw_subsets(path, *drawing, tasks=estimator.tasks), path)
     if args.number_of_subsets not in (None, len(subsets)):
         say_notices([f"{path} is there, and its {len(subsets):,} subsets are taken; remove it to draw others"])
     membership = membership_matrix(subsets, len(estimator.tasks))
@@ -338,8 +339,8 @@ def how_trained(table: Path) -> str:
     """The training flags behind a table of fine-tuned values, in brackets; nothing where they are not known."""
     described = table.with_suffix(".json")
     facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-    flags = [f"--{name} {facts[name]}" for name in ("lr", "batch_size", "epochs") if name in facts]
-    return f" (fine-tuned with {' '.join(flags)})" if flags else ""
+    flags = [f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts]
+    return f" (fine-tuned with {', '.join(flags)})" if flags else ""
 
 
 def compare(args: argparse.Namespace) -> pd.DataFrame:
@@ -614,11 +615,44 @@ def refined(
     comment = "candidates of a selection, really fine-tuned"
     write_subsets(candidates, [step.subset for step in steps], comment=comment, tasks=estimator.tasks)
     chosen = {"subset_file": str(candidates), "task_weights": None, "task_idxes": None, "load_model_dir": None}
-    train(argparse.Namespace(**{**vars(args), **chosen}))
+    train(argparse.Namespace(**{**vars(args), **chosen, **inherited_training(args, estimator.meta_training)}))
     table = read_table(results_dir(name) / RESULTS_FILE)
     table["mean"] = mean_over_targets(table, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
     values = table.groupby("subset")["mean"].mean()
     return min((step.subset for step in steps), key=lambda subset: values[subset_text(subset)])
+
+
+def inherited_training(args: argparse.Namespace, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The training flags of `--refine`: those typed, else those in the manifest of meta-training, with as many rows in an
+    optimizer step.
+
+    Raises:
+        ValueError: there is no manifest to take them from, or other flags are not those of meta-training.
+    """
+    recorded = {"lr": "lr", "epochs": "epochs", "batch_size": "rows_per_step"}
+    if missing := [flag for flag, name in recorded.items() if getattr(args, flag) is None and name not in trained]:
+        raise ValueError(
+            f"--refine fine-tunes, and these gradients belong to no meta-training of this project whose flags it could take: "
+            f"pass {' '.join(f'--{name}' for name in missing)}"
+        )
+    names = ("max_length", "max_target_length", "loss_on_prompt", "lora_target_modules", "base_dtype", "use_qlora",
+             "max_new_tokens")  # fmt: skip
+    expected = {name: getattr(args, name) for name in names if name in trained}
+    check_manifest(Path("meta-training"), trained, expected, "Give --refine the flags of meta-training.")
+    found = {"accumulate": 1, "weight_decay": 0.0, **trained}
+    flags = ("lr", "epochs", "batch_size", "accumulate", "weight_decay")
+    values: dict[str, Any] = {
+        name: found.get(name) if getattr(args, name) is None else getattr(args, name) for name in flags
+    }
+    if args.batch_size is None:
+        batches = int(values["accumulate"]) * hardware_from(args).num_processes
+        values["batch_size"], left = divmod(trained["rows_per_step"], batches)
+        if left:
+            raise ValueError(
+                f"meta-training took {trained['rows_per_step']} rows in an optimizer step, which {batches} batches cannot "
+                "share; pass --batch_size"
+            )
+    return values
 
 
 def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estimator: Estimator) -> pd.DataFrame:

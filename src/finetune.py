@@ -25,7 +25,18 @@ from src.cli import Hardware, progress
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
-from src.paths import WEIGHTS, epoch_checkpoint_name, files_facts, os_errors, step_checkpoint_name, write_manifest
+from src.paths import (
+    LOGS,
+    MANIFEST,
+    UNFINISHED,
+    WEIGHTS,
+    epoch_checkpoint_name,
+    files_facts,
+    os_errors,
+    step_checkpoint_name,
+    write_json,
+    write_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,8 @@ class EvaluationProgress(pl.Callback):
 class Checkpoints(pl.Callback):
     """Saves the model at shares of the course and at the epoch of the best validation loss.
 
-    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last.
+    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last. The names of those written so far
+    stand in a file beside them, so that a training that was cut off can be told from what others put there.
 
     Args:
         folder: Where checkpoints go.
@@ -201,10 +213,18 @@ class Checkpoints(pl.Callback):
         self.best: str | None = None
         self.best_loss = float("inf")
         self.losses: list[float] = []  # of every validation
+        self.written: list[str] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         steps = int(trainer.estimated_stepping_batches)
         self.steps = {max(1, round(fraction * steps)) for fraction in self.shares if fraction}
+        names = [step_checkpoint_name(step) for step in (*self.steps, *([0] if 0.0 in self.shares else []))]
+        names += [epoch_checkpoint_name(epoch) for epoch in range(trainer.max_epochs or 0)]
+        if there := [name for name in sorted(names) if (self.folder / name / MANIFEST).is_file()]:
+            raise ValueError(
+                f"{self.folder / there[0]} is not of this training, which may write a checkpoint there; move it elsewhere, or "
+                "choose another --save_name"
+            )
         if 0.0 in self.shares:
             self._save(trainer, module, step_checkpoint_name(0), step=0)
             self.trajectory.append(step_checkpoint_name(0))
@@ -235,6 +255,8 @@ class Checkpoints(pl.Callback):
     def _save(self, trainer: pl.Trainer, module: FineTuning, name: str, **facts: Any) -> None:
         state = state_to_save(module.model) if module.device_mesh is not None else None
         if trainer.is_global_zero:
+            self.written.append(name)
+            write_json(self.folder / UNFINISHED, self.written)
             save_checkpoint(module.model, self.folder / name, {**self.describe, **facts}, state)
         trainer.strategy.barrier()
 
@@ -277,8 +299,8 @@ def make_logger(kind: str, folder: Path) -> Logger | None:
     """
     make = {
         "none": lambda: None,
-        "csv": lambda: CSVLogger(folder, name="logs", version=""),
-        "tensorboard": lambda: TensorBoardLogger(folder, name="logs", version=""),
+        "csv": lambda: CSVLogger(folder, name=LOGS, version=""),
+        "tensorboard": lambda: TensorBoardLogger(folder, name=LOGS, version=""),
         "wandb": lambda: WandbLogger(project="gradex", name=folder.name, save_dir=folder),
     }
     try:

@@ -47,6 +47,8 @@ FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
 ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+LOGS = "logs"
 WEIGHTS = "*.safetensors"
 RESULTS_FILE = "results.csv"
 MODELS = "models"
@@ -123,7 +125,8 @@ def source_names(sources: Iterable[str]) -> dict[str, str]:
 class Run:
     """What the names of a run's artifacts depend on.
 
-    `lora_rank` is None for full fine-tuning; `run` numbers repetitions and is their seed.
+    `lora_rank` is None for full fine-tuning; `save_name` is of the training and its gradients, `table` of results alone;
+    `run` numbers repetitions and is their seed.
     """
 
     model_key: str
@@ -132,6 +135,7 @@ class Run:
     lora_rank: int | None = None
     save_name: str | None = None
     run: int = 0
+    table: str | None = None
 
     def name(self, suffix: str | None = None) -> str:
         """`<model>_<data>[_<preset>][_lora_r_<r>][_<suffix>]_run_<k>`."""
@@ -154,8 +158,8 @@ class Run:
 
     @property
     def results_name(self) -> str:
-        """What `results/` and `sampled_tasks/` call this run: `--save_name`, else its name."""
-        return self.save_name or self.name()
+        """What `results/` and `sampled_tasks/` call this run: `--results_name`, else `--save_name`, else its name."""
+        return self.table or self.save_name or self.name()
 
 
 def results_dir(name: str) -> Path:
@@ -205,6 +209,11 @@ def epoch_checkpoint_name(epoch: int) -> str:
 def step_checkpoint_name(step: int) -> str:
     """A checkpoint on the way of meta-training, by optimizer step: `step_step=40`."""
     return f"step_step={step}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether meta-training gives its checkpoints such names."""
+    return re.fullmatch(r"(epoch_epoch|step_step)=\d+", name) is not None
 
 
 def resolve_checkpoint(load_model_dir: str) -> Path:

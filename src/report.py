@@ -80,9 +80,14 @@ class ResultsTable:
         self.path = path
         manifest = path.with_suffix(".json")
         if path.is_file():
-            found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+            try:
+                found = json.loads(manifest.read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError) as error:
+                raise ValueError(
+                    f"{manifest}, which says what the rows of {path.name} were made from, cannot be read ({error}). {repair}"
+                ) from error
             check_manifest(path, found, facts, repair)
-            self.frame = read_table(path)
+            self.frame = read_table(path, of_subsets=True)
         else:
             self.frame = pd.DataFrame()
             write_json(manifest, facts)
@@ -108,22 +113,49 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 def read_table(path: Path, of_subsets: bool = False) -> pd.DataFrame:
     """Read a table; the `subset` column stays text.
 
+    A table of subsets, whoever wrote it, has these columns, separated by commas:
+
+    - `subset`: ids of the tasks separated by spaces, in any order; empty for the base model.
+    - `run`: the number of the repetition, which is its seed; of the same subset several make a mean.
+    - `validation_loss/<target>` for every target: nats per token. Also `test_loss/<target>` and `test_accuracy/<target>`,
+      where they are known; `estimate/<target>` in a table of estimates.
+
+    `num_rows` and `seconds` are for the reader.
+
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no table, or, with `of_subsets`, has no column `subset`.
+        ValueError: it is no table, or, with `of_subsets`, has no column `subset` or `run`, or a cell is not what it should be.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; the stage that writes it has not run yet")
     # the parser's default is off by a last digit, so that a table that goes on would not be what one run writes
-    options = {"keep_default_na": False, "na_values": ["nan"], "float_precision": "round_trip"}
+    options = {"keep_default_na": False, "na_values": ["nan"], "float_precision": "round_trip", "encoding": "utf-8-sig"}
     try:
         table = pd.read_csv(path, dtype={"subset": str}, **options)
     except (ValueError, pd.errors.ParserError) as error:  # among them wrong encodings and empty files
         raise ValueError(f"{path} cannot be read as a table ({str(error).splitlines()[0]}); make it again") from error
-    if of_subsets and "subset" not in table.columns:
-        raise ValueError(f"{path} has no column 'subset'; expected a table that a stage wrote")
+    if of_subsets:
+        if missing := [name for name in ("subset", "run") if name not in table.columns]:
+            raise ValueError(
+                f"{path} has no column {missing[0]!r}; expected a table that a stage wrote, with commas between columns "
+                f"(its first line is {shorten(','.join(table.columns))!r})"
+            )
+        _check_cells(path, table)
     table.attrs["path"] = str(path)
     return table
+
+
+def _check_cells(path: Path, table: pd.DataFrame) -> None:
+    """Refuse a table of subsets with a cell that is not what its column has; subsets are sorted."""
+    for name in ("subset", *(name for name in table.columns if name == "run" or "/" in name)):
+        if name == "subset":
+            wrong, expected = ~table[name].str.fullmatch(r"\s*(\d+(\s+\d+)*)?\s*"), "task ids separated by spaces"
+        else:
+            wrong, expected = pd.to_numeric(table[name], errors="coerce").isna() & table[name].notna(), "a number"
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(f"{path}, line {row + 2}: {name} is {str(table[name][row])!r}, expected {expected}")
+    table["subset"] = [subset_text(parse_subset(text)) for text in table["subset"]]
 
 
 def columns_of(frame: pd.DataFrame, prefix: str) -> list[str]:

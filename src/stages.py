@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,13 @@ from src.models import (
     state_to_save,
 )
 from src.paths import (
+    LOGS,
     MANIFEST,
     MIXTURE_FILE,
     RESULTS_FILE,
     SELECTED_ROWS,
     TOKENS,
+    UNFINISHED,
     WEIGHTS,
     Run,
     atomic_write,
@@ -88,12 +91,14 @@ from src.paths import (
     check_manifest,
     clusters_file,
     file_fingerprint,
+    is_checkpoint_name,
     locked,
     model_dir,
     prediction_file,
     read_manifest,
     resolve_checkpoint,
     results_dir,
+    shorten,
     write_json,
     write_manifest,
 )
@@ -223,7 +228,8 @@ def held_by_first(*paths: Path) -> contextlib.AbstractContextManager[None]:
 def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple[int, ...]], np.ndarray | None] | None:
     """The subsets that the flags of `add_truth` name, and the tasks' shares (n,) where they name those; None for neither."""
     if args.subset_file is not None:
-        return read_subsets(Path(args.subset_file), len(data.tasks)), None
+        path = Path(args.subset_file)
+        return each_once(read_subsets(path, len(data.tasks), data.tasks), path), None
     if args.task_weights is not None:
         shares = read_task_weights(Path(args.task_weights), data.tasks)
         return [tuple(np.flatnonzero(shares).tolist())], shares
@@ -231,6 +237,14 @@ def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple
         everything = args.task_idxes == [ALL_TASKS]
         return [valid_subset(range(len(data.tasks)) if everything else args.task_idxes, len(data.tasks))], None
     return None
+
+
+def each_once(subsets: Sequence[tuple[int, ...]], path: Path) -> list[tuple[int, ...]]:
+    """The different subsets of a file, in order; a notice counts the lines that say one again."""
+    different = list(dict.fromkeys(subsets))
+    if repeated := len(subsets) - len(different):
+        say_notices([f"{path}: {counted(repeated, 'line')} with a subset that stands there before; each is taken once"])
+    return different
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, int]:
@@ -289,27 +303,36 @@ def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
 
 
 def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
-    """What a training's outcome depends on, besides the rows and the seed."""
-    names = [
+    """What a training's outcome depends on, besides the rows and the seed.
+
+    Of batches and processes only the rows of an optimizer step count, and of precisions the one that this machine takes.
+    ddp and fsdp compute the same.
+    """
+    hardware = hardware_from(args)
+    names = (
         "model_key",
         "lora_alpha",
         "lora_target_modules",
         "lr",
         "weight_decay",
         "epochs",
-        "batch_size",
-        "accumulate",
         "max_length",
         "max_target_length",
         "load_model_dir",
-        "precision",
         "base_dtype",
         "use_qlora",
-    ]
+        *(("max_new_tokens", "letters") if data.judge else ()),
+    )
+    start = (
+        file_fingerprint(sorted(resolve_checkpoint(args.load_model_dir).glob(WEIGHTS))) if args.load_model_dir else None
+    )
     return {
         "data_fingerprint": data.fingerprint,
         "base_fingerprint": base_fingerprint(args),
+        "start_fingerprint": start,
         "lora_rank": args.lora_rank if args.train_lora else None,
+        "rows_per_step": args.batch_size * args.accumulate * hardware.num_processes,
+        "precision": hardware.precision,
         "loss_on_prompt": getattr(args, "loss_on_prompt", False),
         **{name: getattr(args, name) for name in names},
     }
@@ -320,28 +343,26 @@ def meta_train(
 ) -> None:
     """Stage 1: train on every task and keep checkpoints on the way and at the best validation loss."""
     folder = run_from(args, run_index).meta_initialization_dir
-    ways = {"checkpoint_at": args.checkpoint_at, "stop_after_checkpoints": args.stop_after_checkpoints}
-    facts = {**training_facts(args, data), **ways, "run": run_index}
-    repair = "Choose another --save_name, or remove the folder to train it again."
+    facts = {**training_facts(args, data), "checkpoint_at": args.checkpoint_at, "run": run_index}
     if (folder / MANIFEST).is_file():
         found = read_manifest(folder, training_script(args))
-        expected = {name: value for name, value in facts.items() if name != "stop_after_checkpoints"}
-        check_manifest(folder, found, expected, repair)
+        check_manifest(folder, found, facts, "Choose another --save_name, or remove the folder to train it again.")
         if args.stop_after_checkpoints or not found["stop_after_checkpoints"]:  # a whole one has the checkpoints too
+            (folder / UNFINISHED).unlink(missing_ok=True)  # where it was killed after its last line
             say(f"{folder} is there already and fits; nothing to train.")
             return
         say(f"{folder} ended with its last checkpoint; it is trained again, to the end.")
     started = time.perf_counter()
     model = starting_model(args, run_index)
-    if not rank_zero_only.rank and args.load_model_dir is None:
-        shutil.rmtree(folder, ignore_errors=True)  # checkpoints of a training that was cut off
+    if not rank_zero_only.rank:
+        remove_checkpoints(folder, resolve_checkpoint(args.load_model_dir) if args.load_model_dir else None)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
-    described = {"data_fingerprint": data.fingerprint, "run": run_index, "use_qlora": args.use_qlora}
+    described = {name: facts[name] for name in ("data_fingerprint", "run", "use_qlora")}
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
-        callbacks.append(SavePredictions(lambda epoch, completions: write_predictions(args, data, epoch, completions)))
+        callbacks.append(SavePredictions(partial(write_predictions, args, data)))
     logger = make_logger(args.logger, folder)
     fit(model, datamodule, plan, hardware, seed=run_index, callbacks=callbacks, validate=True, logger=logger)
     if rank_zero_only.rank:  # of several processes the first writes, and speaks for all
@@ -354,10 +375,12 @@ def meta_train(
             "best": checkpoints.best,
             "best_validation_loss": checkpoints.best_loss,
             "tasks": list(data.tasks),
+            **{name: getattr(args, name) for name in ("batch_size", "accumulate", "stop_after_checkpoints")},
             **spent(started),
             "command": command_typed(),
         },
     )
+    (folder / UNFINISHED).unlink(missing_ok=True)
     best = f"{checkpoints.best} (best validation loss {checkpoints.best_loss:.3f})"
     kept = ", ".join([*checkpoints.trajectory, *([best] if checkpoints.best else [])])
     if len(checkpoints.losses) > 1 and checkpoints.best_loss > 0.99 * checkpoints.losses[0]:
@@ -367,6 +390,30 @@ def meta_train(
              f"--batch_size {args.batch_size} and --epochs {args.epochs} right for these rows?"]
         )  # fmt: skip
     print(f"Wrote {folder}: {kept}. Next: the projected gradients there (stage 2), with the same data and model flags.")
+
+
+def remove_checkpoints(folder: Path, start: Path | None) -> None:
+    """Remove the checkpoints of an earlier training, cut off or whole, from a run's folder. What others put there stays,
+    and is named; so does the checkpoint to start from."""
+    manifest, unfinished = folder / MANIFEST, folder / UNFINISHED
+    written: list[str] = []
+    if manifest.is_file():
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        written = [*found["trajectory"], *filter(None, [found["best"]])]
+        write_json(unfinished, written)  # before the manifest goes: a kill in between must not leave them unknown
+        manifest.unlink()
+    elif unfinished.is_file():
+        written = json.loads(unfinished.read_text(encoding="utf-8"))
+    others = []
+    for path in sorted(folder.glob("[!.]*")):
+        if start is not None and path.resolve() == start.resolve():
+            continue
+        if path.name in written or (is_checkpoint_name(path.name) and not (path / MANIFEST).is_file()):
+            shutil.rmtree(path)
+        elif path not in (unfinished, folder / LOGS):
+            others.append(path.name)
+    if others:
+        say_notices([f"{folder} holds {shorten(', '.join(others))}, not written by this training; left as it is"])
 
 
 def predictions_file(args: argparse.Namespace, epoch: int) -> Path:
@@ -408,7 +455,7 @@ def fine_tune_subsets(
     facts = training_facts(args, data)
     if task_shares is not None:
         facts["task_shares"] = task_shares.round(6).tolist()
-    table = ResultsTable(folder / RESULTS_FILE, facts, "Choose another --save_name, or remove the file.")
+    table = ResultsTable(folder / RESULTS_FILE, facts, "Choose another --results_name, or remove the file.")
     models = kept_models(args, data, folder, subsets)
     described = [
         {**facts, "kind": "fine-tuned model", "subset": list(subsets[0]), "run": run} for run in range(args.runs)
@@ -466,12 +513,15 @@ def kept_models(
 
 
 def holds_model(folder: Path, described: dict[str, Any], made_by: str) -> bool:
-    """Whether the very model that is described is kept there, whole."""
+    """Whether the very model that is described is kept there, whole; another one that is there is named."""
     if not (folder / MANIFEST).is_file():
         return False
     found, wanted = read_manifest(folder, made_by), json.loads(json.dumps(described, default=str))
-    is_whole = all((folder / name).is_file() for name in found["files"])
-    return is_whole and all(found.get(name) == value for name, value in wanted.items())
+    if other := [name for name, value in wanted.items() if found.get(name) != value]:
+        shown = f"{other[0]}: found {shorten(found.get(other[0]))}, expected {shorten(wanted[other[0]])}"
+        say_notices([f"{folder} holds a model of another training ({shown}), which is replaced"])
+        return False
+    return all((folder / name).is_file() for name in found["files"])
 
 
 def say_fine_tuned(
@@ -480,6 +530,7 @@ def say_fine_tuned(
     """The last line of fine-tuning: what was written, and of one subset how good it is."""
     print(
         f"Wrote {table.path}: {counted(len(table.frame), 'row')}, losses of {counted(len(data.targets), 'target')} each."
+        + (" Of several subsets no model is kept." if len(subsets) > 1 else "")
     )
     if models:
         print(f"Wrote {', '.join(map(str, models))}: the fine-tuned model" + ("s." if len(models) > 1 else "."))
@@ -543,10 +594,14 @@ def export(args: argparse.Namespace) -> None:
 
 def store_dir(args: argparse.Namespace, run: Run) -> Path:
     """The run's store of projected gradients, by the dimension that the flags name: of the meta-training with this
-    `--save_name` where there is one, else of the one without, whose estimates then have that name."""
+    `--save_name` where there is one, else of the one without a name."""
     described = (None if args.projection == "none" else args.project_dim, args.output_function)
     named, plain = run.store_dir(*described), replace(run, save_name=None).store_dir(*described)
-    return named if run.meta_initialization_dir.is_dir() or named.is_dir() else plain
+    if run.save_name is None or run.meta_initialization_dir.is_dir() or named.is_dir():
+        return named
+    say_notices([f"no meta-training is called {run.save_name}: the gradients of the one without a name are taken, and "
+                 "--save_name names the results, as --results_name does"])  # fmt: skip
+    return plain
 
 
 # --- stage 2: gradients --------------------------------------------------------------------------------------

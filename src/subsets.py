@@ -8,7 +8,10 @@ Shapes: N samples, d projection dimension, n tasks, m subsets.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -87,48 +90,98 @@ def draw_subsets(num_subsets: int | None, num_tasks: int, subset_size: float, se
     return list(drawn)
 
 
-def read_subsets(path: Path, num_tasks: int) -> list[Subset]:
-    """The subsets of a text file: task ids separated by spaces, one subset a line.
+def read_subsets(path: Path, num_tasks: int, tasks: Sequence[str] = ()) -> list[Subset]:
+    """The subsets of a text file, one a line: task ids separated by spaces, or names of tasks separated by commas.
 
-    What follows a `#` is a comment; blank lines do not count.
+    What follows a `#` is a comment; blank lines do not count. Where comments say what the tasks are called, as
+    `write_subsets` writes them, the names are compared with those of the data.
+
+    Args:
+        path: The file.
+        num_tasks: n.
+        tasks: The data's names of the tasks; none are compared with the file's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line holds something else, an id out of range or twice, or there is no subset at all.
+        ValueError: a line holds something else, an id out of range or twice, the names in the comments are not the
+            data's, or there is no subset at all.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected a file of task ids, one subset a line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    if tasks:
+        _check_names(path, lines, _shown(tasks))
+    id_of = {name: task for task, name in enumerate(_shown(tasks))}
     subsets = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        seen: set[int] = set()
-        for word in line.split("#")[0].split():
-            if not (word.isascii() and word.isdigit()) or int(word) >= num_tasks:
-                raise ValueError(
-                    f"{path}, line {number}: {word!r} is no task id; expected numbers from 0 to {num_tasks - 1}"
-                )
-            if int(word) in seen:
-                raise ValueError(f"{path}, line {number}: task {word} is named twice")
-            seen.add(int(word))
-        if seen:
-            subsets.append(tuple(sorted(seen)))
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#")[0].split()
+        wrong = [word for word in words if not (word.isascii() and word.isdigit()) or int(word) >= num_tasks]
+        named = [" ".join(part.split()) for part in " ".join(words).split(",")]
+        unknown = [name for name in named if name not in id_of]
+        if wrong and not unknown:
+            subset = [id_of[name] for name in named]
+        elif wrong:
+            first = unknown[0] if len(unknown) < len(named) else wrong[0]
+            names = ", or names of tasks separated by commas" if tasks else ""
+            raise ValueError(
+                f"{path}, line {number}: {first!r} is no task id; expected numbers from 0 to {num_tasks - 1}{names}"
+            )
+        else:
+            subset = [int(word) for word in words]
+        if twice := [task for task in subset if subset.count(task) > 1]:
+            raise ValueError(f"{path}, line {number}: task {twice[0]} is named twice")
+        if subset:
+            subsets.append(tuple(sorted(subset)))
     if not subsets:
         raise ValueError(f"{path} holds no subset; expected task ids separated by spaces, one subset a line")
     return subsets
 
 
 MOST_NAMES = 200
-"""Up to so many tasks a file of subsets says in comments what they are called."""
+"""Up to so many tasks a file of subsets says in comments what they are called, beyond it a hash of all names."""
+
+
+def _shown(tasks: Sequence[str]) -> list[str]:
+    """Names of tasks as a file of subsets has them: on one line."""
+    return [" ".join(name.split()) for name in tasks]
+
+
+def _hashed(names: Sequence[str]) -> str:
+    """The comment that stands for too many names."""
+    return f"{len(names)} tasks, sha256 of their names {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
+
+
+def _check_names(path: Path, lines: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a file whose comments name other tasks than the data has under these ids."""
+    cure = "draw or select the subsets again, or change the ids and remove the comments that name the tasks"
+    for number, line in enumerate(lines, start=1):
+        if found := re.fullmatch(r"\s*#\s*(\d+)\s*=\s*(.*)", line):
+            task, name = int(found[1]), " ".join(found[2].split())
+            if name != (here := names[task] if task < len(names) else None):
+                known = f"{here!r}" if here is not None else f"not among the {len(names)} tasks"
+                raise ValueError(
+                    f"{path}, line {number}: task {task} is {name!r} there, and {known} in the data; {cure}"
+                )
+        elif (found := re.match(r"\s*#\s*(\d+) tasks, sha256", line)) and _hashed(names[: int(found[1])]) not in line:
+            raise ValueError(
+                f"{path}, line {number}: it was written for {int(found[1]):,} tasks, whose names are not those of the "
+                f"data's {len(names):,} tasks; {cure}"
+            )
 
 
 def write_subsets(path: Path, subsets: Iterable[Subset], comment: str = "", tasks: Sequence[str] = ()) -> None:
-    """Write subsets as `read_subsets` reads them, all at once; `comment` becomes the first lines, and where there are not
-    too many the names of the tasks the next.
+    """Write subsets as `read_subsets` reads them, all at once; `comment` becomes the first lines, and the names of the
+    tasks the next.
 
     Raises:
         ValueError: a subset is empty, which a line cannot say.
     """
-    names = [" ".join(name.split()) for name in tasks] if len(tasks) <= MOST_NAMES else []
-    lines = [f"# {line}" for line in (*comment.splitlines(), *(f"{task} = {name}" for task, name in enumerate(names)))]
+    names = _shown(tasks)
+    named = [f"{task} = {name}" for task, name in enumerate(names)] if len(names) <= MOST_NAMES else [_hashed(names)]
+    lines = [f"# {line}" for line in (*comment.splitlines(), *named)]
     for subset in subsets:
         if not subset:
             raise ValueError(f"{path}: an empty subset cannot be written")
@@ -175,13 +228,13 @@ def load_or_draw_subsets(
 ) -> list[Subset]:
     """The subsets of a file, whatever their number; drawn and written to it when it is not there.
 
-    Arguments and errors as in `draw_subsets` and `read_subsets`; `tasks` are names for the file's comments.
+    Arguments and errors as in `draw_subsets` and `read_subsets`; `tasks` are the names of the tasks.
     """
     if not path.exists():
         subsets = draw_subsets(num_subsets, num_tasks, subset_size, seed)
         comment = f"{len(subsets)} random subsets of {num_tasks} tasks, seed {seed}"
         write_subsets(path, subsets, comment=comment, tasks=tasks)
-    return read_subsets(path, num_tasks)
+    return read_subsets(path, num_tasks, tasks)
 
 
 def cluster_samples(rows: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:

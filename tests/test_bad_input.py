@@ -286,7 +286,8 @@ def test_a_script_says_it_on_the_terminal(place: tuple[Path, list[str]]) -> None
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 1
     assert [line for line in ended.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: bad/word.txt, line 1: 'one' is no task id; expected numbers from 0 to 3"
+        "error: bad/word.txt, line 1: 'one' is no task id; expected numbers from 0 to 3, or names of tasks separated "
+        "by commas"
     ]
     assert "Traceback" not in ended.stderr
 

@@ -46,6 +46,10 @@ APPROXIMATION = "fast_estimate_eval_approximation_alpaca.py"
         ("fast_estimate_compute_gradients.py", "--dataset_key gsm8k --row_dtype float16", None),
         ("custom_train_alpaca.py", "--task_idxes --logger csv", "--logger has no effect in fine-tuning on subsets"),
         ("custom_train_alpaca.py", "--logger csv --epochs 3 --lr 0.1", None),
+        ("custom_train_alpaca.py", "--results_name a", "--results_name has no effect in meta-training"),
+        ("custom_train_alpaca.py", "--results_name a --task_idxes", None),
+        (APPROXIMATION, "--results_name a --compute_pretrained_outputs", "--results_name has no effect with --compute"),
+        (SELECT, "--results_name a", None),
     ],
 )
 def test_flags_without_effect_are_named(

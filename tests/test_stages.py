@@ -127,6 +127,43 @@ def test_meta_training_can_end_with_its_checkpoints(here: list[str]) -> None:
     assert manifest["trajectory"] == ["step_step=0", "step_step=4"]
 
 
+def test_meta_training_leaves_alone_what_others_put_into_its_folder(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Files, and checkpoints copied there: they are named, and where it would write over one it does not start. Half a
+    checkpoint and those of a training that was cut off go."""
+    from src import finetune
+
+    (source,) = Path("external_lightning_logs").glob("*_toy_lora_r_4_run_0/step_step=8")
+    run = Path(str(source.parent).replace("toy_lora_r_4_run", "toy_lora_r_4_guest_run"))
+    shutil.copytree(source, run / "step_step=777")
+    (run / "notes.txt").write_text("mine")
+    (run / "step_step=5").mkdir()
+    before = {name: (run / name).read_bytes() for name in files_below(run)}
+    train = ["custom_train_alpaca.py", *here, "--save_name", "guest", "--epochs", "1", "--batch_size", "8"]
+    original = finetune.FineTuning.on_validation_epoch_end
+
+    def cut_off(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(finetune.FineTuning, "on_validation_epoch_end", cut_off)
+    with pytest.raises(ZeroDivisionError):
+        run_script(*train, "--checkpoint_at", "0.5")
+    assert "guest_run_0 holds notes.txt, step_step=777, not written by this training" in capsys.readouterr().out
+    assert (run / "step_step=4" / "manifest.json").is_file() and not (run / "step_step=5").exists()
+    monkeypatch.setattr(finetune.FineTuning, "on_validation_epoch_end", original)
+    run_script(*train, "--checkpoint_at", "0.25")
+    assert {path.name for path in run.iterdir()} == {
+        "manifest.json", "notes.txt", "step_step=777", "step_step=2", "epoch_epoch=0",
+    }  # fmt: skip
+    assert {name: (run / name).read_bytes() for name in before} == before
+    taken = Path(str(run).replace("guest", "taken"))
+    shutil.copytree(source, taken / "epoch_epoch=0")
+    with pytest.raises(ValueError, match=r"taken_run_0/epoch_epoch=0 is not of this training.*--save_name"):
+        run_script(*train, "--save_name", "taken")
+    assert (taken / "epoch_epoch=0" / "manifest.json").read_bytes() == (source / "manifest.json").read_bytes()
+
+
 def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest.CaptureFixture) -> None:
     (store,) = Path("gradients").iterdir()
     parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz"}
@@ -172,9 +209,10 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
     run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled, "--target_task", "goal")
     frame = pd.read_csv("results/toy/estimates.csv", dtype={"subset": str})
     assert frame["subset"].tolist() == ["0 1", "3"] and list(frame.columns) == ["subset", "run", "estimate/goal"]
-    Path("sampled_tasks/toy.txt").write_text("0 1\n2 3\n1 2\n")
+    Path("sampled_tasks/toy.txt").write_text("0 1\n2 3\n1 2\n3 2\n")
     run_script("fast_estimate_linear_regression_alpaca.py", *estimation, *sampled)
 
+    assert pd.read_csv("results/toy/estimates.csv")["subset"].tolist() == ["0 1", "2 3", "1 2"]
     run_script("fast_estimate_eval_approximation_alpaca.py", *estimation, "--scale", "0.05")
     assert Path("results/toy/approximation_error.png").is_file()
     run_script("fast_estimate_forward_selection.py", *estimation)
@@ -280,6 +318,28 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(here: list[str], monkeypat
     pd.testing.assert_frame_equal(whole, cut)
 
 
+def test_a_subset_that_stands_twice_is_trained_once(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from src import stages
+
+    Path("twice.txt").write_text("0 1\n2\n1 0\n2\n")
+    calls: list[object] = []
+    monkeypatch.setattr(stages, "fine_tune_on_subset", lambda *given, **_: calls.append(given[3]) or {"num_rows": 1})
+    run_script("custom_train_alpaca.py", *here, "--subset_file", "twice.txt", "--save_name", "twice", "--epochs", "1")
+    assert calls == [(0, 1), (2,)]
+    assert "twice.txt: 2 lines with a subset that stands there before" in capsys.readouterr().out
+
+
+def test_a_subset_file_of_other_data_is_refused(here: list[str]) -> None:
+    Path("other.txt").write_text("# 0 = down\n# 1 = up a\n1\n")
+    with pytest.raises(ValueError, match=r"other\.txt, line 2: task 1 is 'up a' there, and 'down/2' in the data"):
+        run_script("custom_train_alpaca.py", *here, "--subset_file", "other.txt", "--save_name", "other")
+    stage_3 = ["fast_estimate_linear_regression_alpaca.py", *here, "--project_dim", "32"]
+    with pytest.raises(ValueError, match=r"other\.txt, line 2: task 1 is 'up a' there"):
+        run_script(*stage_3, "--sampled_tasks", "other.txt", "--save_name", "other")
+
+
 def test_selection_for_each_target_and_backward(here: list[str]) -> None:
     """A subset for each target, the same as when that target is asked for alone; rows are kept within a budget."""
     select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32"]
@@ -315,6 +375,73 @@ def test_candidates_are_really_fine_tuned(here: list[str]) -> None:
     results = pd.read_csv("results/refined/results.csv", dtype={"subset": str}).set_index("subset")
     (chosen,) = read_subsets(Path("sampled_tasks/refined_forward_selection.txt"), 4)
     assert results["validation_loss/goal"].idxmin() == " ".join(map(str, chosen))
+
+
+@pytest.mark.parametrize("typed", [[], ["--lr", "5e-3", "--accumulate", "2"]])
+def test_candidates_are_trained_as_the_meta_training_was(here: list[str], typed: list[str]) -> None:
+    """What is typed counts, the rest is what meta-training was given: of the instruction track too, with as many rows in a
+    step."""
+    name = f"as_before_{len(typed)}"
+    select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--results_name", name]
+    run_script(*select, "--refine", "1", "--target_task", "goal", *typed)
+    facts = json.loads(Path(f"results/{name}/results.json").read_text())
+    assert [facts[key] for key in ("epochs", "rows_per_step", "weight_decay")] == [2, 8, 0]
+    assert facts["lr"] == (5e-3 if typed else 1e-2)
+
+
+def test_candidates_without_a_known_meta_training_need_flags(
+    here: list[str], track: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(track[0], tmp_path / "copy", ignore=shutil.ignore_patterns("results"))
+    monkeypatch.chdir(tmp_path / "copy")
+    select = ["fast_estimate_forward_selection.py", *here, "--project_dim", "32", "--refine", "1"]
+    with pytest.raises(
+        ValueError, match=r"max_length: found 512, expected 99\. Give --refine the flags of meta-training"
+    ):
+        run_script(*select, "--max_length", "99")
+    for manifest in Path("external_lightning_logs").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match=r"--refine fine-tunes, .*: pass --epochs --batch_size$"):
+        run_script(*select, "--lr", "1e-3")
+
+
+def test_rows_of_one_table_are_of_one_training(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    """On one device, on several or with accumulated batches: what counts is the number of rows in a step."""
+    Path("one.txt").write_text("0\n1\n")
+    command = ["custom_train_alpaca.py", *here, "--epochs", "1", "--lr", "1e-2", "--subset_file", "one.txt"]
+    command += ["--results_name", "one_training", "--accelerator", "cpu"]
+    run_script(*command, "--batch_size", "8")
+    written = Path("results/one_training/results.csv").read_bytes()
+    four = ["--devices", "0", "1", "2", "3"]
+    for same in (["--batch_size", "4", "--accumulate", "2"], ["--batch_size", "2", *four]):
+        run_script(*command, *same)
+    assert Path("results/one_training/results.csv").read_bytes() == written
+    for other in (["--batch_size", "8", *four], ["--batch_size", "4"], ["--batch_size", "8", "--accumulate", "2"]):
+        with pytest.raises(ValueError, match=r"rows_per_step: found 8, expected \d+.*--results_name"):
+            run_script(*command, *other)
+    with pytest.raises(ValueError, match="precision: found 32-true, expected bf16-mixed"):
+        run_script(*command, "--batch_size", "8", "--precision", "bf16")
+
+
+def test_a_model_that_is_replaced_is_named(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    """The subset file has changed since the model was kept under its name."""
+    train = [
+        "custom_train_alpaca.py",
+        *here,
+        "--epochs",
+        "1",
+        "--results_name",
+        "replaced",
+        "--subset_file",
+        "choice.txt",
+    ]
+    for text, replaced in (("0\n", False), ("0\n", False), ("1\n", True)):
+        Path("choice.txt").write_text(text)
+        run_script(*train)
+        said = (
+            "models/choice_run_0 holds a model of another training (subset: found [0], expected [1]), which is replaced"
+        )
+        assert (said in capsys.readouterr().out) == replaced
 
 
 def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
@@ -477,26 +604,44 @@ def test_losses_are_logged_where_asked(here: list[str]) -> None:
         run_script("custom_train_alpaca.py", *here, *training, "--save_name", "other", "--logger", "wandb")
 
 
-def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str]) -> None:
-    """Two meta-trainings of the same data and model have a store each; estimates under a third name use the unnamed one."""
+def test_gradients_belong_to_the_meta_training_of_their_name(here: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Two meta-trainings of the same data and model have a store each; estimates under a third name use the unnamed one,
+    and say so. A second table of the named one has a name of its own."""
     small = ["--epochs", "1", "--batch_size", "8", "--checkpoint_at", "1.0"]
     run_script("custom_train_alpaca.py", *here, *small, "--lr", "5e-2", "--save_name", "hot")
-    at = ["--project_dim", "32", "--number_of_subsets", "3"]
+    at = ["--project_dim", "32"]
+    Path("chain.txt").write_text("0 1\n1 2\n2 3\n")
     run_script(
         "fast_estimate_eval_approximation_alpaca.py",
         "--compute_pretrained_outputs",
         *here,
-        *at[:2],
+        *at,
         "--save_name",
         "hot",
     )
     tables = {}
     for name in ("hot", "cool"):
-        drawn = ["--sampled_tasks", "three.txt", "--save_name", name]
+        drawn = ["--sampled_tasks", "chain.txt", "--save_name", name]
         run_script("fast_estimate_linear_regression_alpaca.py", *here, *at, *drawn)
         manifest = json.loads(Path(f"results/{name}/manifest.json").read_text())
         tables[name] = len(manifest["checkpoints"])
     assert tables == {"hot": 1, "cool": 2}
+    assert "no meta-training is called cool" in capsys.readouterr().out
+    named = ["--save_name", "hot", "--results_name", "hot/other"]
+    before = Path("results/hot/estimates.csv").read_bytes()
+    run_script(
+        "fast_estimate_linear_regression_alpaca.py", *here, *at, *named, "--sampled_tasks", "chain.txt", "--rho", "9"
+    )
+    run_script("fast_estimate_forward_selection.py", *here, *at, *named)
+    run_script("notebook/select_random_ensemble.py", "results/hot/other")
+    selected = Path("sampled_tasks/hot-other_forward_selection.txt")
+    run_script("scripts/export_selection.py", *here, *named, "--subset_file", selected)
+    run_script("custom_train_alpaca.py", *here, *small, *named, "--subset_file", selected)
+    assert {"estimates.csv", "selection.csv", "scores.csv", "selected.jsonl", "results.csv"} <= files_below(
+        Path("results/hot/other")
+    )
+    assert Path("results/hot/estimates.csv").read_bytes() == before
+    assert "no meta-training" not in capsys.readouterr().out
     (store,) = Path("gradients").glob("*_hot_dim_32_run_0")
     (plain,) = set(Path("gradients").glob("*_dim_32_run_0")) - {store}
     (part,) = store.iterdir()

@@ -137,6 +137,12 @@ def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str
     for method in ("forward_selection", "random_ensemble"):
         run_script("custom_train.py", *fine_tuning, "--subset_file", f"sampled_tasks/toy_{method}.txt")
     results = pd.read_csv("results/toy/results.csv", dtype={"subset": str})
+    for other, name in (("--max_new_tokens", "max_new_tokens"), ("--letters", "letters")):
+        value = "5" if name == "max_new_tokens" else "published"
+        with pytest.raises(ValueError, match=f"{name}: found .*--results_name"):
+            run_script(
+                "custom_train.py", *fine_tuning, other, value, "--subset_file", "sampled_tasks/toy_random_ensemble.txt"
+            )
     metrics = [f"{split}_{metric}/addsub" for split in ("validation", "test") for metric in ("loss", "accuracy")]
     assert list(results.columns) == ["subset", "run", "num_rows", *metrics, "seconds"]
     for subset, rows in zip(results["subset"], results["num_rows"], strict=True):

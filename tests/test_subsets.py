@@ -91,6 +91,46 @@ def test_an_edited_file_is_read(tmp_path: Path) -> None:
     assert read_subsets(path, 4) == [(1, 3), (0, 2)]
 
 
+@pytest.mark.parametrize("names", [["law", "medicine", "poetry"], [f"topic {task:03d}" for task in range(300)]])
+def test_a_file_names_its_tasks(tmp_path: Path, names: list[str]) -> None:
+    """Ids of other data are refused, of data that only has more tasks at its end they are read; a hash stands for many names."""
+    path = tmp_path / "subsets.txt"
+    write_subsets(path, [(1,), (0, 2)], comment="forward selection", tasks=names)
+    assert read_subsets(path, len(names), names) == [(1,), (0, 2)]
+    assert read_subsets(path, len(names) + 1, [*names, "tort"]) == [(1,), (0, 2)]
+    for other in (["biology", *names], names[:-1], [*names[:-1], "other"]):
+        with pytest.raises(ValueError, match=r"subsets\.txt, line \d+: .*select the subsets again") as refused:
+            read_subsets(path, len(other), other)
+        known = f"task {[n != o for n, o in zip(names, [*other, None], strict=False)].index(True)} is "
+        assert len(names) > 200 or known in str(refused.value)
+    assert len(path.read_text().splitlines()) < 10
+
+
+def test_both_names_of_a_task_are_said(tmp_path: Path) -> None:
+    """With the spaces that another editor left."""
+    path = tmp_path / "subsets.txt"
+    path.write_bytes(b"\xef\xbb\xbf  #  0  =  law  \r\n#1=medicine\r\n 1  # the good one\r\n")
+    assert read_subsets(path, 2, ["law", "medicine"]) == [(1,)]
+    with pytest.raises(ValueError, match="line 1: task 0 is 'law' there, and 'biology' in the data; draw or select"):
+        read_subsets(path, 3, ["biology", "law", "medicine"])
+    with pytest.raises(ValueError, match="line 2: task 1 is 'medicine' there, and not among the 1 tasks in the data"):
+        read_subsets(path, 1, ["law"])
+    path.write_text("0 1\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"subsets\.txt is not UTF-8 text"):
+        read_subsets(path, 2)
+
+
+def test_tasks_can_be_typed_by_name(tmp_path: Path) -> None:
+    """Separated by commas; numbers are ids."""
+    path = tmp_path / "subsets.txt"
+    path.write_text("poetry,  case  law # mine\n2\n1\n2019\n")
+    names = ["2", "2019", "case law", "poetry"]
+    assert read_subsets(path, 4, names) == [(2, 3), (2,), (1,), (1,)]
+    path.write_text("poetry, prose\n")
+    with pytest.raises(ValueError, match=r"line 1: 'prose' is no task id; .* 0 to 3, or names of tasks separated by"):
+        read_subsets(path, 4, names)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -5,7 +5,7 @@ for set in "${sets[@]}"; do
     choose "$set"
     meta_train
     take_gradients
-    run fast_estimate_eval_approximation_alpaca.py "${data[@]}" "${store[@]}" --save_name "$results/$set" \
+    run fast_estimate_eval_approximation_alpaca.py "${data[@]}" "${store[@]}" --results_name "$results/$set" \
         --scale 0.02 0.04 0.06 0.08 0.10 --seed 0 1 2
 done
 render "${sets[@]}"

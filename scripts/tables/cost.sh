@@ -5,11 +5,11 @@ for set in "${sets[@]}"; do
     choose "$set"
     meta_train
     take_gradients
-    run $regression "${data[@]}" "${store[@]}" "${tasks[@]}" --save_name "$results/$set" --number_of_subsets "$subsets" \
+    run $regression "${data[@]}" "${store[@]}" "${tasks[@]}" --results_name "$results/$set" --number_of_subsets "$subsets" \
         --sampled_tasks "sampled_tasks/$results-$set.txt"
-    run $regression "${data[@]}" "${store[@]}" "${tasks[@]}" --save_name "$results/$set-truth" --number_of_subsets 3 \
+    run $regression "${data[@]}" "${store[@]}" "${tasks[@]}" --results_name "$results/$set-truth" --number_of_subsets 3 \
         --sampled_tasks "sampled_tasks/$results-$set-truth.txt"
-    run $train "${data[@]}" "${tasks[@]}" ${tasks:+"${store[@]}"} "${training[@]}" --save_name "$results/$set" \
+    run $train "${data[@]}" "${tasks[@]}" ${tasks:+"${store[@]}"} "${training[@]}" --results_name "$results/$set" \
         --subset_file "sampled_tasks/$results-$set-truth.txt"
 done
 render "${sets[@]}"
