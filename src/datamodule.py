@@ -320,6 +320,15 @@ class TaskDataModule(pl.LightningDataModule):
         """Tokens of each sample, prompt and completion together, (N,)."""
         return self.tokens.prompts.lengths + self.tokens.completions.lengths
 
+    @cached_property
+    def target_tokens(self) -> np.ndarray:
+        """Number of tokens that each sample contributes to the loss, (N,)."""
+        if self.kind != "decoder":
+            return self.tokens.completions.lengths
+        # the first token of a decoder's row is predicted by nothing
+        ignored = 1 if self.loss_on_prompt else np.maximum(1, self.tokens.prompts.lengths)
+        return self.row_lengths - ignored
+
     def by_length(self, indices: np.ndarray) -> np.ndarray:
         """The sample indices, longest row first (an oversized batch fails at once); ties by index."""
         return indices[np.lexsort((indices, -self.row_lengths[indices]))]

@@ -118,7 +118,15 @@ from src.stages import (
     train,
     valid_subset,
 )
-from src.subsets import draw_subsets, load_or_draw_subsets, membership_matrix, write_subsets, write_task_weights
+from src.subsets import (
+    DEFAULT_SUBSET_SIZE,
+    draw_subsets,
+    load_or_draw_subsets,
+    membership_matrix,
+    tasks_in_subset,
+    write_subsets,
+    write_task_weights,
+)
 
 
 class Estimator:
@@ -150,18 +158,20 @@ class Estimator:
             )
         by_kernel = kernel_is_smaller(manifest["num_rows"], manifest["dim"]) and not kind.needs_outers
         use_rows = kind.needs_rows or by_kernel
+        weight_by = args.weight_by or self.stored[0].weight_by
         self.parts: list[Part] = [
             part.estimation_part(
                 task_of_row,
                 len(self.tasks),
                 self.division or "tasks",
+                weight_by=weight_by,
                 by_rows=use_rows,
                 represented=kind.represented,
             )
             for part in self.stored
         ]
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
-        self.options = {"estimator": args.estimator, "rho": args.rho, "weight_by": args.weight_by}
+        self.options = {"estimator": args.estimator, "rho": args.rho}
 
     def __call__(
         self, membership: np.ndarray, targets: Sequence[int] | None = None, rho: float | None = None
@@ -201,6 +211,7 @@ class Estimator:
             "tasks": self.tasks,
             "checkpoints": [part.manifest["checkpoint_fingerprint"] for part in self.stored],
             **self.options,
+            "weight_by": self.parts[0].weight_by,
             "ranks_only": self.ranks_only,
         }
 
@@ -301,14 +312,14 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     folder = results_dir(estimator.run.results_name)
     drawn = [] if path.exists() else [path]
     read = [part.folder for part in estimator.stored] + ([] if drawn else [path])
-    drawing = (args.number_of_subsets, len(estimator.tasks), args.subset_size, estimator.run.run)
+    size = args.subset_size or DEFAULT_SUBSET_SIZE
+    drawing = (args.number_of_subsets, len(estimator.tasks), size, estimator.run.run)
     if args.dry_run and drawn:
         draw_subsets(*drawing)  # refuses what cannot be drawn
     if is_dry_run(args, read, [*drawn, folder / ESTIMATES_FILE, folder / MANIFEST]):
         return
     subsets = load_or_draw_subsets(path, *drawing, tasks=estimator.tasks)
-    if args.number_of_subsets not in (None, len(subsets)):
-        say_notices([f"{path} is there, and its {len(subsets):,} subsets are taken; remove it to draw others"])
+    say_other_subsets(args, path, subsets, len(estimator.tasks))
     membership = membership_matrix(subsets, len(estimator.tasks))
     tables = {ESTIMATE: estimator(membership, columns)}
     if truth is not None:
@@ -332,6 +343,19 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
         f"{counted(len(columns), 'target')} in {time.perf_counter() - started:.1f} s. Next: "
         f"fast_estimate_forward_selection.py with the same flags, or python notebook/select_random_ensemble.py {folder}"
     )
+
+
+def say_other_subsets(args: argparse.Namespace, path: Path, subsets: Sequence[tuple[int, ...]], num_tasks: int) -> None:
+    """Say where a file that is there holds other subsets than the flags ask for: the file is taken."""
+    sizes = sorted({len(subset) for subset in subsets})
+    asked = []
+    if args.number_of_subsets not in (None, len(subsets)):
+        asked.append(f"holds {len(subsets):,} subsets, and --number_of_subsets asks for {args.number_of_subsets:,}")
+    if args.subset_size and sizes != [tasks_in_subset(num_tasks, args.subset_size)]:
+        found = counted(sizes[0], "task") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tasks"
+        wanted = tasks_in_subset(num_tasks, args.subset_size)
+        asked.append(f"holds subsets of {found}, and --subset_size {args.subset_size:g} asks for {wanted}")
+    say_notices(f"{path} {what}; the file is taken, remove it to draw others" for what in asked)
 
 
 def how_trained(table: Path) -> str:
@@ -569,9 +593,7 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
             title=title, references=references[0], ranks_only=estimator.ranks_only,
         )  # fmt: skip
     if args.weights:
-        shares, course = mixture_weights(
-            estimator.parts, columns, rho=args.rho, weight_by=args.weight_by, progress=progress
-        )
+        shares, course = mixture_weights(estimator.parts, columns, rho=args.rho, progress=progress)
         written.append(weights_file(name))
         write_task_weights(written[-1], estimator.tasks, shares)
         print(f"Mixture weights: estimate {course[0]:.4f} with equal weights, {course.min():.4f} with these.")

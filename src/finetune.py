@@ -30,17 +30,20 @@ from src.paths import WEIGHTS, epoch_checkpoint_name, files_facts, os_errors, st
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long and how fast. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation."""
+    """How long and how fast. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation, and
+    `loss_over` is what a batch's loss is the mean over: its target tokens ("token"), or the mean losses of its rows ("row").
+    """
 
     epochs: int
     lr: float
     weight_decay: float = 0.0
     accumulate: int = 1
     max_new_tokens: int = 256
+    loss_over: str = "token"
 
 
 class FineTuning(pl.LightningModule):
-    """AdamW with a constant learning rate on the mean loss of a batch's target tokens.
+    """AdamW with a constant learning rate on the mean loss of a batch.
 
     Validation and test record the mean loss of every sample they see (`losses`, (N,), NaN where not seen) and,
     where completions can be judged, what is generated for its prompt (`completions`, by sample index). Under
@@ -59,8 +62,11 @@ class FineTuning(pl.LightningModule):
             self.model.shard(self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits, labels, _ = self.model.target_logits(batch)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+        logits, labels, rows = self.model.target_logits(batch)
+        if self.plan.loss_over == "row":
+            loss = per_sample_loss(logits, labels, rows, len(batch["labels"])).mean()
+        else:
+            loss = nn.functional.cross_entropy(logits.float(), labels)
         if not loss.isfinite():
             self._stop_at(batch["sample_index"], f"the training loss is {float(loss.detach())}")
         self.log("train_loss", loss.detach())

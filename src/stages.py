@@ -189,7 +189,9 @@ def train(args: argparse.Namespace) -> None:
     """Meta-training on all tasks, or fine-tuning on the subsets that the flags name."""
     data = load_data(args)
     hardware = hardware_from(args)
-    plan = TrainingPlan(args.epochs, args.lr, args.weight_decay, args.accumulate, **generation_options(args))
+    plan = TrainingPlan(
+        args.epochs, args.lr, args.weight_decay, args.accumulate, **generation_options(args), loss_over=args.loss_over
+    )
     if getattr(args, "load_clusters", False):
         data = clusters_as_tasks(args, data)
     chosen = chosen_subsets(args, data)
@@ -306,6 +308,7 @@ def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
         "epochs",
         "batch_size",
         "accumulate",
+        "loss_over",
         "max_length",
         "max_target_length",
         "load_model_dir",
@@ -345,7 +348,9 @@ def meta_train(
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
     say_plan(plan_training(model, datamodule, hardware, args.batch_size))
-    described = {"data_fingerprint": data.fingerprint, "run": run_index, "use_qlora": args.use_qlora}
+    described = {
+        "data_fingerprint": data.fingerprint, "run": run_index, "use_qlora": args.use_qlora, "loss_over": args.loss_over
+    }  # fmt: skip
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
@@ -659,6 +664,7 @@ class GradientPasses:
             model = placed(model_at(args, folder), processes)
             check_adapter(args, model, folder)
             datamodule = self.datamodule = self.datamodule or make_datamodule(args, self.data, model)
+            self.samples["target_tokens"] = datamodule.target_tokens[self.rows]
             dim = None if args.projection == "none" else args.project_dim
             projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
             if not self.planned and not (self.store / folder.name).is_dir():
@@ -775,8 +781,9 @@ class GradientPasses:
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
         else:
-            step = read_manifest(checkpoint, training_script(self.args)).get("step", -1)
-            facts = {"step": step, "checkpoint_dir": str(checkpoint), **spent(started), "command": command_typed()}
+            trained = read_manifest(checkpoint, training_script(self.args))
+            known = {"step": trained.get("step", -1), "loss_over": trained.get("loss_over", "token")}
+            facts = {**known, "checkpoint_dir": str(checkpoint), **spent(started), "command": command_typed()}
             names = {"tasks": list(data.tasks), "targets": list(data.targets)}
             writer.finish({**names, **facts, "data_source": data_source(self.args)})
         signs = writer.folder / PROJECTION_SIGNS
