@@ -83,6 +83,8 @@ class FineTuning(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if "labels" not in batch:
+            if self.trainer.sanity_checking:  # before training only losses are wanted
+                return
             texts = self.model.generate(batch, self.plan.max_new_tokens)
             self.completions.update(zip(batch["sample_index"].tolist(), texts, strict=True))
             return
@@ -108,7 +110,7 @@ class FineTuning(pl.LightningModule):
         seen[seen == float("-inf")] = float("nan")
         self.losses = seen.numpy()
         self.log("val_loss", float(np.nanmean(self.losses)), rank_zero_only=True)
-        if self.data.judge is not None:
+        if self.data.judge is not None and not self.trainer.sanity_checking:
             self.completions = join_completions(self.trainer, self.completions)
             correct = [correct_of(self.data, index, text) for index, text in self.completions.items()]
             self.log("val_accuracy", float(np.mean(correct)), rank_zero_only=True)
@@ -190,7 +192,9 @@ class EvaluationProgress(pl.Callback):
 class Checkpoints(pl.Callback):
     """Saves the model at shares of the course and at the epoch of the best validation loss.
 
-    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last.
+    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last. `validation_losses` says how
+    good the model was before training ("base") and at the last validation ("last", by target; "last_step"), and whether
+    that was the end of the whole training.
 
     Args:
         folder: Where checkpoints go.
@@ -207,6 +211,7 @@ class Checkpoints(pl.Callback):
         self.best: str | None = None
         self.best_loss = float("inf")
         self.losses: list[float] = []  # of every validation
+        self.validation_losses: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         steps = int(trainer.estimated_stepping_batches)
@@ -226,10 +231,15 @@ class Checkpoints(pl.Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
-        loss = float(np.nanmean(module.losses))
+        loss, by_target = float(np.nanmean(module.losses)), target_losses(module.data, module.losses)
+        if trainer.sanity_checking:
+            self.validation_losses["base"] = by_target
+            return
         if trainer.state.fn != "fit":
             return
         self.losses.append(loss)
+        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        self.validation_losses |= {"last": by_target, "last_step": step, "whole": step >= steps}
         if loss >= self.best_loss:
             return
         replaced, self.best = self.best, epoch_checkpoint_name(trainer.current_epoch)
@@ -252,7 +262,7 @@ class SavePredictions(pl.Callback):
         self.write = write
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.sanity_checking:
             self.write(trainer.current_epoch, module.completions)
 
 
@@ -306,7 +316,7 @@ def build_trainer(
         hardware: Resolved hardware flags.
         plan: The training; None for evaluation only.
         callbacks: What else happens on the way.
-        validate: Whether every epoch ends with a validation.
+        validate: Whether training begins, and every epoch ends, with a validation.
         logger: Where losses are logged, if anywhere.
     """
     return pl.Trainer(
@@ -319,7 +329,7 @@ def build_trainer(
         accumulate_grad_batches=plan.accumulate if plan else 1,
         callbacks=[*callbacks, EvaluationProgress()],
         limit_val_batches=1.0 if validate or plan is None else 0,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1 if validate else 0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -385,20 +395,26 @@ def evaluate(
     return Evaluation(losses, completions)
 
 
+def target_losses(data: TaskData, losses: np.ndarray, split: str = "validation") -> dict[str, float]:
+    """Mean of the losses (N,) over each target's rows of a split."""
+    held_out = data.indices(split)
+    rows_of = {name: held_out[data.target_of_sample[held_out] == target] for target, name in enumerate(data.targets)}
+    return {name: float(np.mean(losses[rows])) for name, rows in rows_of.items() if len(rows)}
+
+
 def target_metrics(data: TaskData, evaluation: Evaluation, splits: Sequence[str]) -> dict[str, float]:
     """Mean loss of each target, `<split>_loss/<target>`, and where completions are judged its accuracy,
     `<split>_accuracy/<target>`."""
     metrics = {}
     for split in splits:
-        held_out = data.indices(split)
-        for position, target in enumerate(data.targets):
-            rows = held_out[data.target_of_sample[held_out] == position]
-            if not len(rows):
-                continue
-            metrics[f"{split}_loss/{target}"] = float(np.mean(evaluation.losses[rows]))
-            if data.judge is not None:
-                correct = [correct_of(data, index, evaluation.completions[index]) for index in rows.tolist()]
-                metrics[f"{split}_accuracy/{target}"] = float(np.mean(correct))
+        for target, loss in target_losses(data, evaluation.losses, split).items():
+            metrics[f"{split}_loss/{target}"] = loss
+        if data.judge is not None:
+            correct = np.full(len(data), np.nan)
+            for index in data.indices(split).tolist():
+                correct[index] = correct_of(data, index, evaluation.completions[index])
+            for target, accuracy in target_losses(data, correct, split).items():
+                metrics[f"{split}_accuracy/{target}"] = accuracy
     return metrics
 
 

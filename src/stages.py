@@ -242,7 +242,7 @@ def chosen_subsets(args: argparse.Namespace, data: TaskData) -> tuple[list[tuple
     return None
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, int]:
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Flags that only a track with generated answers has."""
     return {"max_new_tokens": args.max_new_tokens} if hasattr(args, "max_new_tokens") else {}
 
@@ -366,6 +366,7 @@ def meta_train(
             "trajectory": checkpoints.trajectory,
             "best": checkpoints.best,
             "best_validation_loss": checkpoints.best_loss,
+            "validation_losses": checkpoints.validation_losses,
             "tasks": list(data.tasks),
             **spent(started),
             "command": command_typed(),
