@@ -41,6 +41,8 @@ TARGETS = ("common_gen_Given_concepts_type_1", "kilt_tasks_hotpotqa_complex_ques
 def short_rows(flan: Path, alpaca: Path, max_characters: int) -> Iterator[tuple[str, str, str]]:
     """Task, prompt and answer of every row of at most so many characters, in the files' order."""
     frame = read_pickle(alpaca)
+    if isinstance(frame, dict):
+        raise ValueError(f"{alpaca} holds no rows, expected a frame of skill, instruction, input and output")
     rows = [json.loads(line) for line in flan.read_text(encoding="utf-8").splitlines() if line.strip()]
     texts = [(row["_task_name"], row["inputs"], row["targets"]) for row in rows]
     for row in frame.fillna("").to_dict("records"):

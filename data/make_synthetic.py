@@ -15,6 +15,7 @@ Writes  <output_dir>/
 
     python data/make_synthetic.py
     python data/make_synthetic.py --seed 1 --num_tasks 30 --output_dir data/synthetic_30
+    python data/make_synthetic.py --joined 4 --output_dir data/synthetic_joined     # answers of different lengths
 """
 
 from __future__ import annotations
@@ -129,20 +130,22 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A task to choose or not: a skill, and the share of its answers that are wrong."""
+    """A task to choose or not: a skill, the share of its answers that are wrong, and how many words a row asks for."""
 
     name: str
     skill: str
     wrong_share: float
+    words_per_row: int = 1
 
 
 def plan_sources(
-    rng: np.random.Generator, num_tasks: int, noise: Sequence[float], num_target_skills: int
+    rng: np.random.Generator, num_tasks: int, noise: Sequence[float], num_target_skills: int, joined: int = 1
 ) -> tuple[list[Source], list[str]]:
     """The sources, and the skills of the target.
 
     Skills are drawn at random, just as many as give each a source for every share in `noise`; the first of them make
     the target. `reverse_clean_a` and `reverse_noisy50_b` teach one skill, half of the second's answers being wrong.
+    Every other source asks for `joined` words in a row.
 
     Raises:
         ValueError: too few or too many sources for the skills there are.
@@ -160,7 +163,9 @@ def plan_sources(
         skill, copy = skills[position % num_skills], position // num_skills
         wrong_share = noise[copy % len(noise)]
         quality = f"noisy{100 * wrong_share:g}" if wrong_share else "clean"
-        sources.append(Source(f"{skill}_{quality}_{LETTERS[copy]}", skill, wrong_share))
+        words_per_row = joined if (position + copy) % 2 else 1
+        size = f"_x{words_per_row}" if words_per_row > 1 else ""
+        sources.append(Source(f"{skill}_{quality}_{LETTERS[copy]}{size}", skill, wrong_share, words_per_row))
     return sources, skills[:num_target_skills]
 
 
@@ -190,9 +195,9 @@ def source_rows(rng: np.random.Generator, source: Source, num_rows: int, words: 
     instruction, rewrite = SKILLS[source.skill]
     rows = []
     for is_wrong in rng.permutation(num_rows) < round(source.wrong_share * num_rows):
-        word = next(words)
-        answer = rewrite(word)
-        rows.append(Row(source.name, instruction, word, misspell(rng, answer, 1.0) if is_wrong else answer))
+        asked = [next(words) for _ in range(source.words_per_row)]
+        answers = [misspell(rng, rewrite(word), 1.0) if is_wrong else rewrite(word) for word in asked]
+        rows.append(Row(source.name, instruction, " ".join(asked), " ".join(answers)))
     return rows
 
 
@@ -255,6 +260,7 @@ def pretraining_batches(
     batch_size: int,
     typo_rows: float,
     seen: set[str],
+    joined: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """`num_steps` batches (B, T) of all skills in both layouts, on words not in `seen`; answers make the loss.
 
@@ -265,8 +271,9 @@ def pretraining_batches(
     for step in range(num_steps):
         prompts, answers = [], []
         for i in rng.integers(len(skills), size=batch_size):
-            word = next(words)
-            row = Row(TARGET, skills[i].instruction, word, skills[i].rewrite(word))
+            asked = [next(words) for _ in range(joined if joined > 1 and rng.random() < 0.5 else 1)]
+            answer = " ".join(map(skills[i].rewrite, asked))
+            row = Row(TARGET, skills[i].instruction, " ".join(asked), answer)
             in_flan, has_typos = rng.random(2) < (0.5, typo_rows if step >= CLEAN_SHARE * num_steps else 0.0)
             prompts.append(f"{row.flan['inputs']}\n" if in_flan else row.alpaca["text"].removesuffix(row.answer))
             answers.append(misspell(rng, row.answer, TYPO_SHARE) if has_typos else row.answer)
@@ -291,6 +298,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="rows of each source (default: 80)")
     group.add_argument("--noise", type=cli.share, nargs="+", default=[0.0, 0.5, 1.0], metavar="SHARE", help="shares of "
                        "wrong answers; the sources of a skill take one after the other (default: 0 0.5 1)")  # fmt: skip
+    group.add_argument("--joined", type=cli.positive_int, default=1, metavar="WORDS", help="every other source asks for so "
+                       "many words in a row, so that answers differ in length (default: 1)")  # fmt: skip
     group.add_argument(
         "--num_target_skills", type=cli.positive_int, default=3, help="skills of the target (default: 3)"
     )
@@ -308,7 +317,7 @@ def main(args: argparse.Namespace) -> None:
     if base.nothing_to_do(args):
         return
     data_rng, pretraining_rng = np.random.default_rng(args.seed).spawn(2)  # the data do not depend on the model
-    sources, target_skills = plan_sources(data_rng, args.num_tasks, args.noise, args.num_target_skills)
+    sources, target_skills = plan_sources(data_rng, args.num_tasks, args.noise, args.num_target_skills, args.joined)
     seen: set[str] = set()
     words = draw_words(data_rng, seen)
     rows = [row for source in sources for row in source_rows(data_rng, source, args.rows_per_task, words)]
@@ -331,6 +340,7 @@ def main(args: argparse.Namespace) -> None:
             batch_size=args.pretrain_batch_size,
             typo_rows=args.typo_rows,
             seen=seen,
+            joined=args.joined,
         )
         base.pretrain_and_save(model, tokenizer, batches, args, folder / "model")
     output_dir = Path(args.output_dir)

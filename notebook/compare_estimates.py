@@ -2,7 +2,8 @@
 
 For every target Spearman's correlation over subsets (the linear datamodeling score) with a bootstrap interval, Pearson's,
 the mean relative and the squared relative error, each beside a constant, the base model and training on all tasks (where the truth has
-them), the predictor that only knows whether the target's own task is in the subset, and the noise ceiling.
+them), the predictor that only knows whether the target's own task is in the subset, and the attainable
+maximum: how well any estimate could rank the mean of the runs, as far as these differ.
 
 Reads   results/<name>/estimates.csv, results/<name>/results.csv
 Writes  comparison.csv and comparison.png beside the estimates

@@ -44,6 +44,7 @@ from src.report import (
 )
 from src.subsets import load_or_draw_subsets, membership_matrix
 
+ATTAINABLE = ("attainable", "attainable_low", "attainable_high")
 worlds = cli.load_script("scripts/worlds.py")
 
 
@@ -96,13 +97,14 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
             "relative_error": own["relative_error"],
             "relative_error_calibrated": judged.loc[kind, "calibrated"]["relative_error"],
             "coverage": float(np.mean((low <= true) & (true <= high))),
-            "ceiling": own["ceiling"],
+            "lds_top_quarter": own["lds_top_quarter"],
+            **own[list(ATTAINABLE)],
             "seconds": seconds,
         }
         if inclusion is not None:
             records[INCLUSION] = {
                 **dict.fromkeys(records[name]), "world": world.name, "estimator": INCLUSION,
-                "lds": judged.loc[kind, INCLUSION]["lds"], "ceiling": own["ceiling"],
+                "lds": judged.loc[kind, INCLUSION]["lds"], **own[list(ATTAINABLE)],
             }  # fmt: skip
     return pd.DataFrame(list(records.values()))
 

@@ -60,6 +60,7 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
         "sample_index": np.arange(args.rows),
         "task": np.where(is_target, -1, tasks),
         "target": np.where(is_target, tasks % args.targets, -1),
+        "target_tokens": rng.integers(1, 100, args.rows),
     }
     groups = {"tasks": (samples["task"], args.tasks), "targets": (samples["target"], args.targets)}
     writer = StoreWriter(folder, {"dim": args.dim, "output_function": "loss"}, samples, args.dim, "", groups=groups)

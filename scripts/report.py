@@ -145,7 +145,7 @@ def page(folder: Path) -> str:
         compared = read_table(folder / COMPARISON_FILE)
         several = compared[compared["target"].isin([AVERAGE, MEAN])]
         shown = several if len(several) else compared
-        kept = ["target", "predictor", "lds", "lds_low", "lds_high", "relative_error", "ceiling"]
+        kept = ["target", "predictor", "lds", "lds_low", "lds_high", "relative_error", "attainable"]
         sections.append(table_html(shown[kept]))
     truth = manifest["calibrate"] or "TRUTH.csv"
     compare = f"python notebook/compare_estimates.py {folder / ESTIMATES_FILE} {truth}"

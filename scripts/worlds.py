@@ -172,7 +172,8 @@ def random_moments(num_tasks: int, seed: int, dim: int = 400) -> TaskMoments:
     rows = rng.standard_normal((num_tasks, 40, dim), np.float32) + rng.standard_normal((num_tasks, 1, dim), np.float32)
     outers = rows.transpose(0, 2, 1) @ rows
     squares = np.square(rows).sum(axis=(1, 2), dtype=float)
-    return TaskMoments(np.full(num_tasks, 40), rng.random(num_tasks), rows.sum(axis=1, dtype=float), squares, outers)
+    sums, counts = rows.sum(axis=1, dtype=float), np.full(num_tasks, 40)
+    return TaskMoments(counts, counts.astype(float), rng.random(num_tasks), sums, squares, outers)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

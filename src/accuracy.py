@@ -23,38 +23,54 @@ def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> 
     return float(spearmanr(estimates, fine_tuned).statistic)
 
 
+def _rank_correlation(values: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of the columns of (..., m, r), the mean over their pairs: (...); nan where one does not vary."""
+    runs = values.shape[-1]
+    ranks = rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2
+    with np.errstate(invalid="ignore"):
+        scaled = ranks / np.sqrt((ranks**2).sum(axis=-2, keepdims=True))
+    return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / (runs * (runs - 1))
+
+
+def _bootstrap(values: np.ndarray, share: float, draws: int, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap over the subsets of `_rank_correlation` of values (m, r): where this share of the draws falls."""
+    samples = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    scores = _rank_correlation(values[samples])
+    if np.isnan(scores).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(scores, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
 def bootstrap_interval(
     estimates: np.ndarray, fine_tuned: np.ndarray, *, share: float = 0.9, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Where the score falls for this share of the draws of m subsets with replacement (percentile bootstrap)."""
-    samples = np.random.default_rng(seed).integers(len(estimates), size=(draws, len(estimates)))
-    ranks, true_ranks = (
-        rankdata(np.asarray(values)[samples], axis=1) - (len(estimates) + 1) / 2 for values in (estimates, fine_tuned)
-    )
-    norms = np.sqrt((ranks**2).sum(axis=1) * (true_ranks**2).sum(axis=1))
-    scores = (ranks * true_ranks).sum(axis=1)[norms > 0] / norms[norms > 0]
-    if not len(scores):
-        return float("nan"), float("nan")
-    low, high = np.quantile(scores, [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
+    return _bootstrap(np.stack([estimates, fine_tuned], axis=1), share, draws, seed)
 
 
-def noise_ceiling(fine_tuned_by_run: np.ndarray) -> float:
-    """How well one seed's fine-tuned values predict another's: mean Spearman over pairs of runs.
+def attainable_maximum(
+    fine_tuned_by_run: np.ndarray, *, share: float = 0.9, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The highest score against the mean of the runs that is to be expected of any estimate, as far as runs differ.
+
+    With r the mean of Spearman's correlation over pairs of runs, the mean of k runs has the reliability
+    r_k = k r / (1 + (k - 1) r) (Spearman-Brown), and what all runs have in common correlates with it by its root.
 
     Args:
-        fine_tuned_by_run: (m, r), only the seed differs between columns.
+        fine_tuned_by_run: (m, k), only the seed differs between columns.
+        share, draws, seed: As in `bootstrap_interval`.
 
     Returns:
-        nan for a single run.
+        The maximum, and the lower and upper end of its bootstrap interval; nan for a single run.
     """
     runs = fine_tuned_by_run.shape[1]
-    pairs = [
-        linear_datamodeling_score(fine_tuned_by_run[:, a], fine_tuned_by_run[:, b])
-        for a in range(runs)
-        for b in range(a)
-    ]
-    return float(np.mean(pairs)) if pairs else float("nan")
+    if runs < 2:
+        return float("nan"), float("nan"), float("nan")
+    found = _rank_correlation(fine_tuned_by_run), *_bootstrap(fine_tuned_by_run, share, draws, seed)
+    r = np.maximum(np.array(found, float), 0.0)  # keeps nan
+    maximum, low, high = np.sqrt(runs * r / (1 + (runs - 1) * r)).tolist()
+    return maximum, low, high
 
 
 def given_inclusion(values: np.ndarray, is_in: np.ndarray) -> np.ndarray:
@@ -80,16 +96,20 @@ def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
     """Every figure for estimates (m,) of one target.
 
     Returns:
-        `lds` with its 90 % bootstrap interval `lds_low`, `lds_high`; `pearson`; `relative_error`, the mean of
+        `lds` with its 90 % bootstrap interval `lds_low`, `lds_high`; `lds_top_quarter`, the same of the quarter of the
+        subsets with the lowest fine-tuned values (nan for fewer than 3 of them); `pearson`; `relative_error`, the mean of
         |estimate - true| / |true|; and `squared_relative_error`, |estimates - true|^2 / |true|^2 as in the paper.
     """
     estimates, fine_tuned = np.asarray(estimates, float), np.asarray(fine_tuned, float)
     lds = linear_datamodeling_score(estimates, fine_tuned)
     low, high = bootstrap_interval(estimates, fine_tuned) if np.isfinite(lds) else (lds, lds)
+    best = np.argsort(fine_tuned, kind="stable")[: round(len(fine_tuned) / 4)]
+    top_quarter = linear_datamodeling_score(estimates[best], fine_tuned[best]) if len(best) >= 3 else float("nan")
     return {
         "lds": lds,
         "lds_low": low,
         "lds_high": high,
+        "lds_top_quarter": top_quarter,
         "pearson": float(pearsonr(estimates, fine_tuned).statistic) if np.isfinite(lds) else float("nan"),
         "relative_error": float(np.mean(np.abs(estimates - fine_tuned) / np.abs(fine_tuned))),
         "squared_relative_error": float(np.sum((estimates - fine_tuned) ** 2) / np.sum(fine_tuned**2)),
@@ -106,7 +126,7 @@ def comparison(
     targets: Sequence[str],
     inclusion: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Every figure of every predictor for every target, beside the noise ceiling and two predictors that know little.
+    """Every figure of every predictor for every target, beside the attainable maximum and two predictors that know little.
 
     Args:
         predictions: Name -> (m, k).
@@ -115,11 +135,16 @@ def comparison(
         inclusion: Whether a target's own task is in the subset, (m, k) bool; None where targets are no tasks.
 
     Returns:
-        A row for each target and predictor: `target`, `predictor`, the figures of `judge`, `ceiling` (`noise_ceiling`), and
-        with `inclusion` `lds_given_inclusion` and `ceiling_given_inclusion`, the same after `given_inclusion`. Predictor
+        A row for each target and predictor: `target`, `predictor`, the figures of `judge`, `attainable` with its 90 %
+        interval `attainable_low`, `attainable_high` (`attainable_maximum`), and with `inclusion` `lds_given_inclusion` and
+        `attainable_given_inclusion`, the same after `given_inclusion`. Predictor
         "constant" is the mean of the truth, "own task in the subset" knows nothing but that. With several targets,
         target "(average)" has the mean of the targets' figures, "(mean over targets)" those of the mean value.
     """
+
+    def attainable(by_run: np.ndarray) -> dict[str, float]:
+        return dict(zip(("attainable", "attainable_low", "attainable_high"), attainable_maximum(by_run), strict=True))
+
     truth = fine_tuned.mean(axis=2)
     predictors = {**predictions, CONSTANT: np.broadcast_to(truth.mean(axis=0), truth.shape)}
     if inclusion is not None:
@@ -128,12 +153,12 @@ def comparison(
         )
     records = []
     for k, target in enumerate(targets):
-        shared = {"ceiling": noise_ceiling(fine_tuned[:, k])}
+        shared = attainable(fine_tuned[:, k])
         if inclusion is not None:
             is_in = inclusion[:, k]
             rest = given_inclusion(truth[:, k], is_in)
             by_run = np.stack([given_inclusion(run, is_in) for run in fine_tuned[:, k].T], axis=1)
-            shared["ceiling_given_inclusion"] = noise_ceiling(by_run)
+            shared["attainable_given_inclusion"] = attainable_maximum(by_run)[0]
         for name, values in predictors.items():
             record = {"target": target, "predictor": name, **judge(values[:, k], truth[:, k]), **shared}
             if inclusion is not None:
@@ -145,9 +170,9 @@ def comparison(
         return frame
     average = frame.groupby("predictor", sort=False).mean(numeric_only=True).reset_index()
     average.insert(0, "target", AVERAGE)
-    ceiling = noise_ceiling(fine_tuned.mean(axis=1))
+    shared = attainable(fine_tuned.mean(axis=1))
     means = [
-        {"target": MEAN, "predictor": name, **judge(values.mean(axis=1), truth.mean(axis=1)), "ceiling": ceiling}
+        {"target": MEAN, "predictor": name, **judge(values.mean(axis=1), truth.mean(axis=1)), **shared}
         for name, values in predictors.items()
     ]
     return pd.concat([average, pd.DataFrame(means), frame], ignore_index=True)

@@ -348,6 +348,9 @@ def add_training(
                        f"step (default: {of_parent if inherited else 1})")  # fmt: skip
     group.add_argument("--lr", type=positive_float, default=lr, help="learning rate of AdamW (default: "
                        f"{of_parent if lr is None else f'{lr:g}'})")  # fmt: skip
+    group.add_argument("--loss_over", choices=("token", "row"), default=None if inherited else "token", help="what a batch's "
+                       "loss is the mean over: its target tokens, or the mean losses of its rows (default: "
+                       f"{of_parent if inherited else 'token'})")  # fmt: skip
     group.add_argument("--weight_decay", type=not_negative, default=None if inherited else 0.0, help="weight decay of AdamW "
                        f"(default: {of_parent if inherited else 0})")  # fmt: skip
     group.add_argument("--epochs", type=positive_int, default=epochs, help="passes over the rows (default: "
@@ -541,8 +544,9 @@ def add_estimator(parser: argparse.ArgumentParser, estimators: Mapping[str, Desc
     group.add_argument("--estimator", choices=tuple(estimators), default="ridge", help=_described(estimators, "ridge"))
     group.add_argument("--rho", type=positive_float, default=rho, help="strength of the ridge: lambda is rho times the "
                        f"mean squared norm of a gradient (default: {rho})")  # fmt: skip
-    group.add_argument("--weight_by", choices=("sample", "task"), default="sample", help="whether rows or tasks weigh "
-                       "equally (default: sample)")  # fmt: skip
+    group.add_argument("--weight_by", choices=("token", "sample", "task"), help="what weighs the same in an estimate: target "
+                       "tokens, as in training with --loss_over token; rows, as with --loss_over row; or the tasks of a subset "
+                       "(default: as the meta-training was)")  # fmt: skip
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -563,7 +567,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     """Estimates and what they are judged by."""
     parser.add_argument("estimates", metavar="ESTIMATES.csv", help="table of stage 3")
     parser.add_argument("truth", metavar="TRUTH.csv", help="fine-tuned values: results.csv of stage 1's script with "
-                        "--subset_file; with --runs 2 or more the noise ceiling is known")  # fmt: skip
+                        "--subset_file; with --runs 2 or more the attainable maximum is known")  # fmt: skip
     group = parser.add_argument_group("comparison")
     group.add_argument("--metric", default="validation_loss", metavar="NAME", help="columns of the truth to compare with, for "
                        "example test_loss or test_accuracy (default: validation_loss)")  # fmt: skip
@@ -587,7 +591,7 @@ def add_subsets(parser: argparse.ArgumentParser) -> None:
                        "else drawn and written (default: sampled_tasks/<run>.txt)")  # fmt: skip
     group.add_argument("--number_of_subsets", type=positive_int, help="subsets to draw (default: 1000, or as many "
                        "as there are)")  # fmt: skip
-    group.add_argument("--subset_size", type=share_or_count, default=0.5, help="share of the tasks in each, or their "
+    group.add_argument("--subset_size", type=share_or_count, help="share of the tasks in each, or their "
                        "number (default: 0.5)")  # fmt: skip
 
 
@@ -688,7 +692,7 @@ RULES = (
     Rule(("checkpoint_at", "stop_after_checkpoints", "logger"),
          _is_meta_training,
          "has no effect in fine-tuning on subsets, only in meta-training"),
-    Rule(("epochs", "lr", "batch_size", "accumulate", "weight_decay", "runs", "inference_batch_size", "max_new_tokens"),
+    Rule(("epochs", "lr", "batch_size", "accumulate", "loss_over", "weight_decay", "runs", "inference_batch_size", "max_new_tokens"),
          lambda args: getattr(args, "refine", True) is not None, "has no effect without --refine"),
     Rule(("num_clusters",), _is("load_clusters", True), "has no effect without --load_clusters"),
     Rule(("scale",), _is("evaluate", "displaced"), "has no effect without --evaluate displaced"),

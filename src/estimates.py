@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pandas as pd
 import torch
 
 from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
-from src.calibration import CALIBRATION_RHOS, calibrate
+from src.calibration import CALIBRATION_RHOS, calibrate, fit_calibration
 from src.cli import (
     command_typed,
     counted,
@@ -89,11 +90,14 @@ from src.report import (
     ESTIMATE,
     HIGH,
     LOW,
+    RANKING_ONLY,
+    SCORE,
     VALIDATION_LOSS,
     affinity_figure,
     approximation_figure,
     columns_of,
     comparison_figure,
+    estimate_prefix,
     fine_tuned_values,
     lower_is_better,
     mean_over_targets,
@@ -119,7 +123,62 @@ from src.stages import (
     train,
     valid_subset,
 )
-from src.subsets import draw_subsets, load_or_draw_subsets, membership_matrix, write_subsets, write_task_weights
+from src.subsets import (
+    DEFAULT_SUBSET_SIZE,
+    draw_subsets,
+    load_or_draw_subsets,
+    membership_matrix,
+    tasks_in_subset,
+    write_subsets,
+    write_task_weights,
+)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Validation losses that were measured, of every target; nan of one without rows.
+
+    Attributes:
+        base: Of the base model, (k,).
+        all_tasks: Of the model trained on all tasks, (k,).
+        step: After how many optimizer steps.
+        whole: Whether these were all; otherwise `all_tasks` is an estimate of the loss after all of them.
+    """
+
+    base: np.ndarray
+    all_tasks: np.ndarray
+    step: int
+    whole: bool
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the two are called beside estimates."""
+        return "base model (measured)", f"all tasks ({'measured' if self.whole else 'estimated'})"
+
+    def describe(self, targets: Sequence[str]) -> dict[str, Any]:
+        """For a manifest."""
+        losses = {name: dict(zip(targets, getattr(self, name).tolist(), strict=True)) for name in ("base", "all_tasks")}
+        return {**losses, "step": self.step, "whole": self.whole}
+
+
+def known_levels(stored: Sequence[StoredPart], meta_training: Mapping[str, Any]) -> Levels | None:
+    """The losses that meta-training measured, else those of the store's rows at its first and last checkpoint; None where
+    neither has the base model's and a later one."""
+    targets, of_target = stored[0].targets, stored[0].rows_of("target") > 0
+    losses = meta_training.get("validation_losses", {})
+    known = [np.array([losses.get(when, {}).get(name, np.nan) for name in targets]) for when in ("base", "last")]
+    same_data = meta_training.get("data_fingerprint") == stored[0].manifest["data_fingerprint"]
+    if same_data and np.isfinite(known)[:, of_target].all():
+        return Levels(known[0], known[1], losses["last_step"], losses["whole"])
+    first, last = stored[0], stored[-1]  # in the order of training
+    if first.manifest["step"] != 0 or last.manifest["step"] == 0:
+        return None
+    means = []
+    for part in (first, last):
+        target = part.samples["target"]
+        sums = np.bincount(target[target >= 0], part.outputs[target >= 0], len(targets))
+        means.append(np.where(of_target, sums / np.maximum(part.rows_of("target"), 1), np.nan))
+    return Levels(means[0], means[1], last.manifest["step"], whole=False)
 
 
 class Estimator:
@@ -151,26 +210,56 @@ class Estimator:
             )
         by_kernel = kernel_is_smaller(manifest["num_rows"], manifest["dim"]) and not kind.needs_outers
         use_rows = kind.needs_rows or by_kernel
+        weight_by = args.weight_by or self.stored[0].weight_by
         self.parts: list[Part] = [
             part.estimation_part(
                 task_of_row,
                 len(self.tasks),
                 self.division or "tasks",
+                weight_by=weight_by,
                 by_rows=use_rows,
                 represented=kind.represented,
             )
             for part in self.stored
         ]
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
-        self.options = {"estimator": args.estimator, "rho": args.rho, "weight_by": args.weight_by}
+        self.options = {"estimator": args.estimator, "rho": args.rho}
+        of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
+        self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
+        self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
+        if self.levels is not None and not self.levels.whole:
+            say_notices([f"the loss of all tasks is estimated: it is known after {self.levels.step} steps only"])
+        if of_losses and self.levels is None:
+            say_notices(["what the base model's losses are is not known here, so that estimates are for ranking only"])
 
     def __call__(
         self, membership: np.ndarray, targets: Sequence[int] | None = None, rho: float | None = None
     ) -> np.ndarray:
-        """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only; at another rho."""
-        options = self.options if rho is None else {**self.options, "rho": rho}
+        """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only; at another rho.
+
+        Local models of the loss rank subsets; their levels are off. Where losses are known, all estimates of a target are
+        shifted by one number, so that the estimate of all tasks is the known loss; this changes no comparison of two
+        subsets. The empty subset, which no training follows, has the base model's loss itself.
+        """
+        columns = list(range(len(self.targets))) if targets is None else list(targets)
+        options = {**self.options, "rho": self.options["rho"] if rho is None else rho}
         bar = partial(progress, leave=False)
-        return estimate(self.parts, membership, targets=targets, progress=bar, **options)
+        estimates = estimate(self.parts, membership, targets=columns, progress=bar, **options)
+        if self.levels is not None:
+            estimates += self.shift(columns, options["rho"])
+            estimates[~np.asarray(membership, bool).any(axis=1)] = self.levels.base[columns]
+        return estimates
+
+    def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
+        """What is added to the estimates of some targets, (k,), so that those of all tasks are what is known."""
+        if self.levels is None:
+            return np.zeros(len(columns))
+        key = rho, tuple(columns)
+        if key not in self._shifts:
+            options = {**self.options, "rho": rho}
+            of_all = estimate(self.parts, self.has_rows[None], targets=columns, **options)[0]
+            self._shifts[key] = self.levels.all_tasks[list(columns)] - of_all
+        return self._shifts[key]
 
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
@@ -183,14 +272,23 @@ class Estimator:
             targets: Ids of the targets (k,).
 
         Returns:
-            The ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and upper ends, each (m, k).
+            The ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and upper
+            ends, each (m, k). For a subset that was fine-tuned they come from a map fitted without it.
         """
         subsets, values = fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
         known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
         default = self.options["rho"]
         by_rho = {rho: self(known, targets, rho) for rho in {*CALIBRATION_RHOS, default}}
-        rho, calibration = calibrate(by_rho, values.mean(axis=2), default)
-        return rho, calibration(self(membership, targets, rho))
+        fine_tuned = values.mean(axis=2)
+        rho, calibration = calibrate(by_rho, fine_tuned, default)
+        estimates = self(membership, targets, rho)
+        calibrated = calibration(estimates)
+        for left_out, subset in enumerate(known):
+            others, same = np.arange(len(known)) != left_out, (np.asarray(membership) == subset).all(axis=1)
+            without = fit_calibration(by_rho[rho][others], fine_tuned[others])
+            for of_all, of_others in zip(calibrated, without(estimates[same]), strict=True):
+                of_all[same] = of_others
+        return rho, calibrated
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -202,14 +300,15 @@ class Estimator:
             "tasks": self.tasks,
             "checkpoints": [part.manifest["checkpoint_fingerprint"] for part in self.stored],
             **self.options,
+            "weight_by": self.parts[0].weight_by,
             "ranks_only": self.ranks_only,
+            "levels": self.levels and self.levels.describe(self.targets),
         }
 
     @property
     def ranks_only(self) -> bool:
-        """Whether the estimates are no losses, so that only their order says something."""
-        of_losses = self.stored[0].manifest["output_function"] == "loss"
-        return ESTIMATORS[self.options["estimator"]].ranks_only or not of_losses
+        """Whether the estimates are no losses, or their levels are not known, so that only their order says something."""
+        return self.levels is None
 
     @property
     def meta_training(self) -> dict[str, Any]:
@@ -296,26 +395,30 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     estimator = Estimator(args, stage_2)
     columns = estimator.chosen_targets(args.target_task or estimator.targets_with_rows)
     truth = read_table(Path(args.calibrate), of_subsets=True) if args.calibrate else None
+    calibration: dict[str, Any] = {"calibrate": args.calibrate}
     if truth is not None:  # before the subsets are drawn and written
-        fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
+        known, _ = fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
+        calibration["calibrated_on"] = known
     path = Path(args.sampled_tasks) if args.sampled_tasks else subset_file(estimator.run.name(estimator.division))
     folder = results_dir(estimator.run.results_name)
     drawn = [] if path.exists() else [path]
     read = [part.folder for part in estimator.stored] + ([] if drawn else [path])
-    drawing = (args.number_of_subsets, len(estimator.tasks), args.subset_size, estimator.run.run)
+    size = args.subset_size or DEFAULT_SUBSET_SIZE
+    drawing = (args.number_of_subsets, len(estimator.tasks), size, estimator.run.run)
     if args.dry_run and drawn:
         draw_subsets(*drawing)  # refuses what cannot be drawn
     if is_dry_run(args, read, [*drawn, folder / ESTIMATES_FILE, folder / MANIFEST]):
         return
     subsets = each_once(load_or_draw_subsets(path, *drawing, tasks=estimator.tasks), path)
-    if args.number_of_subsets not in (None, len(subsets)):
-        say_notices([f"{path} is there, and its {len(subsets):,} subsets are taken; remove it to draw others"])
+    say_other_subsets(args, path, subsets, len(estimator.tasks))
     membership = membership_matrix(subsets, len(estimator.tasks))
-    tables = {ESTIMATE: estimator(membership, columns)}
+    tables = {SCORE if estimator.ranks_only else ESTIMATE: estimator(membership, columns)}
     if truth is not None:
         rho, values = estimator.calibrated(truth, membership, columns)
         tables |= dict(zip((CALIBRATED, LOW, HIGH), values, strict=True))
-        print(f"Calibrated on {args.calibrate}{how_trained(Path(args.calibrate))}, with rho {rho:g}.")
+        calibration["rho_calibrated"] = rho
+        other = "" if rho == args.rho else f" (the columns {ESTIMATE}/ are at rho {args.rho:g})"
+        print(f"Calibrated on {args.calibrate}{how_trained(Path(args.calibrate))}, with rho {rho:g}{other}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]
     frame = pd.DataFrame(np.concatenate(list(tables.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
@@ -323,7 +426,7 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     if args.evaluate == "displaced":
         frame = pd.concat([frame, displaced_values(args, estimator, subsets)], axis=1)
     seconds = {**estimator.seconds, "estimation": round(time.perf_counter() - started, 2)}
-    facts = {"targets": estimator.targets, "subsets": str(path), "calibrate": args.calibrate, "seconds": seconds}
+    facts = {"targets": estimator.targets, "subsets": str(path), **calibration, "seconds": seconds}
     write_table(folder / ESTIMATES_FILE, frame)
     facts |= {"commands": [*estimator.commands, command_typed()], "files": files_facts(folder, [ESTIMATES_FILE])}
     facts["peak_memory"] = spent(started)["peak_memory"]
@@ -335,12 +438,29 @@ def estimate_subsets(args: argparse.Namespace, stage_2: str) -> None:
     )
 
 
+def say_other_subsets(args: argparse.Namespace, path: Path, subsets: Sequence[tuple[int, ...]], num_tasks: int) -> None:
+    """Say where a file that is there holds other subsets than the flags ask for: the file is taken."""
+    sizes = sorted({len(subset) for subset in subsets})
+    asked = []
+    if args.number_of_subsets not in (None, len(subsets)):
+        asked.append(f"holds {len(subsets):,} subsets, and --number_of_subsets asks for {args.number_of_subsets:,}")
+    if args.subset_size and sizes != [tasks_in_subset(num_tasks, args.subset_size)]:
+        found = counted(sizes[0], "task") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tasks"
+        wanted = tasks_in_subset(num_tasks, args.subset_size)
+        asked.append(f"holds subsets of {found}, and --subset_size {args.subset_size:g} asks for {wanted}")
+    say_notices(f"{path} {what}; the file is taken, remove it to draw others" for what in asked)
+
+
 def how_trained(table: Path) -> str:
     """The training flags behind a table of fine-tuned values, in brackets; nothing where they are not known."""
     described = table.with_suffix(".json")
     facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
     flags = [f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts]
     return f" (fine-tuned with {', '.join(flags)})" if flags else ""
+
+
+LEGEND = """lds: Spearman over subsets, with its 90 % bootstrap interval; lds_top_quarter: of the quarter with the lowest
+fine-tuned values; attainable: the highest lds that is to be expected of any estimate, as far as the runs agree."""
 
 
 def compare(args: argparse.Namespace) -> pd.DataFrame:
@@ -358,7 +478,8 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
         return pd.DataFrame()
     manifest = read_manifest(path.parent, "stage 3") if (path.parent / MANIFEST).is_file() else {}
     tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
-    available = [name for name in columns_of(estimates, ESTIMATE) if name in columns_of(truth, args.metric)]
+    of_estimates = estimate_prefix(estimates)
+    available = [name for name in columns_of(estimates, of_estimates) if name in columns_of(truth, args.metric)]
     targets = args.target_task or own_targets(available, tasks)
     if unknown := [name for name in targets if name not in available]:
         raise ValueError(
@@ -369,9 +490,10 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
     if len(common) < 3:
         raise ValueError(f"{path} and {args.truth} have {len(common)} subsets in common; a rank correlation needs 3")
     subsets, values = [subsets[position] for position in common], values[common]
+    estimated = RANKING_ONLY if ranks_only else ESTIMATE
     predictions = {
-        prefix: estimates.loc[subsets, [f"{prefix}/{name}" for name in targets]].to_numpy(float)
-        for prefix in (ESTIMATE, CALIBRATED)
+        name: estimates.loc[subsets, [f"{prefix}/{target}" for target in targets]].to_numpy(float)
+        for name, prefix in ((estimated, of_estimates), (CALIBRATED, CALIBRATED))
         if columns_of(estimates, prefix)
     }
     known = {"base model": "", "all tasks": subset_text(range(len(tasks)))} if tasks else {"base model": ""}
@@ -379,21 +501,23 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
         if (truth["subset"] == text).any():
             rows = truth.loc[truth["subset"] == text, [f"{args.metric}/{target}" for target in targets]]
             constant = lower_is_better(rows, args.metric).mean(axis=0)
-            predictions[name] = np.broadcast_to(constant, predictions[ESTIMATE].shape)
-    inclusion = None
-    if tasks:
-        membership = membership_matrix([parse_subset(text) for text in subsets], len(tasks))
-        inclusion = own_inclusion(membership, targets, tasks)
+            predictions[name] = np.broadcast_to(constant, predictions[estimated].shape)
+    members = membership_matrix([parse_subset(text) for text in subsets], len(tasks)) if tasks else None
+    inclusion = None if members is None else own_inclusion(members, targets, tasks)
     with waiting_for("bootstrap intervals"):
         table = comparison(predictions, values, targets, inclusion)
     table.insert(2, "subsets", len(subsets))
     if ranks_only:
-        table.loc[table["predictor"] == ESTIMATE, ["relative_error", "squared_relative_error"]] = np.nan
+        table.loc[table["predictor"] == estimated, ["relative_error", "squared_relative_error"]] = np.nan
     write_result(written[0], table, started, estimates=str(path), truth=args.truth, metric=args.metric)
-    comparison_figure(predictions[ESTIMATE], values.mean(axis=2), table, ESTIMATE, written[1], ranks_only=ranks_only)
+    comparison_figure(predictions[estimated], values.mean(axis=2), table, estimated, written[1], ranks_only=ranks_only)
     shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
     print(shown.round(3).to_string(index=False))
-    print("lds: Spearman over subsets, with its 90 % bootstrap interval; ceiling: one seed's values against another's.")
+    print(LEGEND)
+    if left_out := len(set(subsets) & set(manifest.get("calibrated_on", []))):
+        print(
+            f"{CALIBRATED}: {counted(left_out, 'subset')} of {len(subsets)} calibrated the others; each of these is estimated without itself."
+        )
     print(
         f"Wrote {written[0]} and {written[1]}: {counted(len(subsets), 'subset')}, {counted(len(targets), 'target')}. Next: "
         f"stage 3 again with --calibrate {args.truth}"
@@ -570,12 +694,12 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
             title=title, references=references[0], ranks_only=estimator.ranks_only,
         )  # fmt: skip
     if args.weights:
-        shares, course = mixture_weights(
-            estimator.parts, columns, rho=args.rho, weight_by=args.weight_by, progress=progress
-        )
+        shares, course = mixture_weights(estimator.parts, columns, rho=args.rho, progress=progress)
         written.append(weights_file(name))
         write_task_weights(written[-1], estimator.tasks, shares)
-        print(f"Mixture weights: estimate {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
+        course += estimator.shift(columns, args.rho).mean()
+        called = RANKING_ONLY if estimator.ranks_only else ESTIMATE
+        print(f"Mixture weights: {called} {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
     for of_group in zip(selected, labels, groups, references, strict=True):
         say_selected(estimator, *of_group)
     print(
@@ -586,9 +710,11 @@ def select(args: argparse.Namespace, stage_2: str) -> list[tuple[int, ...]]:
 
 
 def reference_estimates(estimator: Estimator, columns: Sequence[int]) -> dict[str, float]:
-    """The mean estimates of some targets after training on nothing and on everything: what a selection is to beat."""
+    """What a selection is to beat: the mean over some targets of the base model's loss and of all tasks'; where losses are
+    not known, the scores of training on nothing and on everything."""
     ends = np.array([[False], [True]]) & estimator.has_rows
-    return dict(zip(("no task", "all tasks"), estimator(ends, columns).mean(axis=1).tolist(), strict=True))
+    names = estimator.levels.names if estimator.levels is not None else ("no task", "all tasks")
+    return dict(zip(names, estimator(ends, columns).mean(axis=1).tolist(), strict=True))
 
 
 def say_selected(
@@ -597,11 +723,15 @@ def say_selected(
     """Print a selection by name, and its estimate beside its `reference_estimates`."""
     tasks = estimator.tasks
     estimate = estimator(membership_matrix([tuple(subset)], len(tasks)) & estimator.has_rows, columns).mean()
-    beside = "".join(f", {value:.4g} with {name}" for name, value in references.items())
+    beside = "".join(f", {value:.4g} {name}" for name, value in references.items())
     print(
         f"Selected {len(subset)} of {len(tasks)} tasks for {label}: {names_of(subset, tasks)}\n"
-        f"Estimate: {estimate:.4g} with these{beside}."
+        f"{(RANKING_ONLY if estimator.ranks_only else ESTIMATE).capitalize()}: {estimate:.4g} with these{beside}."
     )
+    if estimator.levels is not None and estimate >= (base := estimator.levels.base[list(columns)].mean()):
+        print(
+            f"No selection is estimated to beat the base model: its measured loss, {base:.4g}, is not above the estimate."
+        )
 
 
 def refined(
@@ -665,7 +795,7 @@ def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estim
             "step": range(1, len(path.steps) + 1),
             "task": [step.task for step in path.steps],
             "name": [estimator.tasks[step.task] for step in path.steps],
-            "estimate": [step.estimate for step in path.steps],
+            SCORE if estimator.ranks_only else ESTIMATE: [step.estimate for step in path.steps],
             "selected": [set(step.subset) <= kept if forward else set(step.subset) >= kept for step in path.steps],
             "subset": [subset_text(step.subset) for step in path.steps],
         }
@@ -707,9 +837,10 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
     check_file(folder, manifest, ESTIMATES_FILE, "Run stage 3 again, it was cut off or the table was changed.")
     tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE, of_subsets=True)
-    targets = args.target_task or own_targets(columns_of(frame, ESTIMATE), tasks)
+    prefix = estimate_prefix(frame)
+    targets = args.target_task or own_targets(columns_of(frame, prefix), tasks)
     membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))
-    values = mean_over_targets(frame, ESTIMATE, targets)
+    values = mean_over_targets(frame, prefix, targets)
     scores, errors = random_ensemble_scores(membership, values)
     selected = select_by_score(scores, top_k=args.top_k, ratio=args.ratio, threshold=args.threshold)
     chosen = subset_file(f"{folder.relative_to(RESULTS)}_random_ensemble")

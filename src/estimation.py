@@ -1,7 +1,7 @@
 """From projected gradients to the estimated loss of a target after fine-tuning on any subset of the tasks.
 
-Why this module exists: once each task is summed up in its moments (N_t, sum of gradients, sum of their outer products),
-the estimate for a subset is a d x d solve. No sample, no model and no file is touched again, and a thousand subsets take
+Why this module exists: once each task is summed up in its moments (N_t, sum of gradients, sum of their outer products,
+each row with a weight), the estimate for a subset is a d x d solve. No sample, no model and no file is touched again, and a thousand subsets take
 a second. Where there are fewer rows than dimensions, the same numbers come
 from the rows' kernel, and no d x d matrix is made. Everything is lower-is-better: outputs are losses or, in a margin
 store, minus the margins, and so are the estimates.
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-WEIGHT_BY = ("sample", "task")
+WEIGHT_BY = ("token", "sample", "task")
 DEFAULT_RHO = 1e-3
+CURVATURE_POWER = 2
+"""@@EVIDENCE@@"""
 
 OnSubsets = Callable[[Tensor], Tensor]
 """Row weights (c, n) -> estimates (c, k), or solutions (c, d)."""
@@ -41,21 +43,24 @@ _NEWTON_TOLERANCE, _NEWTON_STEPS = 1e-5, 50
 
 @dataclass(frozen=True)
 class TaskMoments:
-    """Sums over the rows of each task (or of each target).
+    """Weighted sums over the rows of each task (or of each target).
 
-    Outer products are added up in float64 and kept in float32, since they are most of a run's memory (n d^2 numbers).
+    Outer products are added up block by block and kept in float32, since they are most of a run's memory (n d^2 numbers).
     With the solves in float32 too, estimates change by less than 1e-6 of themselves at the default ridge, and by less
     than 1e-5 with a ridge ten thousand times smaller.
 
     Attributes:
-        counts: N_t, (n,) int64.
-        output_sums: sum of the outputs, (n,) float64.
-        sums: b_t, sum of the gradients, (n, d) float64.
-        squares: trace of H_t, sum of their squared norms, (n,) float64.
-        outers: H_t, sum of their outer products, (n, d, d) float32; None where the rows are to be used instead.
+        counts: number of rows, (n,) int64.
+        weights: N_t, sum of the rows' weights, (n,) float64.
+        output_sums: weighted sum of the outputs, (n,) float64.
+        sums: b_t, weighted sum of the gradients, (n, d) float64.
+        squares: trace of H_t, sum of their squared norms with the weights of the curvature, (n,) float64.
+        outers: H_t, sum of their outer products with these weights, (n, d, d) float32; None where the rows are to be used
+            instead.
     """
 
     counts: np.ndarray
+    weights: np.ndarray
     output_sums: np.ndarray
     sums: np.ndarray
     squares: np.ndarray
@@ -71,85 +76,53 @@ class Rows:
         outputs: (R,).
         task_of_row: (R,), -1 for rows of no task.
         target_of_row: (R,), -1 for rows of no target.
+        weights: (R,), of a row in sums of gradients; None = 1.
+        curvatures: (R,), of a row in sums of outer products; None = 1.
     """
 
     rows: np.ndarray
     outputs: np.ndarray
     task_of_row: np.ndarray
     target_of_row: np.ndarray
+    weights: np.ndarray | None = None
+    curvatures: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Part:
     """What was collected at one checkpoint of meta-training: moments of the n tasks and of the k targets.
 
-    `output_function` is "loss" or "margin", what the rows are gradients of.
+    Attributes:
+        train, target: Moments.
+        rows: What they sum, where it is needed.
+        output_function: "loss" or "margin", what the rows are gradients of.
+        weight_by: One of `WEIGHT_BY`: "token" for moments with `token_weights`, "sample" for rows that weigh the same,
+            "task" for such moments of which every task of a subset weighs the same.
     """
 
     train: TaskMoments
     target: TaskMoments
     rows: Rows | None = None
     output_function: str = "loss"
+    weight_by: str = "sample"
 
 
-class MomentSums:
-    """Moments of groups of rows while the rows come in, in any order.
+def token_weights(target_tokens: np.ndarray, is_training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of rows for an estimate of training that minimises the mean over tokens.
 
-    Outer products are taken of some rows of a group together: one by one each would move d^2 numbers.
+    A training row of n target tokens counts n times in b_S and N_S, and n to the power of `CURVATURE_POWER` in H_S. The
+    target's loss is a mean over rows, which weigh the same there; in its curvature they have one power less, so that it
+    is in the unit of H_S. Lengths are taken relative to their mean over training rows: where all are equal, every weight is 1.
 
     Args:
-        num_groups: n.
-        dim: d.
-        outers: Also sum the outer products.
+        target_tokens: n, (R,).
+        is_training: Which rows are trained on, (R,) bool; the others are a target's.
+
+    Returns:
+        Weights of gradients (R,) and of outer products (R,), for `task_moments` and `Rows`.
     """
-
-    TOGETHER = 64
-
-    def __init__(self, num_groups: int, dim: int, outers: bool) -> None:
-        self.counts = np.zeros(num_groups, np.int64)
-        self.output_sums, self.squares = np.zeros(num_groups), np.zeros(num_groups)
-        self.sums = np.zeros((num_groups, dim))
-        self.has_outers = outers
-        # one array for each group, so that memory goes back group by group when they become float32
-        self._outers = {group: np.zeros((dim, dim)) for group in range(num_groups)} if outers else {}
-        self._waiting: list[list[np.ndarray]] = [[] for _ in range(num_groups)]
-
-    def add(self, rows: np.ndarray, outputs: np.ndarray, groups: np.ndarray) -> None:
-        """Add rows (B, d) and outputs (B,) to their groups (B,); -1 for rows of no group."""
-        chosen = np.flatnonzero(groups >= 0)
-        rows, outputs, groups = np.asarray(rows)[chosen], np.asarray(outputs, np.float64)[chosen], groups[chosen]
-        np.add.at(self.counts, groups, 1)
-        np.add.at(self.output_sums, groups, outputs)
-        np.add.at(self.squares, groups, np.square(rows, dtype=np.float64).sum(axis=1))
-        np.add.at(self.sums, groups, rows.astype(np.float64))
-        if not self.has_outers:
-            return
-        for row, group in zip(rows, groups.tolist(), strict=True):
-            self._waiting[group].append(row.copy())  # a view would keep its whole batch
-            if len(self._waiting[group]) == self.TOGETHER:
-                self._take(group)
-
-    def _take(self, group: int) -> None:
-        if self._waiting[group]:
-            rows = np.stack(self._waiting[group]).astype(np.float64)
-            self._outers[group] += rows.T @ rows
-            self._waiting[group] = []
-
-    def moments(self) -> TaskMoments:
-        """The moments of everything added; nothing can be added after it.
-
-        Raises:
-            ValueError: a row was not finite.
-        """
-        outers = None
-        if self.has_outers:
-            outers = np.empty((len(self.sums), *[self.sums.shape[1]] * 2), np.float32)
-            for group in range(len(outers)):
-                self._take(group)
-                outers[group] = self._outers.pop(group)
-        moments = TaskMoments(self.counts, self.output_sums, self.sums, self.squares, outers)
-        _check_finite(moments, "task")
-        return moments
+    relative = target_tokens / target_tokens[is_training].mean()
+    return np.where(is_training, relative, 1.0), relative ** np.where(is_training, CURVATURE_POWER, CURVATURE_POWER - 1)
 
 
 def task_moments(
@@ -158,8 +131,10 @@ def task_moments(
     task_of_sample: np.ndarray,
     num_tasks: int,
     *,
+    weights: np.ndarray | None = None,
+    curvatures: np.ndarray | None = None,
     outers: bool = True,
-    block_rows: int = 8192,
+    block_rows: int | None = None,
     progress: Callable[..., Any] | None = None,
 ) -> TaskMoments:
     """The moments of each task, read in blocks: no copy of all rows is made.
@@ -169,8 +144,10 @@ def task_moments(
         outputs: (N,).
         task_of_sample: task of each row (N,), -1 for rows that are left out.
         num_tasks: n.
+        weights: weight of each row in sums of outputs and gradients (N,); None = 1.
+        curvatures: and in sums of squares and outer products (N,); None = 1.
         outers: also sum the outer products, n d^2 numbers.
-        block_rows: rows in memory at once.
+        block_rows: rows in memory at once; None = so many that a task has several, whose outer products are taken together.
         progress: makes a progress bar, called as progress(iterable, desc=..., unit=...).
 
     Raises:
@@ -187,28 +164,30 @@ def task_moments(
         raise ValueError(
             f"row {sample} has task {task_of_sample[sample]}; tasks are 0 to {num_tasks - 1}, or -1 for none"
         )
-    dim = rows.shape[1]
+    dim, block_rows = rows.shape[1], block_rows or max(8192, 64 * num_tasks)
+    of_gradient, of_square = (np.ones(len(rows)) if of is None else np.asarray(of) for of in (weights, curvatures))
     moments = TaskMoments(
-        counts=np.bincount(task_of_sample[task_of_sample >= 0], minlength=num_tasks),
+        counts=np.zeros(num_tasks, np.int64),
+        weights=np.zeros(num_tasks),
         output_sums=np.zeros(num_tasks),
         sums=np.zeros((num_tasks, dim)),
         squares=np.zeros(num_tasks),
-        outers=np.empty((num_tasks, dim, dim), np.float32) if outers else None,
+        outers=np.zeros((num_tasks, dim, dim), np.float32) if outers else None,
     )
-    tasks = range(num_tasks)
-    for task in progress(tasks, desc="moments", unit="task") if progress else tasks:
-        outer = np.zeros((dim, dim) if outers else 0)
-        samples = np.flatnonzero(task_of_sample == task)
-        for start in range(0, len(samples), block_rows):
-            block = samples[start : start + block_rows]
-            gradients = np.asarray(rows[block], np.float64)
-            moments.output_sums[task] += np.asarray(outputs[block], np.float64).sum()
-            moments.sums[task] += gradients.sum(axis=0)
-            moments.squares[task] += np.square(gradients).sum()
-            if outers:
-                outer += gradients.T @ gradients
-        if moments.outers is not None:
-            moments.outers[task] = outer
+    starts = range(0, len(rows), block_rows)
+    for start in progress(starts, desc="moments", unit="block") if progress else starts:
+        block, tasks = np.asarray(rows[start : start + block_rows]), task_of_sample[start : start + block_rows]
+        order = np.argsort(tasks, kind="stable")[np.count_nonzero(tasks < 0) :]
+        for own in np.split(order, np.flatnonzero(np.diff(tasks[order])) + 1) if len(order) else ():
+            task, gradients, samples = tasks[own[0]], block[own].astype(np.float64), start + own
+            scaled = of_square[samples, None] * gradients
+            moments.counts[task] += len(own)
+            moments.weights[task] += of_gradient[samples].sum()
+            moments.output_sums[task] += of_gradient[samples] @ np.asarray(outputs[samples], np.float64)
+            moments.sums[task] += of_gradient[samples] @ gradients
+            moments.squares[task] += np.vdot(scaled, gradients)
+            if moments.outers is not None:
+                moments.outers[task] += gradients.T @ scaled
     _check_finite(moments, "task")
     return moments
 
@@ -219,7 +198,6 @@ def estimate(
     *,
     estimator: str = "ridge",
     rho: float = DEFAULT_RHO,
-    weight_by: str = "sample",
     targets: Sequence[int] | None = None,
     progress: Callable[..., Any] | None = None,
 ) -> np.ndarray:
@@ -246,7 +224,6 @@ def estimate(
             that it ranks by mean cosine similarity to the target, as in RDS;
             "constant", L_val, what an estimate must beat.
         rho: ridge strength relative to the mean squared norm of a gradient: lambda = rho trace(H_all/N).
-        weight_by: "sample", every row counts the same; "task", every task of a subset does.
         targets: ids of the targets wanted; None = all k.
         progress: makes a progress bar, called as progress(desc=..., total=..., unit=...).
 
@@ -272,7 +249,7 @@ def estimate(
             raise ValueError(f"target {target} has no rows, so nothing can be estimated for it")
     if targets is not None:
         parts = [_with_targets(part, targets) for part in parts]
-    weighted = [_row_weights(part, membership, rho, weight_by) for part in parts]
+    weighted = [_row_weights(part, membership, rho) for part in parts]
     total = np.zeros((len(membership), len(parts[0].target.counts)))
     length = len(parts) * len(membership)
     with progress(desc="estimates", total=length, unit="subset") if progress else nullcontext() as bar:
@@ -287,7 +264,6 @@ def solutions(
     *,
     estimator: str = "ridge",
     rho: float = DEFAULT_RHO,
-    weight_by: str = "sample",
 ) -> np.ndarray:
     """x_S of an estimator for every subset, (m, d) float64; `Projection.lift` takes one to the parameters.
 
@@ -296,7 +272,7 @@ def solutions(
     Raises:
         ValueError: an estimator without a solution.
     """
-    weights, strength = _row_weights(part, membership, rho, weight_by)
+    weights, strength = _row_weights(part, membership, rho)
     return _over_chunks(part, weights, solver_of(estimator)(part, strength), None)
 
 
@@ -317,7 +293,6 @@ def mixture_weights(
     targets: Sequence[int],
     *,
     rho: float = DEFAULT_RHO,
-    weight_by: str = "sample",
     steps: int = 300,
     progress: Callable[..., Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -329,7 +304,7 @@ def mixture_weights(
     Args:
         parts: As in `estimate`.
         targets: Ids of the targets whose mean is minimised.
-        rho, weight_by: As in `estimate`.
+        rho: As in `estimate`.
         steps: Steps of the descent; the best of them counts.
         progress: As in `estimate`.
 
@@ -341,7 +316,7 @@ def mixture_weights(
     everything = np.ones((1, num_tasks))
     models = []
     for part in parts:
-        of_row, strength = _row_weights(part, everything, rho, weight_by)
+        of_row, strength = _row_weights(part, everything, rho)
         models.append((of_row, _ridge(part, strength)))
     logits = torch.zeros(1, num_tasks, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
@@ -406,8 +381,8 @@ def _kernel(part: Part, strength: float) -> OnSubsets:
 
 
 def _alignment(part: Part, strength: float) -> OnSubsets:
-    sums, counts, (means, slopes) = _tensor(part.train.sums), _tensor(part.train.counts), _target_means(part)
-    return lambda weights: means - _shares(weights, counts) @ sums @ slopes.T
+    sums, totals, (means, slopes) = _tensor(part.train.sums), _tensor(part.train.weights), _target_means(part)
+    return lambda weights: means - _shares(weights, totals) @ sums @ slopes.T
 
 
 def _constant(part: Part, strength: float) -> OnSubsets:
@@ -427,12 +402,12 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     """From row weights (c, n) to x_S (c, d): one batched Cholesky, or the kernel where there are no `outers`."""
     if part.train.outers is None:
         return _kernel_solver(part, strength)
-    counts, sums = _tensor(part.train.counts), _tensor(part.train.sums)
+    totals, sums = _tensor(part.train.weights), _tensor(part.train.sums)
     num_tasks, dim = sums.shape
     outers = torch.from_numpy(np.asarray(part.train.outers, np.float32)).view(num_tasks, dim * dim)
 
     def solve(weights: Tensor) -> Tensor:
-        shares = _shares(weights, counts)
+        shares = _shares(weights, totals)
         second_moments = _combined(shares.float(), outers).view(-1, dim, dim)
         second_moments.diagonal(dim1=1, dim2=2).add_(strength)
         return -_solve(second_moments, (shares @ sums).float()).double()
@@ -447,14 +422,20 @@ def _logistic_solver(part: Part, strength: float) -> OnSubsets:
     Lambda is a share of their trace, so these systems are well conditioned: a few products with the rows solve them,
     where forming a d x d Hessian for every subset and step would cost about d/10 times as much.
     """
-    rows, counts = _needed_rows(part), _tensor(part.train.counts)
+    rows, totals = _needed_rows(part), _tensor(part.train.weights)
     gradients, outputs, task_of_row = _rows_of_groups(rows, rows.task_of_row)
-    return lambda weights: _minimise_logistic(gradients, outputs, _shares(weights, counts)[:, task_of_row], strength)
+    of_row = _chosen(rows.weights, rows.task_of_row)
+    return lambda weights: _minimise_logistic(
+        gradients, outputs, _shares(weights, totals)[:, task_of_row] * of_row, strength
+    )
 
 
 def _combined(shares: Tensor, outers: Tensor) -> Tensor:
     """shares (c, n) @ outers (n, d^2). Where subsets differ from one of them by a task or two, as a search's do, that one's
-    sum is taken once and the others' few terms are added to it: c d^2 numbers are moved, not n c d^2 multiplied."""
+    sum is taken once and the others' few terms are added to it: c d^2 numbers are moved, not n c d^2 multiplied. Terms that
+    are left out because they are 0 have a slope, so that where one is wanted it is the plain product."""
+    if shares.requires_grad:
+        return shares @ outers
     scale, common = (values.values for values in (shares.max(1), (shares / shares.amax(1, keepdim=True)).min(0)))
     # shares are weights over totals, so that subsets with equal weights have proportional rows
     rest = shares / scale[:, None] - common
@@ -467,7 +448,8 @@ def _combined(shares: Tensor, outers: Tensor) -> Tensor:
 
 
 def _kernel_solver(part: Part, strength: float) -> OnSubsets:
-    """x = -G' (G G' + lambda I)^-1 s with the rows of G times s, the roots of their shares: x_S (c, d) as above."""
+    """x = -G' (G G' + lambda I)^-1 s/r with the rows of G times r, the roots of their shares in the curvature, and s their
+    shares in the gradient: x_S (c, d) as above."""
     rows = _needed_rows(part)
     chosen_rows, task_of_row = _in_group(rows.task_of_row)
     if len(chosen_rows) > _MAX_KERNEL_ROWS:
@@ -476,17 +458,20 @@ def _kernel_solver(part: Part, strength: float) -> OnSubsets:
             f"{len(chosen_rows):,}; estimator 'ridge' gives the same numbers"
         )
     gradients = torch.from_numpy(np.asarray(rows.rows[chosen_rows], np.float32))
-    kernel, counts = gradients @ gradients.T, _tensor(part.train.counts)
+    kernel, totals = gradients @ gradients.T, _tensor(part.train.weights)
+    of_row, in_curvature = (_chosen(of, rows.task_of_row) for of in (rows.weights, rows.curvatures))
 
     def on_subset(shares: Tensor) -> Tensor:
-        chosen = shares.nonzero().squeeze(1)
-        roots = shares[chosen].sqrt().float()
+        chosen = (shares * in_curvature).nonzero().squeeze(1)
+        shares = shares[chosen]
+        roots = (shares * in_curvature[chosen]).sqrt()
+        goals, roots = (shares * of_row[chosen] / roots).float(), roots.float()
         gram = roots[:, None] * kernel[chosen][:, chosen] * roots
         gram.diagonal().add_(strength)
-        return -(roots * _solve(gram, roots)) @ gradients[chosen]
+        return -(roots * _solve(gram, goals)) @ gradients[chosen]
 
     return lambda weights: torch.stack(
-        [on_subset(shares) for shares in _shares(weights, counts)[:, task_of_row]]
+        [on_subset(shares) for shares in _shares(weights, totals)[:, task_of_row]]
     ).double()
 
 
@@ -495,21 +480,23 @@ def _target_model(part: Part) -> OnSubsets:
     means, slopes = _target_means(part)
     if part.output_function != "loss":
         return lambda solutions: means + solutions @ slopes.T
-    counts = _tensor(part.target.counts)
+    totals = _tensor(part.target.weights)
     if part.target.outers is None:
         rows = _needed_rows(part)
         chosen, target_of_row = _in_group(rows.target_of_row)
+        in_curvature = _chosen(rows.curvatures, rows.target_of_row)
         gradients = torch.from_numpy(np.asarray(rows.rows[chosen], np.float32))
 
         def squares(solutions: Tensor) -> Tensor:
             changes = (solutions.float() @ gradients.T).double()
-            return changes.new_zeros(len(changes), len(counts)).index_add_(1, target_of_row, changes.square()) / counts
+            summed = changes.new_zeros(len(changes), len(totals))
+            return summed.index_add_(1, target_of_row, in_curvature * changes.square()) / totals
     else:
         outers = torch.from_numpy(np.asarray(part.target.outers, np.float32))
 
         def squares(solutions: Tensor) -> Tensor:
             solutions = solutions.float()
-            return torch.stack([((solutions @ outer) * solutions).sum(1) for outer in outers], dim=1).double() / counts
+            return torch.stack([((solutions @ outer) * solutions).sum(1) for outer in outers], dim=1).double() / totals
 
     return lambda solutions: means + solutions @ slopes.T + squares(solutions) / 2
 
@@ -584,8 +571,8 @@ def _step_length(
 # --- shared by the estimators --------------------------------------------------------------------------------
 
 
-def _row_weights(part: Part, membership: np.ndarray, rho: float, weight_by: str) -> tuple[Tensor, float]:
-    """The weight of a row of each task in each subset, (m, n) float64, and the ridge strength lambda."""
+def _row_weights(part: Part, membership: np.ndarray, rho: float) -> tuple[Tensor, float]:
+    """The factor of the moments of each task in each subset, (m, n) float64, and the ridge strength lambda."""
     _check_finite(part.train, "task")
     counts = part.train.counts
     weights = np.asarray(membership, np.float64)
@@ -595,15 +582,15 @@ def _row_weights(part: Part, membership: np.ndarray, rho: float, weight_by: str)
         raise ValueError("weights of tasks must be finite and not negative")
     if not rho > 0:
         raise ValueError(f"rho must be above 0, found {rho}")
-    if weight_by not in WEIGHT_BY:
-        raise ValueError(f"unknown weight_by {weight_by!r}; choose one of {', '.join(WEIGHT_BY)}")
+    if part.weight_by not in WEIGHT_BY:
+        raise ValueError(f"unknown weight_by {part.weight_by!r}; choose one of {', '.join(WEIGHT_BY)}")
     without_rows = weights.any(axis=1) & ~(weights @ counts > 0)
     if without_rows.any():
         subset = int(np.argmax(without_rows))
         tasks = ", ".join(map(str, np.flatnonzero(weights[subset])))
         raise ValueError(f"subset {subset} (tasks {tasks}) has no rows; leave it out, or give its tasks rows")
-    of_row = np.ones(len(counts)) if weight_by == "sample" else 1 / np.maximum(counts, 1)
-    mean_square = (of_row @ part.train.squares) / max(of_row @ counts, 1)
+    of_row = 1 / np.maximum(counts, 1) if part.weight_by == "task" else np.ones(len(counts))
+    mean_square = (of_row @ part.train.squares) / (of_row @ part.train.weights or 1.0)
     # gradients that are all zero have the solution 0 with any ridge
     return torch.from_numpy(weights * of_row), float(rho * mean_square) or 1.0
 
@@ -620,16 +607,16 @@ def _over_chunks(part: Part, weights: Tensor, on_subsets: OnSubsets, bar: Any | 
     return np.concatenate(results)
 
 
-def _shares(weights: Tensor, counts: Tensor) -> Tensor:
-    """Row weights (c, n) divided by their sum over a subset's rows; 0 for an empty subset."""
-    totals = weights @ counts
-    return weights / torch.where(totals > 0, totals, 1.0).unsqueeze(1)
+def _shares(weights: Tensor, totals: Tensor) -> Tensor:
+    """Factors of the tasks' moments (c, n) divided by N_S, with N_t in `totals` (n,); 0 for an empty subset."""
+    of_subset = weights @ totals
+    return weights / torch.where(of_subset > 0, of_subset, 1.0).unsqueeze(1)
 
 
 def _target_means(part: Part) -> tuple[Tensor, Tensor]:
     """Mean output (k,) and mean gradient (k, d) of each target."""
-    counts = _tensor(part.target.counts)
-    return _tensor(part.target.output_sums) / counts, _tensor(part.target.sums) / counts.unsqueeze(1)
+    totals = _tensor(part.target.weights)
+    return _tensor(part.target.output_sums) / totals, _tensor(part.target.sums) / totals.unsqueeze(1)
 
 
 def _with_targets(part: Part, targets: Sequence[int]) -> Part:
@@ -661,6 +648,12 @@ def _in_group(group_of_row: np.ndarray) -> tuple[np.ndarray, Tensor]:
     group_of_row = np.asarray(group_of_row)
     chosen = np.flatnonzero(group_of_row >= 0)
     return chosen, torch.from_numpy(group_of_row[chosen]).long()
+
+
+def _chosen(of_row: np.ndarray | None, group_of_row: np.ndarray) -> Tensor:
+    """Weights of the rows that belong to a group; 1 where there are none."""
+    chosen = np.flatnonzero(np.asarray(group_of_row) >= 0)
+    return torch.ones(len(chosen), dtype=torch.float64) if of_row is None else _tensor(of_row[chosen])
 
 
 def _rows_of_groups(rows: Rows, group_of_row: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

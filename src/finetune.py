@@ -41,17 +41,20 @@ from src.paths import (
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long and how fast. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation."""
+    """How long and how fast. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation, and
+    `loss_over` is what a batch's loss is the mean over: its target tokens ("token"), or the mean losses of its rows ("row").
+    """
 
     epochs: int
     lr: float
     weight_decay: float = 0.0
     accumulate: int = 1
     max_new_tokens: int = 256
+    loss_over: str = "token"
 
 
 class FineTuning(pl.LightningModule):
-    """AdamW with a constant learning rate on the mean loss of a batch's target tokens.
+    """AdamW with a constant learning rate on the mean loss of a batch.
 
     Validation and test record the mean loss of every sample they see (`losses`, (N,), NaN where not seen) and,
     where completions can be judged, what is generated for its prompt (`completions`, by sample index). Under
@@ -70,8 +73,11 @@ class FineTuning(pl.LightningModule):
             self.model.shard(self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits, labels, _ = self.model.target_logits(batch)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+        logits, labels, rows = self.model.target_logits(batch)
+        if self.plan.loss_over == "row":
+            loss = per_sample_loss(logits, labels, rows, len(batch["labels"])).mean()
+        else:
+            loss = nn.functional.cross_entropy(logits.float(), labels)
         if not loss.isfinite():
             self._stop_at(batch["sample_index"], f"the training loss is {float(loss.detach())}")
         self.log("train_loss", loss.detach())
@@ -88,6 +94,8 @@ class FineTuning(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if "labels" not in batch:
+            if self.trainer.sanity_checking:  # before training only losses are wanted
+                return
             texts = self.model.generate(batch, self.plan.max_new_tokens)
             self.completions.update(zip(batch["sample_index"].tolist(), texts, strict=True))
             return
@@ -113,7 +121,7 @@ class FineTuning(pl.LightningModule):
         seen[seen == float("-inf")] = float("nan")
         self.losses = seen.numpy()
         self.log("val_loss", float(np.nanmean(self.losses)), rank_zero_only=True)
-        if self.data.judge is not None:
+        if self.data.judge is not None and not self.trainer.sanity_checking:
             self.completions = join_completions(self.trainer, self.completions)
             correct = [correct_of(self.data, index, text) for index, text in self.completions.items()]
             self.log("val_accuracy", float(np.mean(correct)), rank_zero_only=True)
@@ -197,6 +205,9 @@ class Checkpoints(pl.Callback):
 
     Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last. The names of those written so far
     stand in a file beside them, so that a training that was cut off can be told from what others put there.
+    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last. `validation_losses` says how
+    good the model was before training ("base") and at the last validation ("last", by target; "last_step"), and whether
+    that was the end of the whole training.
 
     Args:
         folder: Where checkpoints go.
@@ -214,6 +225,7 @@ class Checkpoints(pl.Callback):
         self.best_loss = float("inf")
         self.losses: list[float] = []  # of every validation
         self.written: list[str] = []
+        self.validation_losses: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         steps = int(trainer.estimated_stepping_batches)
@@ -240,10 +252,15 @@ class Checkpoints(pl.Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
-        loss = float(np.nanmean(module.losses))
+        loss, by_target = float(np.nanmean(module.losses)), target_losses(module.data, module.losses)
+        if trainer.sanity_checking:
+            self.validation_losses["base"] = by_target
+            return
         if trainer.state.fn != "fit":
             return
         self.losses.append(loss)
+        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        self.validation_losses |= {"last": by_target, "last_step": step, "whole": step >= steps}
         if loss >= self.best_loss:
             return
         replaced, self.best = self.best, epoch_checkpoint_name(trainer.current_epoch)
@@ -268,7 +285,7 @@ class SavePredictions(pl.Callback):
         self.write = write
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.sanity_checking:
             self.write(trainer.current_epoch, module.completions)
 
 
@@ -322,7 +339,7 @@ def build_trainer(
         hardware: Resolved hardware flags.
         plan: The training; None for evaluation only.
         callbacks: What else happens on the way.
-        validate: Whether every epoch ends with a validation.
+        validate: Whether training begins, and every epoch ends, with a validation.
         logger: Where losses are logged, if anywhere.
     """
     return pl.Trainer(
@@ -335,7 +352,7 @@ def build_trainer(
         accumulate_grad_batches=plan.accumulate if plan else 1,
         callbacks=[*callbacks, EvaluationProgress()],
         limit_val_batches=1.0 if validate or plan is None else 0,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1 if validate else 0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -401,20 +418,26 @@ def evaluate(
     return Evaluation(losses, completions)
 
 
+def target_losses(data: TaskData, losses: np.ndarray, split: str = "validation") -> dict[str, float]:
+    """Mean of the losses (N,) over each target's rows of a split."""
+    held_out = data.indices(split)
+    rows_of = {name: held_out[data.target_of_sample[held_out] == target] for target, name in enumerate(data.targets)}
+    return {name: float(np.mean(losses[rows])) for name, rows in rows_of.items() if len(rows)}
+
+
 def target_metrics(data: TaskData, evaluation: Evaluation, splits: Sequence[str]) -> dict[str, float]:
     """Mean loss of each target, `<split>_loss/<target>`, and where completions are judged its accuracy,
     `<split>_accuracy/<target>`."""
     metrics = {}
     for split in splits:
-        held_out = data.indices(split)
-        for position, target in enumerate(data.targets):
-            rows = held_out[data.target_of_sample[held_out] == position]
-            if not len(rows):
-                continue
-            metrics[f"{split}_loss/{target}"] = float(np.mean(evaluation.losses[rows]))
-            if data.judge is not None:
-                correct = [correct_of(data, index, evaluation.completions[index]) for index in rows.tolist()]
-                metrics[f"{split}_accuracy/{target}"] = float(np.mean(correct))
+        for target, loss in target_losses(data, evaluation.losses, split).items():
+            metrics[f"{split}_loss/{target}"] = loss
+        if data.judge is not None:
+            correct = np.full(len(data), np.nan)
+            for index in data.indices(split).tolist():
+                correct[index] = correct_of(data, index, evaluation.completions[index])
+            for target, accuracy in target_losses(data, correct, split).items():
+                metrics[f"{split}_accuracy/{target}"] = accuracy
     return metrics
 
 

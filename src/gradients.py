@@ -33,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.cli import is_out_of_memory, progress, say_once, waiting_for
 from src.datamodule import Batch, TaskDataModule, read_arrays, write_arrays
-from src.estimation import MomentSums, Part, Rows, TaskMoments, task_moments
+from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
 from src.paths import (
     MANIFEST,
@@ -226,11 +226,12 @@ class StoreWriter:
     Args:
         folder: The part's final folder.
         request: Everything the rows depend on; another request is refused.
-        samples: Arrays of length R that say which row is which: `sample_index`, `task`, `target`.
+        samples: Arrays of length R that say which row is which: `sample_index`, `task`, `target`; and `target_tokens`, how
+            many tokens its output is a mean over.
         dim: d.
         repair: What to do about a mismatch, for the message.
         representation_size: H, where representations are kept too.
-        groups: Name -> group of each row (R,) and their number: whose moments `finish` sums, for
+        groups: "tasks" and "targets" -> group of each row (R,) and their number: whose moments `finish` sums, for
             `StoredPart.estimation_part`.
         row_dtype: numpy dtype of the rows on disk.
         on_nonfinite: "stop" at a sample that is not finite, or "skip" it: its row is not a number, and it belongs
@@ -432,7 +433,8 @@ class StoreWriter:
             self.write(indices[block], *(array[block] for array in values))
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Make the part whole: checksums, moments, the manifest, then its final name.
+        """Make the part whole: checksums, moments with the weights of the training (`loss_over` of the facts), the manifest,
+        then its final name.
 
         Moments are summed in the order of the samples, so that they do not depend on the batches, the number of
         processes or where a run was cut off.
@@ -441,22 +443,20 @@ class StoreWriter:
             raise ValueError(f"{len(missing)} of {len(self.state)} rows are missing in {self.partial}")
         self.flush()
         left_out = ~np.isfinite(self.outputs)
-        groups = {name: np.where(left_out, -1, self.samples[name]) for name in self.samples if name != "sample_index"}
+        groups = {name: np.where(left_out, -1, self.samples[name]) for name in ("task", "target")}
         write_arrays(self.partial / SAMPLES, {**self.samples, **groups, "left_out": left_out})
         names = [PROJECTED, OUTPUTS, SAMPLES, *([REPRESENTATIONS] if self.representations is not None else [])]
         with waiting_for(f"checksums of {self.folder}"):
             files = files_facts(self.partial, names)
-        for name, (group_of_row, number) in self.groups.items():
-            sums = MomentSums(number, self.rows.shape[1], outers=not kernel_is_smaller(*self.rows.shape))
-            group_of_row = np.where(left_out, -1, group_of_row)
-            for start in progress(range(0, len(self.rows), 8192), desc=f"moments of {name}", unit="block"):
-                block = slice(start, start + 8192)
-                sums.add(self.rows[block], self.outputs[block], group_of_row[block])
-            path = moments_file(self.partial, name, sums.has_outers)
-            save_moments(path, group_of_row, sums.moments(), files[PROJECTED]["sha256"])
         indices = self.samples["sample_index"][left_out]
         counted = {"left_out": {"count": len(indices), "first_samples": indices[:20].tolist()}}
-        write_manifest(self.partial, {**self.request, **facts, **counted, "files": files})
+        manifest = {**self.request, **facts, **counted, "files": files}
+        part = StoredPart(self.partial, manifest)
+        vars(part).update(rows=self.rows, outputs=self.outputs)  # their checksums were taken just now
+        for name, (group_of_row, number) in self.groups.items():
+            outers = not kernel_is_smaller(*self.rows.shape)
+            part.moments(name, np.where(left_out, -1, group_of_row), number, part.weight_by, outers=outers)
+        write_manifest(self.partial, manifest)
         self._publish()
 
     def _publish(self) -> None:
@@ -477,15 +477,6 @@ def kernel_is_smaller(num_rows: int, dim: int) -> bool:
     return num_rows <= dim
 
 
-def moments_file(folder: Path, name: str, outers: bool) -> Path:
-    """Cached moments of a part: of a division into groups, with or without outer products."""
-    return folder / f"moments_{name}{'' if outers else '_sums'}.npz"
-
-
-def save_moments(path: Path, group_of_row: np.ndarray, moments: TaskMoments, made_from: str) -> None:
-    """Keep moments beside the rows they sum, with the rows' checksum; a .npz has checksums of its own arrays."""
-    kept = {field: values for field, values in vars(moments).items() if values is not None}
-    write_arrays(path, {"group_of_row": group_of_row, "made_from": np.array(made_from), **kept})
 
 
 @dataclass(frozen=True)
@@ -534,10 +525,15 @@ class StoredPart:
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray]:
-        """`sample_index`, `task`, `target`, each (R,); task is -1 for validation rows, target for training rows, both for
-        rows that were `left_out` because they are not finite."""
+        """`sample_index`, `task`, `target`, `target_tokens`, each (R,); task is -1 for validation rows, target for training
+        rows, both for rows that were `left_out` because they are not finite."""
         with np.load(self.check(SAMPLES)) as arrays:
             return dict(arrays)
+
+    @property
+    def weight_by(self) -> str:
+        """How the training at whose checkpoint the rows were taken weighs them."""
+        return "sample" if self.manifest.get("loss_over") == "row" else "token"
 
     @property
     def targets(self) -> list[str]:
@@ -567,6 +563,7 @@ class StoredPart:
         num_tasks: int | None = None,
         name: str = "tasks",
         *,
+        weight_by: str | None = None,
         by_rows: bool = False,
         represented: bool = False,
     ) -> Part:
@@ -576,36 +573,57 @@ class StoredPart:
             task_of_row: Task of each row (R,), -1 for none; None = the tasks of the data.
             num_tasks: n.
             name: Names the cache; another division into tasks needs another name.
+            weight_by: How rows weigh, one of `estimation.WEIGHT_BY`; None = as in the training.
             by_rows: Give the rows themselves instead of their outer products.
             represented: Representations in place of the gradients (estimator `representation`).
         """
+        weight_by = weight_by or self.weight_by
         task_of_row = self.samples["task"] if task_of_row is None else task_of_row
         task_of_row = np.where(self.samples["left_out"], -1, task_of_row)
         num_tasks = len(self.manifest["tasks"]) if num_tasks is None else num_tasks
         target_of_row = self.samples["target"]
-        outers = not (by_rows or represented)
-        of = "_represented" if represented else ""
-        train = self._cached_moments(f"{name}{of}", represented, task_of_row, num_tasks, outers)
-        target = self._cached_moments(f"targets{of}", represented, target_of_row, len(self.targets), outers)
+        options: dict[str, Any] = {"outers": not (by_rows or represented), "represented": represented}
+        train = self.moments(name, task_of_row, num_tasks, weight_by, **options)
+        target = self.moments("targets", target_of_row, len(self.targets), weight_by, **options)
         rows = None
         if by_rows:
             values = self.representations if represented else self.rows
-            rows = Rows(values, self.outputs, task_of_row, target_of_row)
-        return Part(train, target, rows, self.manifest["output_function"])
+            rows = Rows(values, self.outputs, task_of_row, target_of_row, *self.row_weights(weight_by))
+        return Part(train, target, rows, self.manifest["output_function"], weight_by)
 
-    def _cached_moments(
-        self, name: str, represented: bool, group_of_row: np.ndarray, num_groups: int, outers: bool
+    def row_weights(self, weight_by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Weights of the rows in sums of gradients (R,) and of outer products (R,); None where all weigh the same."""
+        if weight_by != "token":
+            return None, None
+        return token_weights(self.samples["target_tokens"], self.samples["task"] >= 0)
+
+    def moments(
+        self,
+        name: str,
+        group_of_row: np.ndarray,
+        num_groups: int,
+        weight_by: str,
+        *,
+        outers: bool = True,
+        represented: bool = False,
     ) -> TaskMoments:
-        path = moments_file(self.folder, name, outers)
-        made_from = self.manifest["files"].get(REPRESENTATIONS if represented else PROJECTED, {}).get("sha256")
+        """The moments of the rows of each group, kept in a .npz beside the rows, which has checksums of its own arrays."""
+        by_token = weight_by == "token"
+        file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
+        path, of = self.folder / file, REPRESENTATIONS if represented else PROJECTED
+        made_from = self.manifest["files"].get(of, {}).get("sha256", "") + f"^{CURVATURE_POWER}" * by_token
         stored = read_arrays(path)
         if stored is not None:
             named, groups = stored.pop("made_from", None), stored.pop("group_of_row", None)
             if named == made_from and groups is not None and np.array_equal(groups, group_of_row):
                 return TaskMoments(**{"outers": cast(Any, None), **stored})
-        rows = self.representations if represented else self.rows
-        moments = task_moments(rows, self.outputs, group_of_row, num_groups, outers=outers, progress=progress)
-        save_moments(path, group_of_row, moments, made_from)
+        weights, curvatures = self.row_weights(weight_by)
+        moments = task_moments(
+            self.representations if represented else self.rows, self.outputs, group_of_row, num_groups,
+            weights=weights, curvatures=curvatures, outers=outers, progress=progress,
+        )  # fmt: skip
+        kept = {field: values for field, values in vars(moments).items() if values is not None}
+        write_arrays(path, {"group_of_row": group_of_row, "made_from": np.array(made_from), **kept})
         return moments
 
 

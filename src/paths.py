@@ -69,7 +69,7 @@ SCORES_FIGURE = "scores.png"
 APPROXIMATION_FILE = "approximation_error.csv"
 APPROXIMATION_FIGURE = "approximation_error.png"
 
-ARTIFACT_VERSION = 3
+ARTIFACT_VERSION = 4
 
 
 LONGEST_NAME = 180

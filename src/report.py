@@ -48,6 +48,8 @@ plt.rcParams.update(
 )  # fmt: skip
 
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
+SCORE, RANKING_ONLY = "score", "score (ranking only)"
+"""What takes the place of `ESTIMATE` in columns, and in tables and figures, where estimates are no losses."""
 VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "validation_loss", "test_loss", "test_accuracy"
 """Prefixes of the columns `<prefix>/<target>`."""
 OURS = ("forward selection", "forward selection, refined", "backward elimination", "random ensemble", "mixture weights")
@@ -161,6 +163,11 @@ def _check_cells(path: Path, table: pd.DataFrame) -> None:
 def columns_of(frame: pd.DataFrame, prefix: str) -> list[str]:
     """Targets that the table has columns `<prefix>/<target>` for."""
     return [name.removeprefix(f"{prefix}/") for name in frame.columns if name.startswith(f"{prefix}/")]
+
+
+def estimate_prefix(frame: pd.DataFrame) -> str:
+    """What the columns of stage 3's estimates begin with: `ESTIMATE`, or `SCORE` where they are no losses."""
+    return ESTIMATE if columns_of(frame, ESTIMATE) else SCORE
 
 
 def mean_over_targets(frame: pd.DataFrame, prefix: str, targets: Sequence[str]) -> np.ndarray:
@@ -279,7 +286,7 @@ def estimates_figure(
 
 def estimate_label(ranks_only: bool = False) -> str:
     """What an axis of estimates is called."""
-    return "estimate, for ranking only (lower is better)" if ranks_only else "estimated loss (nats per token)"
+    return f"{RANKING_ONLY}, lower is better" if ranks_only else "estimated loss (nats per token)"
 
 
 def comparison_figure(
@@ -318,17 +325,18 @@ def comparison_figure(
 
 
 def _scores_of_targets(axes: plt.Axes, rows: pd.DataFrame) -> None:
-    """The score of every target with its interval, beside the noise ceiling where it is known."""
+    """The score of every target with its interval, beside the attainable maximum where it is known."""
     positions = np.arange(len(rows))
     interval = np.abs(rows[["lds_low", "lds_high"]].to_numpy(float).T - rows["lds"].to_numpy(float))
     axes.errorbar(rows["lds"], positions, xerr=interval, fmt="o", color=BLUE, ecolor=GREY, markersize=4,
                   label="score, 90 % bootstrap interval")  # fmt: skip
-    if rows["ceiling"].notna().any():
-        axes.scatter(rows["ceiling"], positions, marker="|", color=ORANGE, s=60, label="another seed's values")
+    if rows["attainable"].notna().any():
+        axes.hlines(positions, rows["attainable_low"], rows["attainable_high"], color=ORANGE, alpha=0.5)
+        axes.scatter(rows["attainable"], positions, marker="|", color=ORANGE, s=60, label="attainable maximum, 90 %")
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_yticks(positions, _names(rows["target"]), fontsize=7)
     axes.set_xlabel("linear datamodeling score (Spearman over subsets)")
-    lowest = float(np.nanmin([rows["lds_low"].min(), rows["ceiling"].min(), 0.0]))
+    lowest = float(np.nanmin([rows["lds_low"].min(), rows["attainable_low"].min(), 0.0]))
     axes.set_xlim(lowest - 0.05, 1.05)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
 
@@ -339,10 +347,10 @@ def _names(names: Iterable[str], length: int = 36) -> list[str]:
 
 
 def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
-    """The score of every estimator in every world, beside how well another seed's values predict the truth.
+    """The score of every estimator in every world, beside the attainable maximum with its interval.
 
     Args:
-        table: Columns `world`, `estimator`, `lds`, `lds_low`, `ceiling`.
+        table: Columns `world`, `estimator`, `lds`, `lds_low`, `attainable`, `attainable_low`, `attainable_high`.
         path: The PNG.
     """
     worlds, estimators = (table[column].drop_duplicates().tolist() for column in ("world", "estimator"))
@@ -355,8 +363,12 @@ def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
             continue
         axes.scatter(scores, positions, marker=markers[index % len(markers)], color=colors[index % len(colors)],
                      s=46, alpha=0.85, label=estimator, zorder=2 + len(estimators) - index)  # fmt: skip
-    ceilings = table.groupby("world")["ceiling"].first().reindex(worlds).astype(float)
-    axes.scatter(ceilings, positions, marker="|", s=160, color="black", label="one seed against another")
+    names = ["attainable", "attainable_low", "attainable_high"]
+    attainable = table.groupby("world")[names].first().reindex(worlds).astype(float)
+    axes.hlines(positions, attainable["attainable_low"], attainable["attainable_high"], color="black", alpha=0.4)
+    axes.scatter(
+        attainable["attainable"], positions, marker="|", s=160, color="black", label="attainable maximum, 90 %"
+    )
     axes.set_yticks(positions, worlds, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(right=1.02)
@@ -403,7 +415,7 @@ def selection_figure(
     """The estimate along a search, each step labelled with the task it took.
 
     Args:
-        steps: Columns `step`, `task`, `estimate`, `selected`.
+        steps: Columns `step`, `task`, `estimate` (or `score`, with `ranks_only`), `selected`.
         names: Task names by id.
         path: The PNG.
         title: Above the figure.
@@ -411,16 +423,17 @@ def selection_figure(
         ranks_only: The estimates are no losses.
     """
     figure, axes = plt.subplots(figsize=(max(5.6, 0.3 * len(steps) + 1.5), 4.8))
-    axes.plot(steps["step"], steps["estimate"], color=GREY, zorder=1)
+    value = SCORE if ranks_only else ESTIMATE
+    axes.plot(steps["step"], steps[value], color=GREY, zorder=1)
     taken = steps[steps["selected"]]
     passed = steps[~steps["selected"]]
-    axes.scatter(taken["step"], taken["estimate"], color=ORANGE, zorder=2, label="selected")
+    axes.scatter(taken["step"], taken[value], color=ORANGE, zorder=2, label="selected")
     if len(passed):
         label = "tried, no improvement"
-        axes.scatter(passed["step"], passed["estimate"], color=GREY, marker="X", s=44, zorder=2, label=label)
+        axes.scatter(passed["step"], passed[value], color=GREY, marker="X", s=44, zorder=2, label=label)
     axes.set_xticks(steps["step"], _names(names[task] for task in steps["task"]), rotation=60, ha="right", fontsize=8)
-    for (label, value), style in zip(references.items(), ("--", ":"), strict=False):
-        axes.axhline(value, color=BLUE, linestyle=style, linewidth=1, label=label)
+    for (label, level), style in zip(references.items(), ("--", ":"), strict=False):
+        axes.axhline(level, color=BLUE, linestyle=style, linewidth=1, label=label)
     axes.set_ylabel(estimate_label(ranks_only))
     axes.set_xlabel("task of each step")
     axes.set_title(title)
@@ -451,7 +464,7 @@ def affinity_figure(
     axes.set_ylabel("task trained on")
     axes.set_title("What each task alone does", fontsize=10)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("fall of the estimate" if ranks_only else "estimated fall of the loss (nats per token)")
+    bar.set_label(f"fall of the {RANKING_ONLY}" if ranks_only else "estimated fall of the loss (nats per token)")
     save_figure(figure, path)
 
 

@@ -187,7 +187,9 @@ def train(args: argparse.Namespace) -> None:
     """Meta-training on all tasks, or fine-tuning on the subsets that the flags name."""
     data = load_data(args)
     hardware = hardware_from(args)
-    plan = TrainingPlan(args.epochs, args.lr, args.weight_decay, args.accumulate, **generation_options(args))
+    plan = TrainingPlan(
+        args.epochs, args.lr, args.weight_decay, args.accumulate, **generation_options(args), loss_over=args.loss_over
+    )
     if getattr(args, "load_clusters", False):
         data = clusters_as_tasks(args, data)
     chosen = chosen_subsets(args, data)
@@ -247,7 +249,7 @@ def each_once(subsets: Sequence[tuple[int, ...]], path: Path) -> list[tuple[int,
     return different
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, int]:
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Flags that only a track with generated answers has."""
     return {"max_new_tokens": args.max_new_tokens} if hasattr(args, "max_new_tokens") else {}
 
@@ -316,6 +318,7 @@ def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
         "lr",
         "weight_decay",
         "epochs",
+        "loss_over",
         "max_length",
         "max_target_length",
         "load_model_dir",
@@ -358,7 +361,7 @@ def meta_train(
         remove_checkpoints(folder, resolve_checkpoint(args.load_model_dir) if args.load_model_dir else None)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
-    described = {name: facts[name] for name in ("data_fingerprint", "run", "use_qlora")}
+    described = {name: facts[name] for name in ("data_fingerprint", "run", "use_qlora", "loss_over")}
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
@@ -374,6 +377,7 @@ def meta_train(
             "trajectory": checkpoints.trajectory,
             "best": checkpoints.best,
             "best_validation_loss": checkpoints.best_loss,
+            "validation_losses": checkpoints.validation_losses,
             "tasks": list(data.tasks),
             **{name: getattr(args, name) for name in ("batch_size", "accumulate", "stop_after_checkpoints")},
             **spent(started),
@@ -705,6 +709,7 @@ class GradientPasses:
             model = placed(model_at(args, folder), processes)
             check_adapter(args, model, folder)
             datamodule = self.datamodule = self.datamodule or make_datamodule(args, self.data, model)
+            self.samples["target_tokens"] = datamodule.target_tokens[self.rows]
             dim = None if args.projection == "none" else args.project_dim
             projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
             writer = self.open_writer(model, self.request(model, datamodule, projection, folder))
@@ -807,8 +812,9 @@ class GradientPasses:
         if writer.complete:
             print(f"{writer.folder} is there already and fits; nothing to compute.")
         else:
-            step = read_manifest(checkpoint, training_script(self.args)).get("step", -1)
-            facts = {"step": step, "checkpoint_dir": str(checkpoint), **spent(started), "command": command_typed()}
+            trained = read_manifest(checkpoint, training_script(self.args))
+            known = {"step": trained.get("step", -1), "loss_over": trained.get("loss_over", "token")}
+            facts = {**known, "checkpoint_dir": str(checkpoint), **spent(started), "command": command_typed()}
             names = {"tasks": list(data.tasks), "targets": list(data.targets)}
             writer.finish({**names, **facts, "data_source": data_source(self.args)})
         signs = writer.folder / PROJECTION_SIGNS

@@ -43,6 +43,7 @@ def membership_matrix(subsets: Sequence[Subset], num_tasks: int) -> np.ndarray:
 
 
 DEFAULT_NUM_SUBSETS = 1000
+DEFAULT_SUBSET_SIZE = 0.5
 
 
 def tasks_in_subset(num_tasks: int, subset_size: float) -> int:

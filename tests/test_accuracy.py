@@ -12,12 +12,12 @@ from src.accuracy import (
     CONSTANT,
     INCLUSION,
     MEAN,
+    attainable_maximum,
     bootstrap_interval,
     comparison,
     given_inclusion,
     judge,
     linear_datamodeling_score,
-    noise_ceiling,
 )
 from src.calibration import calibrate, fit_calibration, leave_one_out_error
 
@@ -41,11 +41,33 @@ def test_bootstrap_interval_is_scipys() -> None:
     assert found[0] < linear_datamodeling_score(estimates, truth) < found[1]
 
 
-def test_noise_ceiling_is_the_mean_over_pairs_of_runs() -> None:
+def test_attainable_maximum_is_what_the_exact_truth_scores() -> None:
+    """Spearman-Brown by hand; over many draws it is the score of the noiseless values against the mean of the runs."""
     runs = np.random.default_rng(0).standard_normal((20, 3)) + np.arange(20.0)[:, None] / 5
-    pairs = [spearmanr(runs[:, a], runs[:, b]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
-    assert noise_ceiling(runs) == pytest.approx(np.mean(pairs))
-    assert np.isnan(noise_ceiling(runs[:, :1]))
+    r = np.mean([spearmanr(runs[:, a], runs[:, b]).statistic for a, b in ((0, 1), (0, 2), (1, 2))])
+    found, low, high = attainable_maximum(runs)
+    assert found == pytest.approx(np.sqrt(3 * r / (1 + 2 * r))) and low < found < high
+    assert np.isnan(attainable_maximum(runs[:, :1])).all()
+    opposite = np.stack([np.arange(9.0), -np.arange(9.0)], axis=1)
+    assert attainable_maximum(opposite)[0] == 0
+    rng = np.random.default_rng(1)
+    maxima, scores = [], []
+    for _ in range(100):
+        exact = rng.standard_normal(60)
+        by_run = exact[:, None] + 0.5 * rng.standard_normal((60, 2))
+        maxima.append(attainable_maximum(by_run, draws=2)[0])
+        scores.append(linear_datamodeling_score(exact, by_run.mean(axis=1)))
+    assert np.mean(maxima) == pytest.approx(np.mean(scores), abs=0.01)
+
+
+def test_score_of_the_best_quarter() -> None:
+    """Of twelve subsets the three that are best after fine-tuning; of eleven too, but not of nine."""
+    fine_tuned = np.random.default_rng(0).permutation(np.arange(12.0))
+    estimates = fine_tuned.copy()
+    best = np.argsort(fine_tuned)[:3]
+    estimates[best] = estimates[best[[1, 0, 2]]]
+    assert judge(estimates, fine_tuned)["lds_top_quarter"] == pytest.approx(0.5)
+    assert np.isnan(judge(estimates[:9], fine_tuned[:9])["lds_top_quarter"])
 
 
 def test_errors_by_hand() -> None:
@@ -71,7 +93,7 @@ def test_comparison_has_every_predictor_for_every_target() -> None:
     assert set(table.index.get_level_values("target")) == {"a", "b", "c", AVERAGE, MEAN}
     assert set(table.index.get_level_values("predictor")) == {"estimate", "own", CONSTANT, INCLUSION}
     for target in "abc":
-        assert table.loc[(target, "estimate"), "lds"] > 0.99 and table.loc[(target, "estimate"), "ceiling"] > 0.99
+        assert table.loc[(target, "estimate"), "lds"] > 0.99 and table.loc[(target, "estimate"), "attainable"] > 0.99
         assert table.loc[(target, "estimate"), "lds_given_inclusion"] > 0.99
         assert table.loc[(target, "own"), "lds"] == pytest.approx(table.loc[(target, INCLUSION), "lds"])
         assert np.isnan(table.loc[(target, "own"), "lds_given_inclusion"])

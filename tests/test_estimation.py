@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
+from torch import Tensor
 
 from src import estimation as module
 from src.estimation import (
+    CURVATURE_POWER,
     ESTIMATORS,
-    MomentSums,
+    WEIGHT_BY,
     Part,
     Rows,
     estimate,
@@ -21,6 +24,7 @@ from src.estimation import (
     mixture_weights,
     solutions,
     task_moments,
+    token_weights,
     zero_order_error,
 )
 
@@ -43,11 +47,21 @@ def make_rows(seed: int = 0, num_rows: int = 150, dim: int = DIM) -> Rows:
     )
 
 
-def make_part(rows: Rows) -> Part:
+def target_tokens(rows: Rows) -> np.ndarray:
+    """Rows of 1 to 13 tokens."""
+    return 1 + np.arange(len(rows.outputs)) * 7 % 13
+
+
+def make_part(rows: Rows, weight_by: str = "sample") -> Part:
+    weights, curvatures = None, None
+    if weight_by == "token":
+        weights, curvatures = token_weights(target_tokens(rows), rows.task_of_row >= 0)
+    of_rows = {"weights": weights, "curvatures": curvatures}
     return Part(
-        task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS),
-        task_moments(rows.rows, rows.outputs, rows.target_of_row, NUM_TARGETS),
-        rows,
+        task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS, **of_rows),
+        task_moments(rows.rows, rows.outputs, rows.target_of_row, NUM_TARGETS, **of_rows),
+        replace(rows, **of_rows),
+        weight_by=weight_by,
     )
 
 
@@ -68,19 +82,21 @@ def membership() -> np.ndarray:
     return bits[(bits.sum(axis=1) >= 2) & (bits.sum(axis=1) <= 3)].astype(bool)
 
 
-def row_weights(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
-    """The weight of every row (R,) in a subset, task by task."""
+def row_weights(rows: Rows, task_weights: np.ndarray, weight_by: str, power: int = 1) -> np.ndarray:
+    """The weight of every row (R,) in a subset, task by task; of outer products with `power`."""
     weights = np.zeros(len(rows.outputs))
+    tokens = target_tokens(rows)
+    relative = tokens / tokens[rows.task_of_row >= 0].mean()
     for task, weight in enumerate(task_weights):
         of_task = rows.task_of_row == task
         weights[of_task] = weight / (of_task.sum() if weight_by == "task" else 1)
-    return weights
+    return weights * relative**power if weight_by == "token" else weights
 
 
 def ridge_strength(rows: Rows, weight_by: str, rho: float = RHO) -> float:
-    """lambda = rho times the mean squared norm over the rows of all tasks."""
-    weights = row_weights(rows, np.ones(NUM_TASKS), weight_by)
-    return rho * np.average((rows.rows.astype(float) ** 2).sum(axis=1), weights=weights)
+    """lambda = rho times the mean squared norm over the rows of all tasks, as curvature weighs them."""
+    weights, curvatures = (row_weights(rows, np.ones(NUM_TASKS), weight_by, power) for power in (1, CURVATURE_POWER))
+    return rho * curvatures @ (rows.rows.astype(float) ** 2).sum(axis=1) / weights.sum()
 
 
 def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -92,45 +108,56 @@ def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def quadratic_terms(rows: Rows, solutions: np.ndarray) -> np.ndarray:
-    """Half the mean squared change of each target's rows along each solution, (m, k)."""
-    changes = rows.rows.astype(float) @ solutions.T
+def quadratic_terms(rows: Rows, solutions: np.ndarray, weight_by: str) -> np.ndarray:
+    """Half the mean squared change of each target's rows along each solution, (m, k); the longer a row is, the nearer is
+    its gradient, a mean over tokens, to 0, and the more it says about the tokens' curvature."""
+    tokens = target_tokens(rows)
+    relative = (tokens / tokens[rows.task_of_row >= 0].mean()) ** (CURVATURE_POWER - 1)
+    changes = rows.rows.astype(float) @ solutions.T * (relative[:, None] ** 0.5 if weight_by == "token" else 1)
     return np.array([(changes[rows.target_of_row == target] ** 2).mean(axis=0) / 2 for target in range(NUM_TARGETS)]).T
 
 
 def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
-    """x_S by scikit-learn, from the raw rows: regress -1 on the gradients without intercept."""
-    weights = row_weights(rows, task_weights, weight_by)
+    """x_S by scikit-learn, from the raw rows: regress minus weight over curvature on the gradients without intercept."""
+    weights, curvatures = (row_weights(rows, task_weights, weight_by, power) for power in (1, CURVATURE_POWER))
     chosen = weights > 0
     ridge = Ridge(alpha=ridge_strength(rows, weight_by) * weights.sum(), fit_intercept=False, solver="cholesky")
-    ridge.fit(rows.rows[chosen].astype(float), -np.ones(chosen.sum()), sample_weight=weights[chosen])
+    goals = -weights[chosen] / curvatures[chosen]
+    ridge.fit(rows.rows[chosen].astype(float), goals, sample_weight=curvatures[chosen])
     return ridge.coef_
 
 
-@pytest.mark.parametrize("weight_by", ["sample", "task"])
+@pytest.mark.parametrize("weight_by", WEIGHT_BY)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ridge_equals_a_regression_on_the_raw_rows(
-    rows: Rows, part: Part, membership: np.ndarray, weight_by: str, weighted: bool
+    rows: Rows, membership: np.ndarray, weight_by: str, weighted: bool
 ) -> None:
     """Moments, batching and float32 change nothing: each x_S is a ridge regression on the rows of S."""
+    part = make_part(rows, weight_by)
     weights = membership * np.random.default_rng(1).random(membership.shape) if weighted else membership
     expected = np.array([direct_ridge(rows, subset, weight_by) for subset in weights])
-    np.testing.assert_allclose(solutions(part, weights, rho=RHO, weight_by=weight_by), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(solutions(part, weights, rho=RHO), expected, rtol=1e-4, atol=1e-6)
     means, slopes = target_means(rows)
     first_order = means + expected @ slopes.T
     linear, ridge, margin = (
-        estimate([from_part], weights, estimator=name, rho=RHO, weight_by=weight_by)
+        estimate([from_part], weights, estimator=name, rho=RHO)
         for name, from_part in (("linear", part), ("ridge", part), ("ridge", replace(part, output_function="margin")))
     )
     np.testing.assert_allclose(linear, first_order, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ridge, first_order + quadratic_terms(rows, expected), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ridge, first_order + quadratic_terms(rows, expected, weight_by), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(margin, first_order, rtol=1e-4, atol=1e-5)
 
 
-def test_weighting_by_task_is_not_weighting_by_sample(part: Part, membership: np.ndarray) -> None:
-    """The tasks differ in size, so the two must differ."""
-    by_sample, by_task = (estimate([part], membership, weight_by=weight_by) for weight_by in ("sample", "task"))
-    assert np.abs(by_sample - by_task).max() > 1e-3
+def test_what_weighs_the_same_makes_a_difference(rows: Rows, membership: np.ndarray) -> None:
+    """The tasks differ in size and the rows in length."""
+    by_token, by_sample, by_task = (estimate([make_part(rows, weight_by)], membership) for weight_by in WEIGHT_BY)
+    assert min(np.abs(by_sample - by_task).max(), np.abs(by_sample - by_token).max()) > 1e-3
+
+
+def test_rows_of_one_length_weigh_the_same() -> None:
+    """Whatever the length is, and whether they are trained on or a target's."""
+    for weights in token_weights(np.full(5, 9), np.arange(5) < 3):
+        np.testing.assert_array_equal(weights, np.ones(5))
 
 
 def test_ridge_finds_a_planted_solution() -> None:
@@ -147,7 +174,9 @@ def test_ridge_finds_a_planted_solution() -> None:
         np.testing.assert_allclose(found[0], means - fall, atol=1e-3)
 
 
-@pytest.mark.parametrize(("weight_by", "offset", "rho"), [("sample", 0, RHO), ("task", 0, RHO), ("sample", 20, 1e-3)])
+@pytest.mark.parametrize(
+    ("weight_by", "offset", "rho"), [("token", 0, RHO), ("sample", 0, RHO), ("task", 0, RHO), ("sample", 20, 1e-3)]
+)
 def test_logistic_equals_a_general_minimiser(
     rows: Rows, membership: np.ndarray, weight_by: str, offset: float, rho: float
 ) -> None:
@@ -157,8 +186,8 @@ def test_logistic_equals_a_general_minimiser(
     """
     outputs = rows.outputs + np.float32(offset)
     strength = ridge_strength(rows, weight_by, rho)
-    part = make_part(replace(rows, outputs=outputs))
-    options = {"estimator": "logistic", "rho": rho, "weight_by": weight_by}
+    part = make_part(replace(rows, outputs=outputs), weight_by)
+    options = {"estimator": "logistic", "rho": rho}
     found, solved = estimate([part], membership, **options), solutions(part, membership, **options)
     for subset, estimates, at in zip(membership[::5], found[::5], solved[::5], strict=True):
         weights = row_weights(rows, subset, weight_by)
@@ -183,19 +212,19 @@ def test_estimators_without_a_solution_displace_nothing(part: Part, membership: 
 
 
 @pytest.mark.parametrize("dim", [4, 200])
-@pytest.mark.parametrize("weight_by", ["sample", "task"])
+@pytest.mark.parametrize("weight_by", WEIGHT_BY)
 def test_kernel_equals_ridge(membership: np.ndarray, dim: int, weight_by: str) -> None:
     """The same solution through the kernel of the rows, with more and with fewer rows than dimensions, whether the
     kernel is asked for or there are no outer products."""
-    part = make_part(make_rows(dim=dim))
+    part = make_part(make_rows(dim=dim), weight_by)
     without = replace(part, train=replace(part.train, outers=None), target=replace(part.target, outers=None))
     kernel, ridge, automatic = (
-        estimate([from_part], membership, estimator=name, rho=RHO, weight_by=weight_by)
+        estimate([from_part], membership, estimator=name, rho=RHO)
         for name, from_part in (("kernel", part), ("ridge", part), ("ridge", without))
     )
     np.testing.assert_allclose(kernel, ridge, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(automatic, ridge, rtol=1e-4, atol=1e-5)
-    found = (solutions(from_part, membership, rho=RHO, weight_by=weight_by) for from_part in (part, without))
+    found = (solutions(from_part, membership, rho=RHO) for from_part in (part, without))
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
 
@@ -217,6 +246,10 @@ def test_alignment_and_constant_by_hand(rows: Rows, part: Part, membership: np.n
     gradients = np.array([rows.rows[of_subset].mean(axis=0, dtype=float) for of_subset in chosen])
     alignment = estimate([part], membership, estimator="alignment")
     np.testing.assert_allclose(alignment, means - gradients @ slopes.T, rtol=1e-6)
+    weights = [row_weights(rows, subset, "token") for subset in membership]
+    gradients = np.array([np.average(rows.rows.astype(float), axis=0, weights=of_rows) for of_rows in weights])
+    by_token = estimate([make_part(rows, "token")], membership, estimator="alignment")
+    np.testing.assert_allclose(by_token, means - gradients @ slopes.T, rtol=1e-6)
     constant = estimate([part], membership, estimator="constant")
     np.testing.assert_allclose(constant, np.tile(means, (len(membership), 1)))
 
@@ -277,37 +310,31 @@ def test_empty_subset_of_the_logistic_estimator(rows: Rows, part: Part) -> None:
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("block_rows", [1, 7, 1000])
-def test_moments_are_sums_over_rows(rows: Rows, block_rows: int, tmp_path: Path) -> None:
-    """Block by block from a file, a task's moments are plain sums; rows of no task are left out."""
+@pytest.mark.parametrize("block_rows", [1, 7, None])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_are_sums_over_rows(rows: Rows, block_rows: int | None, weighted: bool, tmp_path: Path) -> None:
+    """Block by block from a file, a task's moments are sums over its rows; rows of no task are left out."""
     np.save(tmp_path / "rows.npy", rows.rows)
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    moments = task_moments(mapped, rows.outputs, rows.task_of_row, NUM_TASKS, block_rows=block_rows)
+    weights, curvatures = np.random.default_rng(0).random((2, len(rows.outputs))) if weighted else (None, None)
+    moments = task_moments(
+        mapped, rows.outputs, rows.task_of_row, NUM_TASKS, weights=weights, curvatures=curvatures, block_rows=block_rows
+    )
     for task in range(NUM_TASKS):
-        gradients = rows.rows[rows.task_of_row == task].astype(float)
-        assert moments.counts[task] == len(gradients)
-        assert moments.output_sums[task] == pytest.approx(rows.outputs[rows.task_of_row == task].sum(dtype=float))
-        np.testing.assert_allclose(moments.sums[task], gradients.sum(axis=0))
-        np.testing.assert_allclose(moments.outers[task], gradients.T @ gradients, rtol=1e-6)
-        assert moments.squares[task] == pytest.approx(np.square(gradients).sum())
+        expected = {"counts": 0, "weights": 0.0, "output_sums": 0.0, "sums": np.zeros(DIM), "squares": 0.0}
+        expected["outers"] = np.zeros((DIM, DIM))
+        for row in np.flatnonzero(rows.task_of_row == task):
+            gradient, output = rows.rows[row].astype(float), float(rows.outputs[row])
+            weight, curvature = (weights[row], curvatures[row]) if weighted else (1.0, 1.0)
+            expected["counts"] += 1
+            expected["weights"] += weight
+            expected["output_sums"] += weight * output
+            expected["sums"] += weight * gradient
+            expected["squares"] += curvature * gradient @ gradient
+            expected["outers"] += curvature * np.outer(gradient, gradient)
+        for name, value in expected.items():
+            np.testing.assert_allclose(getattr(moments, name)[task], value, rtol=1e-6, atol=1e-5, err_msg=name)
     assert task_moments(mapped, rows.outputs, rows.task_of_row, NUM_TASKS, outers=False).outers is None
-
-
-@pytest.mark.parametrize("with_outers", [True, False])
-def test_moments_of_rows_that_come_in_any_order(rows: Rows, with_outers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In batches of a shuffled order, whether outer products are taken of few or many rows together."""
-    expected = task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS, outers=with_outers)
-    order = np.random.default_rng(0).permutation(len(rows.outputs))
-    for together in (1, 5, 1000):
-        monkeypatch.setattr(MomentSums, "TOGETHER", together)
-        sums = MomentSums(NUM_TASKS, DIM, with_outers)
-        for batch in np.array_split(order, 13):
-            sums.add(rows.rows[batch], rows.outputs[batch], rows.task_of_row[batch])
-        for name, values in vars(sums.moments()).items():
-            if values is None:
-                assert getattr(expected, name) is None
-            else:
-                np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
 def test_moments_add_up_over_a_finer_division(rows: Rows) -> None:
@@ -366,7 +393,7 @@ def test_bad_input_is_refused(rows: Rows, part: Part, membership: np.ndarray) ->
     with pytest.raises(ValueError, match="rho must be above 0, found 0"):
         estimate([part], membership, rho=0)
     with pytest.raises(ValueError, match="unknown weight_by 'row'"):
-        estimate([part], membership, weight_by="row")
+        estimate([replace(part, weight_by="row")], membership)
     with pytest.raises(ValueError, match="need the rows of a part"):
         estimate([replace(part, rows=None)], membership, estimator="kernel")
     fewer = Part(part.train, task_moments(rows.rows, rows.outputs, rows.target_of_row % 2, 2))
@@ -381,7 +408,7 @@ def test_bad_input_is_refused(rows: Rows, part: Part, membership: np.ndarray) ->
 def test_subsets_and_targets_without_rows_are_refused(rows: Rows, membership: np.ndarray) -> None:
     """A task without rows may sit beside others, but cannot be a subset; a target needs rows."""
     without = make_part(replace(rows, task_of_row=np.where(rows.task_of_row == 2, -1, rows.task_of_row)))
-    assert np.isfinite(estimate([without], membership, weight_by="task")).all()
+    assert np.isfinite(estimate([replace(without, weight_by="task")], membership)).all()
     with pytest.raises(ValueError, match=r"subset 1 \(tasks 2\) has no rows"):
         estimate([without], np.eye(NUM_TASKS, dtype=bool)[1:])
     without = make_part(replace(rows, target_of_row=np.where(rows.target_of_row == 1, -1, rows.target_of_row)))
@@ -437,6 +464,27 @@ def test_neighbours_are_estimated_as_they_are_alone(part: Part, direction: str) 
         "any": np.random.default_rng(0).random((9, NUM_TASKS)) + 0.1,
         "with empty": np.vstack([near, np.zeros(NUM_TASKS, bool)]),
     }[direction]
-    together = estimate([part], membership, weight_by="task")
-    alone = np.concatenate([estimate([part], row[None], weight_by="task") for row in membership])
+    part = replace(part, weight_by="task")
+    together = estimate([part], membership)
+    alone = np.concatenate([estimate([part], row[None]) for row in membership])
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shares", [np.full((1, 4), 0.25), np.array([[0.5, 0.5, 0, 1], [0.5, 0.5, 1, 0], [0.2, 0.2, 0.2, 0.2]])]
+)
+def test_slopes_of_combined_moments_are_those_of_the_sums(shares: np.ndarray) -> None:
+    """At equal weights too, where a maximum has several places, by finite differences."""
+    outers, goal = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 4))).double()
+
+    def value(of: Tensor) -> Tensor:
+        return (module._combined(of, outers) * goal[: len(of)]).sum()
+
+    at = torch.from_numpy(shares).requires_grad_()
+    value(at).backward()
+    for place in np.ndindex(shares.shape):
+        step = torch.zeros_like(at)
+        step[place] = 1e-6
+        with torch.no_grad():
+            slope = (value(at + step) - value(at - step)) / 2e-6
+        assert at.grad[place].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-7)

@@ -22,7 +22,7 @@ import torch
 
 from src import gradients
 from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store
-from src.paths import MANIFEST, atomic_write, locked, write_json
+from src.paths import ARTIFACT_VERSION, MANIFEST, atomic_write, locked, write_json
 from src.projection import make_projection
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
@@ -376,7 +376,7 @@ def retrained(folder: Path) -> None:
 
 def version_2(folder: Path) -> None:
     for path in store_of(folder).glob(f"*/{MANIFEST}"):
-        edit(path, lambda text: text.replace('"version": 3', '"version": 2'))
+        edit(path, lambda text: text.replace(f'"version": {ARTIFACT_VERSION}', '"version": 2'))
 
 
 def other_weights(folder: Path) -> None:
@@ -405,7 +405,7 @@ MISMATCHES = {
     "projection": (lambda folder: None, ["--projection", "dense"], "projection: found sketch, expected dense"),
     "d": (renamed("dim_16", "dim_8"), ["--project_dim", "8"], "dim: found 16, expected 8"),
     "seed": (renamed("run_0", "run_1"), ["--run", "1"], "seed: found 0, expected 1"),
-    "version": (version_2, [], "has version 2, this code reads version 3"),
+    "version": (version_2, [], f"has version 2, this code reads version {ARTIFACT_VERSION}"),
     "adapter's shape": (lambda folder: None, ["--lora_alpha", "16"], "alpha"),
     "adapter": (retrained, [], "checkpoint_fingerprint: found "),
 }

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src import gradients
-from src.estimation import task_moments
+from src.estimation import task_moments, token_weights
 from src.gradients import (
     GradientCollector,
     StoreWriter,
@@ -401,6 +401,7 @@ REQUEST = {"model_key": "m", "dim": 4}
 
 def writer(folder: Path, request: dict = REQUEST) -> StoreWriter:
     samples = {"sample_index": np.array([0, 2, 5]), "task": np.array([0, 1, -1]), "target": np.array([-1, -1, 0])}
+    samples["target_tokens"] = np.array([1, 2, 3])
     return StoreWriter(folder, request, samples, 4, "Take them again.")
 
 
@@ -483,6 +484,7 @@ def test_interrupted_collection_goes_on_where_it_was(model_folders: dict[str, st
     data = datamodule.data
     rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
     samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+    samples["target_tokens"] = datamodule.target_tokens[rows]
     projection = make_projection("sketch", 16, 0)
 
     def collect_into(name: str, stop_after: int | None) -> StoreWriter:
@@ -510,10 +512,11 @@ def test_interrupted_collection_goes_on_where_it_was(model_folders: dict[str, st
     whole, cut = np.load(tmp_path / "whole" / "projected.npy"), np.load(tmp_path / "cut" / "projected.npy")
     np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-6)
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["dim"] == 16
-    # moments were summed on the way, over the cut too: they are those of the rows
+    # moments are those of the rows, weighted as in training
+    weights, curvatures = token_weights(samples["target_tokens"], samples["task"] >= 0)
     outputs = np.load(tmp_path / "cut" / "outputs.npy")
     for name, number in (("task", len(data.tasks)), ("target", len(data.targets))):
-        expected = task_moments(cut, outputs, samples[name], number)
+        expected = task_moments(cut, outputs, samples[name], number, weights=weights, curvatures=curvatures)
         with np.load(tmp_path / "cut" / f"moments_{name}s.npz") as found:
             np.testing.assert_array_equal(found["group_of_row"], samples[name])
             for field, values in vars(expected).items():

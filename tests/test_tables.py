@@ -15,7 +15,7 @@ from tests.commands import ROOT, load_script
 COLUMNS = {
     "approximation_error": ["distance", "addsub", "addsub, no change", "instruction", "instruction, no change"],
     "correlation": ["data set", "target", "predictor", "subsets", "lds", "lds_low", "lds_high", "relative_error",
-                    "squared_relative_error", "ceiling"],
+                    "squared_relative_error", "attainable"],
     "cost": ["data set", "subsets", "meta-training (s)", "gradients (s)", "estimation (s)", "one fine-tuning (s)",
              "all subsets fine-tuned (s)", "times faster"],
     "fine_tuned": ["data set", "trained on", "tasks", "test loss", "test accuracy", "seconds"],

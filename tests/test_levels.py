@@ -1,0 +1,159 @@
+"""Estimates are in the unit of what they stand beside: measured losses of the base model and of the model of all tasks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from src.estimates import Estimator, reference_estimates
+from src.estimation import estimate
+from src.gradients import open_store
+from src.selection import forward_selection
+from tests.commands import load_script, run_script
+from tests.conftest import write_sources
+
+STAGE_1, STAGE_4 = "custom_train_alpaca.py", "fast_estimate_forward_selection.py"
+STAGE_2, STAGE_3 = "fast_estimate_eval_approximation_alpaca.py", "fast_estimate_linear_regression_alpaca.py"
+TRAINING = ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2"]
+DIM = ["--project_dim", "32"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]) -> tuple[Path, list[str]]:
+    """Stages 1 and 2 to the end, and the same training ended at a quarter."""
+    folder = tmp_path_factory.mktemp("levels")
+    write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
+    write_sources(folder / "target.jsonl", {"goal": 20})
+    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl"]
+    flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for more in ([], ["--save_name", "cut"]):
+            stop = ["--stop_after_checkpoints"] if more else []
+            run_script(STAGE_1, *flags, *more, *TRAINING, "--checkpoint_at", "0", "0.25", *stop)
+            run_script(STAGE_2, "--compute_pretrained_outputs", *flags, *more, *DIM)
+    return folder, flags
+
+
+@pytest.fixture
+def flags(trained: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(trained[0])
+    return trained[1]
+
+
+def estimator_of(*flags: str) -> Estimator:
+    return Estimator(load_script(STAGE_3).parse_args([*flags, *DIM]), STAGE_2)
+
+
+def measured(flags: list[str], *subset: str) -> pd.Series:
+    """Validation losses of the base model fine-tuned on a subset, by stage 5."""
+    run_script(STAGE_1, *flags, *TRAINING, "--save_name", "measured", "--task_idxes", *subset)
+    table = pd.read_csv("results/measured/results.csv", dtype={"subset": str}, keep_default_na=False)
+    wanted = " ".join(map(str, range(4))) if subset else ""
+    return table[table["subset"] == wanted].iloc[0].filter(like="validation_loss/")
+
+
+def test_nothing_and_everything_are_what_fine_tuning_gives(flags: list[str]) -> None:
+    estimator = estimator_of(*flags)
+    ends = np.array([[False] * 4, [True] * 4])
+    found = estimator(ends)
+    np.testing.assert_allclose(found[0], measured(flags).to_numpy(float), rtol=1e-5)
+    np.testing.assert_allclose(found[1], measured(flags, "all").to_numpy(float), rtol=1e-5)
+    assert list(reference_estimates(estimator, [0])) == ["base model (measured)", "all tasks (measured)"]
+
+
+def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
+    """At whatever rho; so that a search takes the same tasks, the first from the empty subset too."""
+    estimator = estimator_of(*flags)
+    members = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
+    for rho in (1e-3, 0.1):
+        plain = estimate(estimator.parts, members, rho=rho)
+        shifts = estimator(members, rho=rho) - plain
+        np.testing.assert_allclose(shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6)
+    paths = [
+        forward_selection(values, 4, patience=4)
+        for values in (
+            lambda tried: estimate(estimator.parts, tried).mean(axis=1),
+            lambda tried: estimator(tried).mean(axis=1),
+            lambda tried: np.where(tried.any(axis=1), estimator(tried).mean(axis=1), -100.0),
+        )
+    ]
+    assert len({tuple(step.task for step in path.steps) for path in paths}) == 1
+    assert len({path.selected for path in paths}) == 1
+
+
+def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    cut = [*flags, "--save_name", "cut"]
+    estimator = estimator_of(*cut)
+    assert estimator.levels.names == ("base model (measured)", "all tasks (estimated)")
+    assert estimator.levels.step == 4 and not estimator.levels.whole
+    np.testing.assert_allclose(estimator.levels.base, estimator_of(*flags).levels.base, rtol=1e-5)
+    last = open_store(next(Path("gradients").glob("*cut*_dim_32_run_0")), None, "")[-1]
+    goal = last.samples["target"] == last.targets.index("goal")
+    assert estimator.levels.all_tasks[last.targets.index("goal")] == pytest.approx(last.outputs[goal].mean(), rel=1e-4)
+    run_script(STAGE_3, *cut, *DIM)
+    manifest = json.loads(Path("results/cut/manifest.json").read_text())
+    assert manifest["levels"]["step"] == 4 and not manifest["levels"]["whole"]
+    run_script(STAGE_4, *cut, *DIM)
+    said = capsys.readouterr().out
+    assert "the loss of all tasks is estimated: it is known after 4 steps only" in said
+    assert " base model (measured), " in said and " all tasks (estimated).\n" in said
+
+
+def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None:
+    """A folder of checkpoints whose training is not known: the losses of the rows at the first and the last of them."""
+    whole = estimator_of(*flags)
+    (training,) = (path for path in Path("external_lightning_logs").iterdir() if "cut" not in path.name)
+    manifest = training / "manifest.json"
+    text = manifest.read_text()
+    try:
+        known = json.loads(text)
+        del known["validation_losses"]
+        manifest.write_text(json.dumps(known))
+        levels = estimator_of(*flags).levels
+        np.testing.assert_allclose(levels.base, whole.levels.base, rtol=1e-4)
+        assert levels.step == 4 and not levels.whole
+        alone = estimator_of(*flags, "--load_model_dir", f"{training.name}/step_step=4")
+        assert alone.levels is None and alone.ranks_only
+    finally:
+        manifest.write_text(text)
+
+
+def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    scored = [*flags, *DIM, "--estimator", "alignment", "--save_name", "scored"]
+    run_script(STAGE_3, *scored, "--number_of_subsets", "4")
+    table = pd.read_csv("results/scored/estimates.csv")
+    assert {name.partition("/")[0] for name in table.columns} == {"subset", "run", "score"}
+    run_script(STAGE_4, *scored)
+    run_script("notebook/select_random_ensemble.py", "results/scored")
+    said = capsys.readouterr().out
+    assert "Score (ranking only): " in said and "measured" not in said
+    assert "score" in pd.read_csv("results/scored/selection.csv").columns
+    table["subset"].to_frame().assign(run=0, **{"validation_loss/goal": np.arange(float(len(table)))}).to_csv(
+        "truth.csv", index=False
+    )
+    run_script("notebook/compare_estimates.py", "results/scored/estimates.csv", "truth.csv")
+    compared = pd.read_csv("results/scored/comparison.csv").set_index("predictor")
+    assert np.isnan(compared.loc["score (ranking only)", "relative_error"])
+
+
+def test_a_selection_that_is_not_below_the_base_model_is_named(
+    flags: list[str], capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same gradients after a training that made everything worse."""
+    named = [*flags, *DIM, "--target_task", "goal", "--save_name", "worse"]
+    run_script(STAGE_4, *named)
+    assert "No selection is estimated to beat" not in capsys.readouterr().out
+    shutil.copytree(Path.cwd(), tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    (training,) = (path for path in Path("external_lightning_logs").iterdir() if "cut" not in path.name)
+    known = json.loads((training / "manifest.json").read_text())
+    known["validation_losses"]["base"]["goal"] = 0.01
+    (training / "manifest.json").write_text(json.dumps(known))
+    run_script(STAGE_4, *named)
+    assert "No selection is estimated to beat the base model: its measured loss, 0.01, " in capsys.readouterr().out
