@@ -769,8 +769,8 @@ def inherited_training(args: argparse.Namespace, trained: Mapping[str, Any]) -> 
              "max_new_tokens")  # fmt: skip
     expected = {name: getattr(args, name) for name in names if name in trained}
     check_manifest(Path("meta-training"), trained, expected, "Give --refine the flags of meta-training.")
-    found = {"accumulate": 1, "weight_decay": 0.0, **trained}
-    flags = ("lr", "epochs", "batch_size", "accumulate", "weight_decay")
+    found = {"accumulate": 1, "weight_decay": 0.0, "loss_over": "token", **trained}
+    flags = ("lr", "epochs", "batch_size", "accumulate", "weight_decay", "loss_over")
     values: dict[str, Any] = {
         name: found.get(name) if getattr(args, name) is None else getattr(args, name) for name in flags
     }
