@@ -79,7 +79,7 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
         seconds = time.perf_counter() - started
         found, values = fine_tuned_values(truth, VALIDATION_LOSS, targets)
         values = values[[found.index(text) for text in texts]]
-        known = truth[truth["subset"].isin(texts[:first])]
+        known = truth[truth["subset"].isin(texts[:first] or texts)]
         _, (calibrated, low, high) = estimator.calibrated(known, membership[first:], columns)
         inclusion = own_inclusion(membership[first:], targets, estimator.tasks)
         judged = comparison({name: estimates[first:], "calibrated": calibrated}, values[first:], targets, inclusion)
@@ -98,6 +98,7 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
             "relative_error_calibrated": judged.loc[kind, "calibrated"]["relative_error"],
             "coverage": float(np.mean((low <= true) & (true <= high))),
             "lds_top_quarter": own["lds_top_quarter"],
+            "regret": own["regret"],
             **own[list(ATTAINABLE)],
             "seconds": seconds,
         }
@@ -133,8 +134,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     worlds.add_flags(parser)
     group = parser.add_argument_group("subsets")
     group.add_argument("--subsets", type=cli.positive_int, default=40, help="random halves to judge by (default: 40)")
-    group.add_argument("--calibration_subsets", type=cli.positive_int, default=6, help="more of them, for calibration "
-                       "(default: 6)")  # fmt: skip
+    group.add_argument("--calibration_subsets", type=cli.not_negative_int, default=6, help="more of them, for "
+                       "calibration; 0 calibrates each on all others (default: 6)")  # fmt: skip
     return parser.parse_args(argv)
 
 

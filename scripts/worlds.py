@@ -1,14 +1,16 @@
 """Worlds to measure on: what benchmarks share, from a world's name to finished gradients.
 
 A world is `synthetic:SEED` or `cot:SEED`, with settings of its own after commas (`synthetic:1,num_tasks=12,noise=0/0.5`,
-`epochs=2`, `lr=1e-3`), or a jsonl file in the FLAN layout, whose every task is a target. Everything is kept, so that a
-second run goes on where the first one ended.
+`epochs=2`, `lr=1e-3`); `real:flan`, FLAN tasks and Alpaca skills for a pretrained model (`data/make_flan_world.py`); or a
+jsonl file in the FLAN layout, whose every task is a target. Everything is kept, so that a second run goes on where the
+first one ended, also one that was killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -91,6 +93,14 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
             name, folder, f"{data} --model_key {folder}/model --train_lora", flags,
             f"--load_clusters --num_clusters {args.num_clusters}", scripts, command,
         )  # fmt: skip
+    if first == "real:flan" and args.model_key and args.flan_file and args.alpaca_file:
+        data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl --model_key {args.model_key}"
+        files = f"--flan_file {args.flan_file} --alpaca_file {args.alpaca_file}"
+        command = f"data/make_flan_world.py {files} --output_dir {folder} {made}"
+        hardware = shlex.join(cli.flags_of(args, cli.add_hardware))
+        hardware += " --base_dtype bfloat16" if args.precision == "bf16" else ""
+        data = f"{data} --data_key {key} --max_length 128 --train_lora {hardware}"
+        return World(name, folder, data, flags, made_by=command)
     if Path(first).suffix == ".jsonl" and args.model_key:
         folder.mkdir(parents=True, exist_ok=True)
         rows = shorten(Path(first), folder / "flan.jsonl", args.rows_per_task, args.max_characters)
@@ -98,7 +108,8 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         data = f"--data_files {folder}/flan.jsonl --model_key {args.model_key} --data_key {key} --heldout_share 0.2"
         return World(name, folder, f"{data} --max_length 256 --train_lora", flags)
     raise ValueError(
-        f"--world {name}: expected synthetic:SEED, cot:SEED, or a .jsonl file together with --model_key FOLDER"
+        f"--world {name}: expected synthetic:SEED, cot:SEED, real:flan with --model_key, --flan_file and --alpaca_file, or a "
+        ".jsonl file with --model_key"
     )
 
 
@@ -179,9 +190,11 @@ def random_moments(num_tasks: int, seed: int, dim: int = 400) -> TaskMoments:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Which worlds, and how they are trained."""
     group = parser.add_argument_group("worlds")
-    group.add_argument("--world", nargs="+", default=list(SUITE), metavar="WORLD", help="synthetic:SEED, cot:SEED or a "
-                       ".jsonl file, with settings after commas (default: the suite of five)")  # fmt: skip
-    group.add_argument("--model_key", metavar="MODEL", help="base model of a .jsonl world (default: none)")
+    group.add_argument("--world", nargs="+", default=list(SUITE), metavar="WORLD", help="synthetic:SEED, cot:SEED, "
+                       "real:flan or a .jsonl file, with settings after commas (default: the suite of five)")  # fmt: skip
+    group.add_argument("--model_key", metavar="MODEL", help="base model of real:flan or a .jsonl world (default: none)")
+    group.add_argument("--flan_file", metavar="JSONL", help="FLAN rows of real:flan (default: none)")
+    group.add_argument("--alpaca_file", metavar="PKL", help="Alpaca frame of real:flan (default: none)")
     group.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="rows of each task of a .jsonl world "
                        "(default: 80)")  # fmt: skip
     group.add_argument("--max_characters", type=cli.positive_int, default=450, help="longer rows of a .jsonl world are "
@@ -197,6 +210,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--project_dim", type=cli.positive_int, default=400, help="projection dimension d (default: 400)"
     )
+    cli.add_hardware(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print only the lines of JSON (default: the commands and the "
                        "table too)")  # fmt: skip

@@ -97,7 +97,8 @@ def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
 
     Returns:
         `lds` with its 90 % bootstrap interval `lds_low`, `lds_high`; `lds_top_quarter`, the same of the quarter of the
-        subsets with the lowest fine-tuned values (nan for fewer than 3 of them); `pearson`; `relative_error`, the mean of
+        subsets with the lowest fine-tuned values (nan for fewer than 3 of them); `regret`, the fine-tuned value of the
+        subset that is estimated best minus the lowest (nan where estimates are equal); `pearson`; `relative_error`, the mean of
         |estimate - true| / |true|; and `squared_relative_error`, |estimates - true|^2 / |true|^2 as in the paper.
     """
     estimates, fine_tuned = np.asarray(estimates, float), np.asarray(fine_tuned, float)
@@ -110,6 +111,7 @@ def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
         "lds_low": low,
         "lds_high": high,
         "lds_top_quarter": top_quarter,
+        "regret": float(fine_tuned[estimates.argmin()] - fine_tuned.min()) if np.isfinite(lds) else float("nan"),
         "pearson": float(pearsonr(estimates, fine_tuned).statistic) if np.isfinite(lds) else float("nan"),
         "relative_error": float(np.mean(np.abs(estimates - fine_tuned) / np.abs(fine_tuned))),
         "squared_relative_error": float(np.sum((estimates - fine_tuned) ** 2) / np.sum(fine_tuned**2)),

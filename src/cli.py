@@ -327,7 +327,7 @@ def _settle_precision(args: argparse.Namespace) -> None:
     if typed == "16-true":
         say_once("note: --precision 16-true is taken as bf16-true: weights in 16 bits need the range of bfloat16")
     if typed in ("16-true", "bf16-true"):
-        if args.train_lora:
+        if getattr(args, "train_lora", True):
             args.base_dtype = "bfloat16"
         else:
             say_once(f"note: --precision {typed} is taken as bf16-mixed: weights that are trained stay in 32 bits")
