@@ -266,8 +266,9 @@ def add_model(parser: argparse.ArgumentParser, model_key: str) -> None:
     )
     group.add_argument("--lora_alpha", type=positive_int, default=32, help="scale of the adapter: its update counts "
                        "alpha / rank, with --train_lora (default: 32)")  # fmt: skip
-    group.add_argument("--lora_target_modules", nargs="+", metavar="NAME", help="layers that carry the adapter "
-                       "(default: the attention's inputs, by architecture)")  # fmt: skip
+    group.add_argument("--lora_target_modules", nargs="+", metavar="NAME", help="layers that carry the adapter: "
+                       "ends of their names, a regular expression, or all-linear (default: the attention's inputs, by "
+                       "architecture)")  # fmt: skip
     group.add_argument("--attn_implementation", choices=("eager", "sdpa", "flash_attention_2"), help="attention "
                        "kernel (default: the library's choice)")  # fmt: skip
     group.add_argument("--base_dtype", choices=("float32", "bfloat16"), default="float32", help="numbers that the base "

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +21,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -56,6 +57,9 @@ LORA_TARGETS = {
     "opt": ("q_proj", "k_proj", "v_proj"),
 }
 """Layers that carry the adapter, by `config.model_type`: the attention's inputs, as in the paper."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What peft describes an adapter in, beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,7 @@ OUTPUT_FUNCTIONS = {"loss": per_sample_loss, "margin": per_sample_margin}
 
 def resolve_model_key(model_key: str) -> str:
     """The local folder or hub id of a model key: `flan_t5_base` -> `google/flan-t5-base` (reasoning-teacher keys)."""
-    if "/" in model_key or Path(model_key).is_dir():
+    if "/" in model_key or Path(model_key).exists():
         return model_key
     hyphens = model_key.replace("_", "-")
     return f"google/{hyphens}" if "flan" in model_key else hyphens
@@ -309,25 +313,64 @@ def model_kind(model_key: str) -> str:
 
 def _load_config(model_key: str) -> PretrainedConfig:
     with _clear_load_error(model_key):
-        return AutoConfig.from_pretrained(resolve_model_key(model_key))
+        return AutoConfig.from_pretrained(resolve_model_key(model_key), trust_remote_code=False)
 
 
 @contextlib.contextmanager
-def _clear_load_error(model_key: str) -> Iterator[None]:
-    """One clear error for everything that a wrong or unreachable key raises in the library."""
+def _clear_load_error(model_key: str, part: str = "") -> Iterator[None]:
+    """One clear error for everything that a wrong, damaged or unreachable model raises in the library."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"--model_key {model_key}: cannot load {resolve_model_key(model_key)} ({first_line}); give a local Hugging "
-            "Face folder, a hub id that this machine can reach, or make one with data/make_base_model.py"
-        ) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        path = resolve_model_key(model_key)
+        if (reason := _unreadable(Path(path))) is None:
+            known = isinstance(error, (OSError, ValueError)) and str(error).strip()
+            first_line = (known or repr(error)).splitlines()[0]
+            if "ignore_mismatched_sizes" in str(error):
+                first_line = "its weights have other shapes than its config.json says"
+            reason = (
+                f"cannot load {part}{path} ({first_line}); give a local Hugging Face folder, a hub id that this machine "
+                "can reach, or make one with data/make_base_model.py"
+            )
+        raise FileNotFoundError(f"--model_key {model_key}: {reason}") from error
+
+
+def _unreadable(path: Path) -> str | None:
+    """What a file or folder holds that cannot be loaded, and what to do; None where it holds a model."""
+    if gguf := [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf")):
+        return (
+            f"{gguf[0]} is a GGUF file, which is for inference alone; make a folder of it with: python "
+            f"data/convert_gguf.py {gguf[0]} FOLDER, and give that"
+        )
+    if not path.is_dir():
+        return None
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        return f"{path} is an adapter without its base model; give the base model here, and the adapter as --load_model_dir"
+    if not (path / "config.json").is_file():
+        return f"{path} has no config.json; give a folder that save_pretrained wrote"
+    others = [
+        file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+    ]
+    if others and not any(path.glob("*.safetensors")):
+        return (
+            f"{path} has its weights in {sorted(others)[0]}, and only safetensors are read, which cannot run code; convert "
+            "them where they come from: load the model with transformers and save it with save_pretrained"
+        )
+    if not any("token" in file.name or "vocab" in file.name or file.suffix == ".model" for file in path.iterdir()):
+        return f"{path} has no tokenizer; save the model's there with its save_pretrained"
+    return None
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a pad token pads with its end token."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    """Load a tokenizer; one without a pad token pads with its end token.
+
+    Raises:
+        FileNotFoundError: there is none, or it cannot be loaded.
+    """
+    with _clear_load_error(path, "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -384,18 +427,20 @@ def load_base_model(model_key: str, weights: BaseWeights = FULL_PRECISION) -> La
     config, path, options = _load_config(model_key), resolve_model_key(model_key), weights.options()
     architecture = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _clear_load_error(model_key), waiting_for(f"loading {model_key}"):
-        network = architecture.from_pretrained(path, use_safetensors=True, **options)
+        network = architecture.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **options)
         for module in network.modules():
             # with AVX512-BF16, bitsandbytes packs a 4-bit layer for inference when it is first evaluated; a packed one
             # passes no gradient on, and one narrower than a block cannot be packed
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= network.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token  # one that was added, and the model not resized
     return LanguageModel(network, tokenizer, model_key)
 
 
-def lora_targets(network: PreTrainedModel, shape: LoraShape) -> list[str]:
-    """Layers that carry the adapter.
+def lora_targets(network: PreTrainedModel, shape: LoraShape) -> list[str] | str:
+    """Layers that carry the adapter, as peft takes them: ends of names, or in one text `all-linear` or a pattern.
 
     Raises:
         ValueError: the architecture is not in `LORA_TARGETS` and no layers are named.
@@ -404,30 +449,45 @@ def lora_targets(network: PreTrainedModel, shape: LoraShape) -> list[str]:
     if not targets:
         raise ValueError(
             f"no LoRA layers are known for the architecture {network.config.model_type}; name them with "
-            "--lora_target_modules (known: " + ", ".join(LORA_TARGETS) + ")"
+            "--lora_target_modules (all-linear is every linear layer; known: " + ", ".join(LORA_TARGETS) + ")"
         )
+    if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.-]+", targets[0])):
+        return targets[0]
     return list(targets)
 
 
 def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageModel:
-    """Put a fresh LoRA adapter on a base model; its random half depends on `seed` alone."""
+    """Put a fresh LoRA adapter on a base model; its random half depends on `seed` alone.
+
+    Raises:
+        ValueError: a layer that is named is not there, or cannot carry an adapter whose gradients are taken.
+    """
+    targets = lora_targets(model.network, shape)
     config = LoraConfig(
         task_type="SEQ_2_SEQ_LM" if model.kind == "encoder_decoder" else "CAUSAL_LM",
         r=shape.rank,
         lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
-        target_modules=lora_targets(model.network, shape),
-        fan_in_fan_out=model.network.config.model_type == "gpt2",
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.network.modules()),
     )
+    outputs = model.network.get_output_embeddings()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             network = get_peft_model(model.network, config)
-        except ValueError as error:
-            named = " ".join(sorted(config.target_modules))
+            named = network.targeted_module_names
+            for target in [] if isinstance(targets, str) else targets:
+                if not any(f".{name}".endswith(f".{target}") for name in named):
+                    raise ValueError(f"no layer has the name {target}")
+            for name in named:
+                layer = network.get_base_model().get_submodule(name)
+                if layer.get_base_layer() is outputs or not layer.lora_A:  # an embedding has none
+                    raise ValueError(f"gradients are taken of linear layers but the output's, which {name} is not")
+        except (ValueError, re.error) as error:
             raise ValueError(
-                f"--lora_target_modules {named}: {model.key} cannot carry an adapter there ({error}); name some of its "
-                "linear layers"
+                f"--lora_target_modules {' '.join(shape.target_modules or targets)}: {model.key} cannot carry an adapter "
+                f"there ({error}); name some of its linear layers, or all-linear"
             ) from error
         return LanguageModel(network, model.tokenizer, model.key)
 
@@ -467,12 +527,24 @@ def save_model(model: LanguageModel, folder: Path, state: Mapping[str, Tensor] |
 
 
 def load_checkpoint(folder: Path, model_key: str, weights: BaseWeights = FULL_PRECISION) -> LanguageModel:
-    """Load what `save_model` wrote: the adapter on its base model, or the whole model."""
-    if not (folder / "adapter_config.json").is_file():
+    """Load what `save_model` wrote: the adapter on its base model, or the whole model.
+
+    Raises:
+        ValueError: the adapter fits another model.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
         model = load_base_model(str(folder), weights)
         return LanguageModel(model.network, model.tokenizer, model_key)
     base = load_base_model(model_key, weights)
-    return LanguageModel(PeftModel.from_pretrained(base.network, folder, is_trainable=True), base.tokenizer, model_key)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            network = PeftModel.from_pretrained(base.network, folder, is_trainable=True)
+    except (RuntimeError, ValueError, UserWarning) as error:  # other shapes or other names
+        raise ValueError(
+            f"the adapter {folder} does not fit the layers of {model_key}; pass the --model_key that it was trained on"
+        ) from error
+    return LanguageModel(network, base.tokenizer, model_key)
 
 
 @contextlib.contextmanager

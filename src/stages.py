@@ -66,6 +66,7 @@ from src.gradients import (
 )
 from src.instruction import Columns, files_of, load_instruction
 from src.models import (
+    ADAPTER_CONFIG,
     BaseWeights,
     LanguageModel,
     LoraShape,
@@ -141,8 +142,28 @@ def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageMod
             f"--max_length {args.max_length}: a row has {longest} tokens, and {model.key} reads {model.context}; pass "
             f"--max_length {model.context}, which cuts prompts at their beginning"
         )
+    check_vocabulary(model, datamodule)
     say_notices((*data.notices, *datamodule.tokens.notices))
     return datamodule
+
+
+def check_vocabulary(model: LanguageModel, datamodule: TaskDataModule) -> None:
+    """Refuse data with tokens that the embedding has no row for; a tokenizer may have more of them than the data.
+
+    Raises:
+        ValueError: names such a token, its row and both sizes.
+    """
+    size = model.network.get_input_embeddings().weight.shape[0]
+    for ids in (datamodule.tokens.prompts, datamodule.tokens.completions):
+        if ids.values.max(initial=0) >= size:
+            position = int(np.argmax(ids.values >= size))
+            token = model.tokenizer.convert_ids_to_tokens(int(ids.values[position]))
+            row = int(np.searchsorted(ids.offsets, position, "right")) - 1
+            raise ValueError(
+                f"{model.key}: the tokenizer has {len(model.tokenizer)} tokens, the embedding {size} rows, and none for "
+                f"{token} in sample {row} ({datamodule.data.where(row)}); enlarge the model with "
+                f"resize_token_embeddings({len(model.tokenizer)}) and save it, or take the tokenizer that belongs to it"
+            )
 
 
 def load_data(args: argparse.Namespace) -> TaskData:
@@ -295,12 +316,15 @@ def model_at(args: argparse.Namespace, checkpoint: Path) -> LanguageModel:
 
     Raises:
         FileNotFoundError: the checkpoint is not finished.
-        ValueError: its weights are not those that were saved.
+        ValueError: its weights are not those that were saved, or its adapter is of another base model or shape than the
+            flags name.
     """
     manifest = read_manifest(checkpoint, training_script(args))
     for name in manifest["files"]:
         check_file(checkpoint, manifest, name, "Remove the run's folder and train it again.")
+    check_base(args, checkpoint, manifest)
     model = load_checkpoint(checkpoint, args.model_key, base_weights(args))
+    check_adapter(args, model, checkpoint)
     return model.checkpoint_activations() if args.gradient_checkpointing else model
 
 
@@ -361,7 +385,7 @@ def meta_train(
         remove_checkpoints(folder, resolve_checkpoint(args.load_model_dir) if args.load_model_dir else None)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
-    described = {name: facts[name] for name in ("data_fingerprint", "run", "use_qlora", "loss_over")}
+    described = {name: facts[name] for name in ("data_fingerprint", "base_fingerprint", "run", "use_qlora", "loss_over")}
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
@@ -640,9 +664,13 @@ def placed(model: LanguageModel, processes: Processes) -> LanguageModel:
 
 
 def base_fingerprint(args: argparse.Namespace) -> str | None:
+    """`folder_fingerprint` of the model that the flags name; None for a hub id."""
+    return folder_fingerprint(Path(resolve_model_key(args.model_key)))
+
+
+def folder_fingerprint(folder: Path) -> str | None:
     """sha256 over the configuration and the ends of every weights file of a model in a local folder: models that were
-    trained differ everywhere, so that gigabytes need not be read. None for a hub id."""
-    folder = Path(resolve_model_key(args.model_key))
+    trained differ everywhere, so that gigabytes need not be read. None where there is no such folder."""
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
@@ -707,7 +735,6 @@ class GradientPasses:
         for folder in folders:
             started = time.perf_counter()
             model = placed(model_at(args, folder), processes)
-            check_adapter(args, model, folder)
             datamodule = self.datamodule = self.datamodule or make_datamodule(args, self.data, model)
             self.samples["target_tokens"] = datamodule.target_tokens[self.rows]
             dim = None if args.projection == "none" else args.project_dim
@@ -821,6 +848,35 @@ class GradientPasses:
         if self.args.save_projection_matrix and not signs.is_file():
             save_projection_signs(signs, projection, model.layout.shapes)
         say_notices(StoredPart(writer.folder, read_manifest(writer.folder, writer.repair)).notices())
+
+
+def check_base(args: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Refuse an adapter of another base model than the flags'.
+
+    Two folders are compared by what is in them, two models of the hub by their names without the organisation, as mirrors
+    keep those. A folder may hold any of the hub's.
+
+    Raises:
+        ValueError: names both models.
+    """
+    adapter = checkpoint / ADAPTER_CONFIG
+    if not adapter.is_file():
+        return
+    key = manifest.get("model_key") or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not key:
+        return
+    theirs, ours = (Path(resolve_model_key(name)) for name in (key, args.model_key))
+    trained_on, given = manifest.get("base_fingerprint") or folder_fingerprint(theirs), folder_fingerprint(ours)
+    if trained_on and given:
+        differ = trained_on != given
+    else:  # a path that is gone may have been any model
+        on_hub = not (trained_on or given or key.startswith((".", "/", "~")))
+        differ = on_hub and theirs.name.lower() != ours.name.lower()
+    if differ:
+        found, expected = ({"model_key": name, "base_fingerprint": fingerprint} for name, fingerprint in (
+            (key, trained_on), (args.model_key, given)
+        ))  # fmt: skip
+        check_manifest(checkpoint, found, expected, f"It is an adapter of that model: pass --model_key {key}.")
 
 
 def check_adapter(args: argparse.Namespace, model: LanguageModel, folder: Path) -> None:

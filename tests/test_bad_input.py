@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from transformers import AutoModelForCausalLM
 
 from src.cli import run_stage
 from tests.commands import ROOT, load_script
@@ -68,6 +69,7 @@ def prepare(folder: Path, model: Path) -> None:
         "only_test.jsonl": rows(_split="test"),
         "goal.jsonl": rows(_task_name="up a"),
         "trained_target.jsonl": rows(_task_name="new", _split="train"),
+        "arrow.jsonl": rows(targets="→"),
         "columns.csv": "q,a\n1,2\n",
         "empty.csv": "",
         "empty.txt": "",
@@ -95,9 +97,26 @@ def prepare(folder: Path, model: Path) -> None:
     (bad / "folder.jsonl").mkdir()
     (bad / "folder.txt").mkdir()
     (bad / "file").write_text("")
-    for name in ("no_config", "broken_config", "no_weights", "cut_weights", "no_end", "pickled_weights"):
+    for name in (
+        "no_config", "broken_config", "no_weights", "cut_weights", "no_end", "pickled_weights", "no_tokenizer",
+        "broken_tokenizer", "shapes", "code", "tokens",
+    ):  # fmt: skip
         shutil.copytree(model, bad / name)
     (bad / "no_config" / "config.json").unlink()
+    for file in (bad / "no_tokenizer").glob("tokenizer*"):
+        file.unlink()
+    (bad / "broken_tokenizer" / "tokenizer.json").write_text("{}")
+    configuration = json.loads((model / "config.json").read_text())
+    (bad / "shapes" / "config.json").write_text(json.dumps({**configuration, "hidden_size": 64}))
+    own_code = {"model_type": "new", "auto_map": {"AutoConfig": "code.Configuration"}}
+    (bad / "code" / "config.json").write_text(json.dumps(own_code))
+    smaller = AutoModelForCausalLM.from_pretrained(model)
+    smaller.resize_token_embeddings(configuration["vocab_size"] - 1)
+    smaller.save_pretrained(bad / "tokens")
+    (bad / "gguf").mkdir()
+    (bad / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    (bad / "adapter").mkdir()
+    (bad / "adapter" / "adapter_config.json").write_text("{}")
     (bad / "broken_config" / "config.json").write_text("{")
     (bad / "no_weights" / "model.safetensors").unlink()
     weights = bad / "cut_weights" / "model.safetensors"
@@ -150,11 +169,19 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "nothing left to train on": (TRAIN, ["--heldout_share", "0.5", "--save_name", "n"], r"held-out shares 0\.5 and 0\.5"),
     # models
     "unknown model": (TRAIN, ["--model_key", "nobody/nothing", "--save_name", "n"], r"--model_key nobody/nothing: cannot load"),
-    "no configuration": (TRAIN, model("no_config"), r"--model_key bad/no_config: cannot load"),
+    "no configuration": (TRAIN, model("no_config"), r"--model_key bad/no_config: bad/no_config has no config\.json; give a folder"),
     "broken configuration": (TRAIN, model("broken_config"), r"--model_key bad/broken_config: cannot load"),
     "no weights": (TRAIN, model("no_weights"), r"--model_key bad/no_weights: cannot load"),
     "truncated weights": (TRAIN, model("cut_weights"), r"--model_key bad/cut_weights: cannot load"),
-    "pickled weights": (TRAIN, model("pickled_weights"), r"--model_key bad/pickled_weights: cannot load .*safetensors"),
+    "pickled weights": (TRAIN, model("pickled_weights"), r"bad/pickled_weights has its weights in pytorch_model\.bin, and only safetensors are read"),
+    "no tokenizer": (TRAIN, model("no_tokenizer"), r"--model_key bad/no_tokenizer: bad/no_tokenizer has no tokenizer"),
+    "broken tokenizer": (TRAIN, model("broken_tokenizer"), r"--model_key bad/broken_tokenizer: cannot load the tokenizer of bad/broken_tokenizer"),
+    "weights of other shapes": (TRAIN, model("shapes"), r"bad/shapes .its weights have other shapes than its config\.json says"),
+    "code in the folder": (TRAIN, model("code"), r"--model_key bad/code: cannot load bad/code \(.*custom code"),
+    "GGUF": (TRAIN, model("gguf/model.gguf"), r"bad/gguf/model\.gguf is a GGUF file.*python data/convert_gguf\.py bad/gguf/model\.gguf FOLDER"),
+    "a folder of GGUF": (TRAIN, model("gguf"), r"bad/gguf/model\.gguf is a GGUF file.*python data/convert_gguf\.py bad/gguf/model\.gguf FOLDER"),
+    "an adapter for a model": (TRAIN, model("adapter"), r"bad/adapter is an adapter without its base model.*--load_model_dir"),
+    "tokens without a row": (TRAIN, [*data("arrow.jsonl"), *model("tokens")], r"bad/tokens: the tokenizer has 104 tokens, the embedding 103 rows, and none for → in sample \d+ .*resize_token_embeddings\(104\)"),
     "no end token": (TRAIN, model("no_end"), r"tokenizer of bad/no_end has no end-of-text token"),
     "no such layer": (TRAIN, ["--lora_target_modules", "nothing", "--save_name", "n"], r"--lora_target_modules nothing"),
     "longer than the context": (TRAIN, [*data("long.jsonl"), "--max_length", "5000", "--save_name", "m"], r"--max_length 5000: a row has \d+ tokens, .* reads 256"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src.data import Example, TaskData
@@ -27,6 +30,8 @@ from src.models import (
     resolve_model_key,
     save_model,
 )
+from src.stages import check_base, check_vocabulary, folder_fingerprint, lora_shape
+from tests.commands import load_script
 from tests.conftest import write_sources
 
 KINDS = ("llama", "t5", "gpt2")
@@ -184,6 +189,120 @@ def test_adapter_start_depends_on_the_seed_alone(model_folders: dict[str, str]) 
     name = next(name for name in states[0] if "lora_A" in name)
     assert torch.equal(states[0][name], states[1][name])
     assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Tokens were added and the model was not resized: it trains as before as long as no row has them."""
+    shutil.copytree(model_folders["llama"], tmp_path / "model")
+    tokenizer = load_tokenizer(model_folders["llama"])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<|turn|>"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"), None)
+    assert model.tokenizer.pad_token == model.tokenizer.eos_token
+    data = TaskData((Example(0, "a", "train", "a b c", "d"), Example(1, "a", "train", "a", "<|turn|> d")))
+    datamodule = TaskDataModule(data, model.tokenizer, model.kind)
+    plain = load_tokenizer(model_folders["llama"])
+    with pytest.raises(
+        ValueError, match=rf"has {len(plain) + 2} tokens, the embedding {len(plain)} rows, .*<\|turn\|> in sample 1"
+    ):
+        check_vocabulary(model, datamodule)
+    datamodule = TaskDataModule(TaskData(data.examples[:1]), model.tokenizer, model.kind)
+    check_vocabulary(model, datamodule)
+    with torch.no_grad():
+        model.target_logits(datamodule.collate([0]))
+
+
+def layers(model: LanguageModel) -> set[str]:
+    return {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices}
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "expected"),
+    [
+        ("llama", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("t5-untied", ["all-linear"], {"q", "k", "v", "o", "wi", "wo"}),
+        ("gpt2", ["all-linear"], {"c_attn", "c_proj", "c_fc"}),
+        ("phi3", ["all-linear"], {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("llama", ["self_attn.q_proj", "o_proj"], {"q_proj", "o_proj"}),
+        ("llama", [r".*layers\.1\..*(q|up)_proj"], {"q_proj", "up_proj"}),
+        ("llama", ["q_proj"], {"q_proj"}),
+    ],
+)
+def test_layers_of_the_adapter_are_named_as_in_peft(
+    kind: str, named: list[str], expected: set[str], model_folders: dict[str, str]
+) -> None:
+    flags = ["--model_key", model_folders[kind], "--train_lora", "--lora_target_modules", *named]
+    args = load_script("custom_train_alpaca.py").parse_args(flags)
+    assert layers(load_model(args.model_key, lora_shape(args))) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "message"),
+    [
+        ("llama", ("q_proj", "nothing"), "no layer has the name nothing"),
+        ("llama", ("q_proj", "all-linear"), "no layer has the name all-linear"),
+        ("llama", ("q_proj|(",), r"q_proj\|\(: .* cannot carry an adapter there \(missing"),
+        ("llama", ("q_proj", "embed_tokens"), "linear layers but the output's, which model.embed_tokens is not"),
+        ("t5-untied", ("q", "lm_head"), "linear layers but the output's, which lm_head is not"),
+    ],
+)
+def test_layers_that_cannot_carry_it_are_named(
+    kind: str, named: tuple[str, ...], message: str, model_folders: dict[str, str]
+) -> None:
+    """Before it is trained: stage 2 takes no gradients there."""
+    with pytest.raises(ValueError, match=rf"--lora_target_modules .*{message}"):
+        load_model(model_folders[kind], LoraShape(2, 4, target_modules=named))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "config", "model_key", "refused"),
+    [
+        ({}, "{one}", "{two}", True),
+        ({}, "{one}", "{copy}", False),
+        ({}, "/gone/model", "{one}", False),
+        ({}, None, "{one}", False),
+        ({}, "one/model", "{two}", False),  # a folder may be a copy of what is on the hub
+        ({}, "one/model", "other/Model", False),  # a mirror
+        ({}, "one/model", "one/model-chat", True),
+        ({}, "./model", "one/model-chat", False),
+        ({"model_key": "{one}"}, "{one}", "{two}", True),
+        ({"model_key": "gone", "base_fingerprint": "{one}"}, "gone", "{one}", False),
+        ({"model_key": "gone", "base_fingerprint": "{one}"}, "gone", "{two}", True),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    manifest: dict[str, str],
+    config: str | None,
+    model_key: str,
+    refused: bool,
+    model_folders: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """Where that is certain: other weights in a folder, another name on the hub."""
+    two = shutil.copytree(model_folders["llama"], tmp_path / "two")
+    weights = load_file(two / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, two / "model.safetensors", {"format": "pt"})
+    copy = shutil.copytree(model_folders["llama"], tmp_path / "copy")
+    paths = {"one": model_folders["llama"], "two": str(two), "copy": str(copy)}
+    manifest = {name: value.format(**paths) for name, value in manifest.items()}
+    if "base_fingerprint" in manifest:
+        manifest["base_fingerprint"] = folder_fingerprint(Path(manifest["base_fingerprint"]))
+    name = config and config.format(**paths)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    args = load_script("custom_train_alpaca.py").parse_args(["--model_key", model_key.format(**paths)])
+    if not refused:
+        check_base(args, tmp_path, manifest)
+        return
+    with pytest.raises(ValueError, match=r"does not fit what is asked for: .*pass --model_key") as caught:
+        check_base(args, tmp_path, manifest)
+    assert all(part[-20:] in str(caught.value) for part in (manifest.get("model_key") or name, args.model_key))
+
+
+def test_an_adapter_that_fits_no_layer_is_one_clear_error(model_folders: dict[str, str], tmp_path: Path) -> None:
+    save_model(adapted(model_folders["llama"]), tmp_path)
+    for other in ("gpt2", "opt"):  # other names, other shapes
+        with pytest.raises(ValueError, match=r"does not fit the layers of .*; pass the --model_key"):
+            load_checkpoint(tmp_path, model_folders[other])
 
 
 def test_model_keys(tmp_path: Path) -> None:
