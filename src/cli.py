@@ -973,11 +973,10 @@ def quiet_libraries() -> None:
     """Silence what libraries print on every start and a user cannot act on; imports the slowest of them."""
     import logging
 
-    # before the import: bitsandbytes, where it is installed, warns of kernels that nobody asked for
-    for name in ("bitsandbytes", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     import pytorch_lightning  # noqa: F401
 
+    for name in ("lightning_fabric", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="pytorch_lightning.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")

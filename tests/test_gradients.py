@@ -200,6 +200,7 @@ def rows_with_base(folder: str, weights: BaseWeights, tmp_path: Path) -> tuple[n
     lora = LoraShape(rank=4, alpha=8)
     model = load_model(folder, lora, weights=weights).eval()
     full = load_model(folder, lora).eval()
+    torch.manual_seed(0)
     adapter = {name: torch.randn_like(value) * 0.1 for name, value in full.trainable_state().items()}
     model.load_trainable_state(adapter), full.load_trainable_state(adapter)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)

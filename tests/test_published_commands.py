@@ -1,0 +1,100 @@
+"""The commands that the method was published with are taken as they stand: every flag by every script that had it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from src import cli
+from src.paths import META_INITIALIZATIONS, resolve_checkpoint
+from tests.commands import load_script, run_script
+from tests.conftest import write_sources
+
+LLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+COT = (
+    "--dataset_key strategy_qa --model_key flan_t5_base --preset_key ft_cot_t70_64aug "
+    "--load_model_dir flan_t5_base_strategy_qa_ft_cot_t70_64aug_lora_r_16_new_run_0/epoch_epoch=17 "
+    "--train_lora --lora_rank 16 --lora_alpha 128 --run 0 --project_dim 100 --device 1"
+)
+CLUSTERS = "--load_clusters --num_clusters 100 --number_of_subsets 1000 --subset_size 0.5 --scale 0.4"
+ADAPTER = f"--model_key {LLAMA} --train_lora --lora_rank 128 --lora_alpha 512"
+PROJECTED = (
+    f"{ADAPTER} --precision bf16-true --load_model_dir {LLAMA.replace('/', '_')}_lora_r_128_run_0/epoch_epoch=3 "
+    "--batch_size 2 --max_length 256 --project_gradients --project_dimension 100 --devices 0 1 2 --strategy auto"
+)
+COMMANDS = [
+    "custom_train.py --dataset_key strategy_qa --model_key flan_t5_base --train_key ft_cot --preset_key ft_cot_t70_64aug "
+    "--devices 1 --batch_size 8 --inference_batch_size 32 --train_lora --lora_rank 16 --lora_alpha 128 --runs 8",
+    f"custom_train_alpaca.py --train_instruction --model_key {LLAMA} --lr 2e-5 --batch_size 128 --max_length 256 --epochs 10 "
+    "--train_lora --lora_rank 128 --lora_alpha 512 --strategy fsdp --devices 0 1 2 3 --runs 1 --precision 16 --accumulate 1",
+    f"fast_estimate_compute_gradients.py {COT}",
+    f"fast_estimate_linear_regression.py {COT} {CLUSTERS}",
+    f"fast_estimate_eval_approximation_alpaca.py {PROJECTED} --compute_pretrained_outputs --save_name test",
+    f"fast_estimate_linear_regression_alpaca.py {PROJECTED} --save_name test --number_of_subsets 1000 --subset_size 0.5",
+    f"fast_estimate_forward_selection.py {PROJECTED} --save_name test",
+    # the projection's flags and --batch_size on the other track's scripts
+    f"fast_estimate_compute_gradients.py {COT} --project_gradients --project_dimension 100 --batch_size 8",
+    f"fast_estimate_linear_regression.py {COT} {CLUSTERS} --project_gradients --project_dimension 100 --batch_size 8",
+    f"fast_estimate_forward_selection.py {COT} --load_clusters --num_clusters 100 --project_gradients --batch_size 4",
+]
+
+
+def parsed(command: str) -> Any:
+    script, *arguments = shlex.split(command)
+    return load_script(script).parse_args(arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_published_commands(
+    command: str, gpus: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs and without; what has no effect is noted, and each flag has the value that is typed."""
+    monkeypatch.setattr(cli, "_said", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    args = parsed(command)
+    hardware = cli.hardware_from(args)
+    typed = args.devices
+    assert (hardware.accelerator, hardware.devices) == (("cuda", typed) if gpus else ("cpu", 1))
+    said = capsys.readouterr().out.splitlines()
+    assert ("No CUDA GPU here" in "".join(said)) == (gpus == 0)
+    for flag in ("--scale", "--batch_size"):
+        noted = any(line.startswith(f"note: {flag} has no effect") for line in said)
+        assert noted == (flag in command and not command.startswith("custom_train"))
+    if "--project_dim" in command:
+        assert args.project_dim == 100
+    if "bf16-true" in command:
+        assert (args.base_dtype, hardware.precision) == ("bfloat16", "bf16-mixed")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true", "16"])
+def test_half_precision_runs_every_stage(precision: str, model_folders: dict[str, str], workspace: Path) -> None:
+    """On the CPU too: training, gradients, estimates at displaced weights, the approximation error, selection."""
+    write_sources(workspace / "sources.jsonl", {"up": 20, "down": 20, "other": 20})
+    flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4"]
+    flags += ["--precision", precision]
+    projected, approximation = (
+        ["--project_gradients", "--project_dimension", "16"],
+        "fast_estimate_eval_approximation_alpaca.py",
+    )
+    run_script("custom_train_alpaca.py", *flags, "--epochs", "1", "--batch_size", "8", "--gradient_checkpointing")
+    run_script(approximation, "--compute_pretrained_outputs", *flags, *projected, "--batch_size", "2")
+    run_script("fast_estimate_linear_regression_alpaca.py", *flags, *projected, "--number_of_subsets", "2", "--evaluate",
+               "displaced", "--scale", "0.4")  # fmt: skip
+    run_script(approximation, *flags, *projected, "--scale", "0.1")
+    run_script("fast_estimate_forward_selection.py", *flags, *projected)
+    (estimates,) = Path("results").glob("*/estimates.csv")
+    assert np.isfinite(pd.read_csv(estimates).filter(like="displaced_loss").to_numpy(float)).all()
+
+
+def test_checkpoints_are_named_with_or_without_ckpt(workspace: Path) -> None:
+    folder = META_INITIALIZATIONS / "run_0" / "epoch_epoch=3"
+    folder.mkdir(parents=True)
+    assert resolve_checkpoint("run_0/epoch_epoch=3") == resolve_checkpoint("run_0/epoch_epoch=3.ckpt") == folder
