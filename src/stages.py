@@ -348,9 +348,8 @@ def meta_train(
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
     say_plan(plan_training(model, datamodule, hardware, args.batch_size))
-    described = {
-        "data_fingerprint": data.fingerprint, "run": run_index, "use_qlora": args.use_qlora, "loss_over": args.loss_over
-    }  # fmt: skip
+    how = {name: getattr(args, name) for name in ("use_qlora", "loss_over")}
+    described = {"data_fingerprint": data.fingerprint, "run": run_index, **how}
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
@@ -363,10 +362,8 @@ def meta_train(
         folder,
         {
             **facts,
-            "trajectory": checkpoints.trajectory,
-            "best": checkpoints.best,
+            **{name: getattr(checkpoints, name) for name in ("trajectory", "best", "validation_losses")},
             "best_validation_loss": checkpoints.best_loss,
-            "validation_losses": checkpoints.validation_losses,
             "tasks": list(data.tasks),
             **spent(started),
             "command": command_typed(),
