@@ -163,7 +163,7 @@ def plan_sources(
         skill, copy = skills[position % num_skills], position // num_skills
         wrong_share = noise[copy % len(noise)]
         quality = f"noisy{100 * wrong_share:g}" if wrong_share else "clean"
-        words_per_row = joined if (position + copy) % 2 else 1
+        words_per_row = joined if (position % num_skills + copy) % 2 else 1
         size = f"_x{words_per_row}" if words_per_row > 1 else ""
         sources.append(Source(f"{skill}_{quality}_{LETTERS[copy]}{size}", skill, wrong_share, words_per_row))
     return sources, skills[:num_target_skills]

@@ -228,9 +228,13 @@ class Estimator:
         self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
         if self.levels is not None and not self.levels.whole:
-            say_notices([f"the loss of all tasks is estimated: it is known after {self.levels.step} steps only"])
+            when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
+            say_notices(
+                [f"the loss of all tasks is estimated: it was last measured {when}, and training may have gone on"]
+            )
         if of_losses and self.levels is None:
-            say_notices(["what the base model's losses are is not known here, so that estimates are for ranking only"])
+            say_notices(["estimates are scores, for ranking only: neither the training's manifest nor gradients at its start "
+                         "and later say what the losses of the base model and of all tasks are"])  # fmt: skip
 
     def __call__(
         self, membership: np.ndarray, targets: Sequence[int] | None = None, rho: float | None = None

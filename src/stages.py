@@ -398,10 +398,8 @@ def meta_train(
         folder,
         {
             **facts,
-            "trajectory": checkpoints.trajectory,
-            "best": checkpoints.best,
+            **{name: getattr(checkpoints, name) for name in ("trajectory", "best", "validation_losses")},
             "best_validation_loss": checkpoints.best_loss,
-            "validation_losses": checkpoints.validation_losses,
             "tasks": list(data.tasks),
             **{name: getattr(args, name) for name in ("batch_size", "accumulate", "stop_after_checkpoints")},
             **spent(started),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from src import estimation as module
 from src.estimation import (
-    CURVATURE_POWER,
     ESTIMATORS,
     WEIGHT_BY,
     Part,
@@ -95,7 +94,9 @@ def row_weights(rows: Rows, task_weights: np.ndarray, weight_by: str, power: int
 
 def ridge_strength(rows: Rows, weight_by: str, rho: float = RHO) -> float:
     """lambda = rho times the mean squared norm over the rows of all tasks, as curvature weighs them."""
-    weights, curvatures = (row_weights(rows, np.ones(NUM_TASKS), weight_by, power) for power in (1, CURVATURE_POWER))
+    weights, curvatures = (
+        row_weights(rows, np.ones(NUM_TASKS), weight_by, power) for power in (1, module.CURVATURE_POWER)
+    )
     return rho * curvatures @ (rows.rows.astype(float) ** 2).sum(axis=1) / weights.sum()
 
 
@@ -112,14 +113,14 @@ def quadratic_terms(rows: Rows, solutions: np.ndarray, weight_by: str) -> np.nda
     """Half the mean squared change of each target's rows along each solution, (m, k); the longer a row is, the nearer is
     its gradient, a mean over tokens, to 0, and the more it says about the tokens' curvature."""
     tokens = target_tokens(rows)
-    relative = (tokens / tokens[rows.task_of_row >= 0].mean()) ** (CURVATURE_POWER - 1)
+    relative = (tokens / tokens[rows.task_of_row >= 0].mean()) ** (module.CURVATURE_POWER - 1)
     changes = rows.rows.astype(float) @ solutions.T * (relative[:, None] ** 0.5 if weight_by == "token" else 1)
     return np.array([(changes[rows.target_of_row == target] ** 2).mean(axis=0) / 2 for target in range(NUM_TARGETS)]).T
 
 
 def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
     """x_S by scikit-learn, from the raw rows: regress minus weight over curvature on the gradients without intercept."""
-    weights, curvatures = (row_weights(rows, task_weights, weight_by, power) for power in (1, CURVATURE_POWER))
+    weights, curvatures = (row_weights(rows, task_weights, weight_by, power) for power in (1, module.CURVATURE_POWER))
     chosen = weights > 0
     ridge = Ridge(alpha=ridge_strength(rows, weight_by) * weights.sum(), fit_intercept=False, solver="cholesky")
     goals = -weights[chosen] / curvatures[chosen]
@@ -127,12 +128,16 @@ def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.nda
     return ridge.coef_
 
 
-@pytest.mark.parametrize("weight_by", WEIGHT_BY)
+WEIGHTS = [("token", 1), ("token", 2), ("sample", 1), ("task", 1)]
+
+
+@pytest.mark.parametrize(("weight_by", "power"), WEIGHTS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ridge_equals_a_regression_on_the_raw_rows(
-    rows: Rows, membership: np.ndarray, weight_by: str, weighted: bool
+    rows: Rows, membership: np.ndarray, weight_by: str, power: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Moments, batching and float32 change nothing: each x_S is a ridge regression on the rows of S."""
+    monkeypatch.setattr(module, "CURVATURE_POWER", power)
     part = make_part(rows, weight_by)
     weights = membership * np.random.default_rng(1).random(membership.shape) if weighted else membership
     expected = np.array([direct_ridge(rows, subset, weight_by) for subset in weights])
@@ -212,10 +217,13 @@ def test_estimators_without_a_solution_displace_nothing(part: Part, membership: 
 
 
 @pytest.mark.parametrize("dim", [4, 200])
-@pytest.mark.parametrize("weight_by", WEIGHT_BY)
-def test_kernel_equals_ridge(membership: np.ndarray, dim: int, weight_by: str) -> None:
+@pytest.mark.parametrize(("weight_by", "power"), WEIGHTS)
+def test_kernel_equals_ridge(
+    membership: np.ndarray, dim: int, weight_by: str, power: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same solution through the kernel of the rows, with more and with fewer rows than dimensions, whether the
     kernel is asked for or there are no outer products."""
+    monkeypatch.setattr(module, "CURVATURE_POWER", power)
     part = make_part(make_rows(dim=dim), weight_by)
     without = replace(part, train=replace(part.train, outers=None), target=replace(part.target, outers=None))
     kernel, ridge, automatic = (

@@ -74,7 +74,9 @@ def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
     for rho in (1e-3, 0.1):
         plain = estimate(estimator.parts, members, rho=rho)
         shifts = estimator(members, rho=rho) - plain
-        np.testing.assert_allclose(shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6
+        )
     paths = [
         forward_selection(values, 4, patience=4)
         for values in (
@@ -101,7 +103,7 @@ def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytes
     assert manifest["levels"]["step"] == 4 and not manifest["levels"]["whole"]
     run_script(STAGE_4, *cut, *DIM)
     said = capsys.readouterr().out
-    assert "the loss of all tasks is estimated: it is known after 4 steps only" in said
+    assert "the loss of all tasks is estimated: it was last measured after 4 steps" in said
     assert " base model (measured), " in said and " all tasks (estimated).\n" in said
 
 

@@ -70,6 +70,17 @@ def test_wrong_answers_are_as_many_as_the_name_says(workspace: Path) -> None:
     assert all(0.3 <= share <= 0.5 for name, share in shares.items() if "noisy50" in name)
 
 
+def test_every_other_source_can_ask_for_several_words(workspace: Path) -> None:
+    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK, "--joined", "3")
+    counts: dict[str, set[tuple[int, int]]] = {}
+    for line in Path("world/flan.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        asked = row["inputs"].split(": ")[1].split(" ")
+        counts.setdefault(row["_task_name"], set()).add((len(asked), len(row["targets"].split(" "))))
+    assert all(of_task == {(3, 3) if name.endswith("_x3") else (1, 1)} for name, of_task in counts.items())
+    assert sum(name.endswith("_x3") for name in counts) == 3
+
+
 def test_target_words_and_alpaca_rows_are_those_of_the_sources(workspace: Path) -> None:
     """No target row's word is in a source, in any wording; both layouts tell the same rows in the same order."""
     run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)

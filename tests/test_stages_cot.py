@@ -168,11 +168,8 @@ def test_displaced_small_steps_follow_the_first_order(
     options = ["--number_of_subsets", "5", "--max_new_tokens", "2", "--save_name", "stiff", "--rho", "1e3"]
     run_script("fast_estimate_linear_regression.py", *estimation, *options, "--evaluate", "displaced")
     frame = pd.read_csv("results/stiff/estimates.csv")
-    (store,) = Path("gradients").iterdir()
-    part = store / Path(checkpoint).name
-    with np.load(part / "samples.npz") as samples:
-        base = float(np.load(part / "outputs.npy")[samples["target"] == 0].mean())
-    predicted, measured = frame["estimate/addsub"] - base, frame["displaced_loss/addsub"] - base
+    # levels are another matter: estimates are shifted to measured losses, and the displaced model is not
+    predicted, measured = (frame[name] - frame[name].mean() for name in ("estimate/addsub", "displaced_loss/addsub"))
     assert predicted.abs().max() > 0
     np.testing.assert_allclose(measured, predicted, rtol=0.05, atol=2e-6)
 
