@@ -44,12 +44,10 @@ def date_in(day: date, locale: str) -> str:
     return format_date(day, pattern, locale=locale)
 
 
-def conversations(language: str, locale: str, num_rows: int, seed: int) -> list[list[dict[str, str]]]:
-    """So many different days of one year, asked in English and answered in a language."""
-    days = random.Random(f"{seed} {language}").sample(range(366), num_rows)
+def conversations(locale: str, days: Sequence[date]) -> list[list[dict[str, str]]]:
+    """Days asked for in English and answered in a language."""
     rows = []
-    for offset in days:
-        day = date(2024, 1, 1) + timedelta(days=offset)
+    for day in days:
         question = date_in(day, "en")
         # an empty system turn: the template of some models writes a long one where there is none
         turns = ("system", ""), ("user", question), ("assistant", date_in(day, locale))
@@ -72,13 +70,22 @@ def write_rows(path: Path, rows: list[list[dict[str, str]]]) -> None:
 
 
 def write_world(folder: Path, num_rows: int, num_target_rows: int, seed: int) -> None:
-    """All sources and the target."""
+    """All sources and the target, whose days no source has.
+
+    Raises:
+        ValueError: a year has too few days.
+    """
+    if num_rows + num_target_rows > 366:
+        raise ValueError(f"a source of {num_rows} and a target of {num_target_rows} rows need more days than a year has")
+    days = [date(2024, 1, 1) + timedelta(days=offset) for offset in range(366)]
+    random.Random(seed).shuffle(days)
+    of_target, others = days[:num_target_rows], days[num_target_rows:]
     for language, locale in SOURCES.items():
-        rows = conversations(language, locale, num_rows, seed)
+        rows = conversations(locale, random.Random(f"{seed} {language}").sample(others, num_rows))
         write_rows(folder / "sources" / f"{language}.jsonl", rows)
         if language in SHUFFLED:
             write_rows(folder / "sources" / f"{language}_shuffled.jsonl", shuffled(rows, seed))
-    write_rows(folder / "target" / f"{TARGET}.jsonl", conversations(TARGET, TARGET_LOCALE, num_target_rows, seed))
+    write_rows(folder / "target" / f"{TARGET}.jsonl", conversations(TARGET_LOCALE, of_target))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
