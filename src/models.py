@@ -540,6 +540,8 @@ def load_checkpoint(folder: Path, model_key: str, weights: BaseWeights = FULL_PR
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             network = PeftModel.from_pretrained(base.network, folder, is_trainable=True)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, UserWarning) as error:  # other shapes or other names
         raise ValueError(
             f"the adapter {folder} does not fit the layers of {model_key}; pass the --model_key that it was trained on"

@@ -110,6 +110,7 @@ def prepare(folder: Path, model: Path) -> None:
     (bad / "shapes" / "config.json").write_text(json.dumps({**configuration, "hidden_size": 64}))
     own_code = {"model_type": "new", "auto_map": {"AutoConfig": "code.Configuration"}}
     (bad / "code" / "config.json").write_text(json.dumps(own_code))
+    shutil.copytree(next(folder.glob("external_lightning_logs/*/step_step=8")), bad / "checkpoint")
     smaller = AutoModelForCausalLM.from_pretrained(model)
     smaller.resize_token_embeddings(configuration["vocab_size"] - 1)
     smaller.save_pretrained(bad / "tokens")
@@ -134,6 +135,8 @@ def data(file: str) -> list[str]:
 def model(folder: str) -> list[str]:
     return ["--model_key", f"bad/{folder}"]
 
+
+OF_ANOTHER = ["--load_model_dir", "bad/checkpoint", *model("tokens")]
 
 CASES: dict[str, tuple[str, list[str], str]] = {
     # files of rows
@@ -201,6 +204,9 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora with --strategy fsdp: 4-bit weights"),
     "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--data_files is instruction data, and --dataset_key chain of thought"),
     "two ways to choose": (TRAIN, ["--subset_file", "bad/word.txt", "--task_idxes", "1"], r"not allowed with"),
+    "adapter of another model": (TRAIN, [*OF_ANOTHER, "--save_name", "n"], r"bad/checkpoint does not fit .*model_key: found .*, expected bad/tokens; base_fingerprint: found .*pass --model_key"),
+    "adapter of another model, gradients": (GRADIENTS, OF_ANOTHER, r"bad/checkpoint does not fit .*model_key: found .*, expected bad/tokens; base_fingerprint: found .*pass --model_key"),
+    "adapter of another rank": (TRAIN, ["--load_model_dir", "bad/checkpoint", "--lora_rank", "8", "--save_name", "n"], r"bad/checkpoint has an adapter of rank 4.*--lora_rank 4"),
     "no checkpoint": (TRAIN, ["--load_model_dir", "none/step_step=1", "--save_name", "n"], r"--load_model_dir none/step_step=1: no folder"),
     # subsets
     "task out of range": (TRAIN, ["--task_idxes", "0", "9"], r"--task_idxes 9: this data has tasks 0 to 3"),
