@@ -594,7 +594,7 @@ def test_rows_that_are_left_out_count_for_nothing(
         assert part.manifest["left_out"] == {"count": 2, "first_samples": sorted(bad)}
         kept = ~np.isin(whole.samples["sample_index"], sorted(bad))
         np.testing.assert_allclose(part.rows[kept], whole.rows[kept], rtol=1e-4, atol=1e-6)
-        moments = part.estimation_part()
+        moments = part.estimation_part(weight_by="sample")
         for kind, found in (("task", moments.train), ("target", moments.target)):
             for group in range(len(found.counts)):
                 rows = part.rows[kept & (whole.samples[kind] == group)].astype(float)

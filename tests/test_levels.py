@@ -136,7 +136,7 @@ def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.Capt
     said = capsys.readouterr().out
     assert "Score (ranking only): " in said and "measured" not in said
     assert "score" in pd.read_csv("results/scored/selection.csv").columns
-    table["subset"].to_frame().assign(run=0, **{"validation_loss/goal": np.arange(float(len(table)))}).to_csv(
+    table["subset"].to_frame().assign(run=0, **{"validation_loss/goal": 1.0 + np.arange(len(table))}).to_csv(
         "truth.csv", index=False
     )
     run_script("notebook/compare_estimates.py", "results/scored/estimates.csv", "truth.csv")
