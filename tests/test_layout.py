@@ -35,6 +35,7 @@ ORDER = [
     "selection",
     "accuracy",
     "report",
+    "answer",
     "stages",
     "estimates",
 ]
