@@ -21,26 +21,42 @@ from src.paths import DATA, ESTIMATES_FIGURE, SUMMARY_FILE, results_dir
 
 choose = cli.load_script("scripts/choose_sources.py")
 
-WORLDS = {"instruction": ("synthetic", "quickstart"), "cot": ("synthetic_cot", "quickstart_cot")}
-"""Track -> what the script of its world, and folders, are called."""
+
+def made(pipeline: Any, script: str, args: argparse.Namespace, world: Path) -> Any:
+    """The pipeline, after its synthetic world has been made where it is not there."""
+    pipeline.run("make_synthetic", f"data/{script}.py --seed {args.seed} --output_dir {world}", *args.world)
+    return pipeline
 
 
-def pipeline_of(track: str, name: str, world: Path) -> Any:
-    """The stages of a track on a world."""
-    training = "--epochs 4 --lr 2e-3 --batch_size 16"
-    if track == "instruction":
-        data = f"--data_files {world}/flan.jsonl --target_files {world}/target.jsonl"
-        return choose.Pipeline(name, f"{data} --model_key {world}/model --train_lora", training)
+def world_folder(name: str, seed: int) -> Path:
+    """Where a synthetic world is."""
+    return DATA / (name if seed == 0 else f"{name}_seed_{seed}")
+
+
+def instruction(args: argparse.Namespace, name: str) -> Any:
+    """String skills as sources, some with wrong answers."""
+    world = world_folder("synthetic", args.seed)
+    data = f"--data_files {world}/flan.jsonl --target_files {world}/target.jsonl --model_key {world}/model --train_lora"
+    return made(choose.Pipeline(name, data, TRAINING), "make_synthetic", args, world)
+
+
+def chain_of_thought(args: argparse.Namespace, name: str) -> Any:
+    """Clusters of reasoned additions as sources."""
+    world = world_folder("synthetic_cot", args.seed)
     data = f"--dataset_key addsub --preset_key ft_cot_t70_4aug --data_dir {world}/data --saved_dir {world}/saved"
-    return choose.Pipeline(
+    pipeline = choose.Pipeline(
         name,
         f"{data} --model_key {world}/model --train_lora",
-        f"{training} --inference_batch_size 128 --max_new_tokens 40",
+        f"{TRAINING} --inference_batch_size 128 --max_new_tokens 40",
         tasks="--load_clusters --num_clusters 20",
-        train="custom_train.py",
-        gradients="fast_estimate_compute_gradients.py",
-        regression="fast_estimate_linear_regression.py",
+        scripts=("custom_train.py", "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py"),
     )
+    return made(pipeline, "make_synthetic_cot", args, world)
+
+
+TRAINING = "--epochs 4 --lr 2e-3 --batch_size 16"
+WORLDS = {"instruction": ("quickstart", instruction), "cot": ("quickstart_cot", chain_of_thought)}
+"""Track -> what its results are called, and what makes its world and says how its stages are called."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,17 +75,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """The world, the stages, the table and the figure."""
-    made, called = WORLDS[args.track]
-    world = DATA / (made if args.seed == 0 else f"{made}_seed_{args.seed}")
+    called, make = WORLDS[args.track]
     name = f"{called}/seed_{args.seed}"
-    pipeline = pipeline_of(args.track, name, world)
-    pipeline.run("make_synthetic", f"data/make_{made}.py --seed {args.seed} --output_dir {world}", *args.world)
+    pipeline = make(args, name)
     tasks = pipeline.select()
     subsets = pipeline.fine_tune(tasks, max(args.num_halves, choose.FEWEST_HALVES))
     pipeline.summarise(tasks, subsets)
     for file in (SUMMARY_FILE, ESTIMATES_FIGURE):  # of the last world that was run
         shutil.copyfile(results_dir(name) / file, results_dir(called) / file)
     cli.run_command(f"scripts/report.py {results_dir(name)}")
+    print("", *pipeline.answer(tasks, subsets).lines, sep="\n")
     print("Next: your own data, with scripts/choose_sources.py or stage by stage, as the README shows.")
 
 

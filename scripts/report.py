@@ -23,7 +23,8 @@ import pandas as pd
 
 from src import cli
 from src.accuracy import AVERAGE, MEAN
-from src.estimates import names_of, results_folder
+from src.answer import best_fine_tuned
+from src.estimates import results_folder
 from src.paths import (
     AFFINITY_FIGURE,
     COMPARISON_FIGURE,
@@ -39,7 +40,16 @@ from src.paths import (
     atomic_write,
     read_manifest,
 )
-from src.report import TEST_ACCURACY, TEST_LOSS, columns_of, mean_over_targets, own_targets, parse_subset, read_table
+from src.report import (
+    TEST_ACCURACY,
+    TEST_LOSS,
+    columns_of,
+    mean_over_targets,
+    names_of,
+    own_targets,
+    parse_subset,
+    read_table,
+)
 
 STYLE = """
 body { font: 16px/1.5 Georgia, serif; color: #222; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
@@ -92,13 +102,14 @@ def selected_html(folder: Path, tasks: Sequence[str]) -> str:
         steps = read_table(folder / SELECTION_FILE)
         for target, of_target in steps[steps["selected"]].groupby("target", sort=False):
             best = parse_subset(of_target.iloc[-1]["subset"])
-            parts.append(f"<h2>Selected for {escape(str(target))}: {len(best)} of {len(tasks)} tasks</h2>")
+            parts.append(f"<h2>Selected by estimates for {escape(str(target))}: {len(best)} of {len(tasks)} tasks</h2>")
             parts.append(tasks_html(best, tasks))
     if (folder / SCORES_FILE).is_file():
         scores = read_table(folder / SCORES_FILE)
         chosen = scores.loc[scores["selected"], "task"].tolist()
         parts.append(
-            f"<h2>By the random ensemble: {len(chosen)} of {len(tasks)} tasks</h2>" + tasks_html(chosen, tasks)
+            f"<h2>By the random ensemble's estimates: {len(chosen)} of {len(tasks)} tasks</h2>"
+            + tasks_html(chosen, tasks)
         )
     return "".join(parts) or "<p class=muted>Nothing selected yet: fast_estimate_forward_selection.py</p>"
 
@@ -123,6 +134,14 @@ def fine_tuned_html(folder: Path, tasks: Sequence[str], shown: int = 15) -> str:
     return table_html(best) + note
 
 
+def answer_html(folder: Path, tasks: Sequence[str]) -> str:
+    """What to do, where something was fine-tuned."""
+    if not (folder / RESULTS_FILE).is_file():
+        return ""
+    headline, *more = best_fine_tuned(folder, tasks).lines
+    return f"<h2>{escape(headline)}</h2><p>{escape(' '.join(more))}</p>"
+
+
 def later_commands(folder: Path) -> list[str]:
     """What was typed after stage 3 for the tables that are there."""
     described = (folder / Path(name).with_suffix(".json") for name in (SELECTION_FILE, SCORES_FILE, COMPARISON_FILE))
@@ -138,6 +157,7 @@ def page(folder: Path) -> str:
     )
     sections = [
         f"<h1>{escape(folder.name)}</h1><p class=lead>{escape(question)}</p>",
+        answer_html(folder, tasks),
         selected_html(folder, tasks),
         "<h2>Are the estimates right?</h2>",
     ]

@@ -370,14 +370,20 @@ def add_batch_size(
 
 def add_meta_training(parser: argparse.ArgumentParser) -> None:
     """What training on all tasks leaves on its way."""
-    group = parser.add_argument_group("meta-training")
-    group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0, 0.08, 0.33], metavar="SHARE", help="keep "
-                       "checkpoints at these shares of the optimizer steps, 0 for the start: where gradients are taken "
-                       "(default: 0 0.08 0.33)")  # fmt: skip
+    add_checkpoints(parser)
+    group = _group(parser, "meta-training")
     group.add_argument("--stop_after_checkpoints", action="store_true", help="end meta-training with the last of them: "
                        "estimates need no more (default: train to the end, for the model trained on everything)")  # fmt: skip
     group.add_argument("--logger", choices=("none", "csv", "tensorboard", "wandb"), default="none", help="also log "
                        "losses, below the run's folder or to W&B (default: none)")  # fmt: skip
+
+
+def add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """Where on its way meta-training keeps checkpoints."""
+    group = _group(parser, "meta-training")
+    group.add_argument("--checkpoint_at", type=share, nargs="*", default=[0, 0.08, 0.33], metavar="SHARE", help="keep "
+                       "checkpoints at these shares of the optimizer steps, 0 for the start: where gradients are taken "
+                       "(default: 0 0.08 0.33)")  # fmt: skip
 
 
 def add_start(parser: argparse.ArgumentParser) -> None:
@@ -691,7 +697,7 @@ RULES = (
     Rule(("results_name",), _is("compute_pretrained_outputs", False),
          "has no effect with --compute_pretrained_outputs: gradients are named by --save_name"),
     Rule(("checkpoint_at", "stop_after_checkpoints", "logger"),
-         _is_meta_training,
+         lambda args: _is_meta_training(args) or not hasattr(args, "stop_after_checkpoints"),
          "has no effect in fine-tuning on subsets, only in meta-training"),
     Rule(("epochs", "lr", "batch_size", "accumulate", "loss_over", "weight_decay", "runs", "inference_batch_size", "max_new_tokens"),
          lambda args: getattr(args, "refine", True) is not None, "has no effect without --refine"),

@@ -101,6 +101,7 @@ from src.report import (
     fine_tuned_values,
     lower_is_better,
     mean_over_targets,
+    names_of,
     own_targets,
     parse_subset,
     read_table,
@@ -804,12 +805,6 @@ def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estim
             "subset": [subset_text(step.subset) for step in path.steps],
         }
     )
-
-
-def names_of(subset: Sequence[int], tasks: Sequence[str], shown: int = 15) -> str:
-    """Names of a subset's tasks, the first few of many."""
-    more = f" and {len(subset) - shown} more" if len(subset) > shown else ""
-    return ", ".join(tasks[task] for task in subset[:shown]) + more
 
 
 def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -> None:

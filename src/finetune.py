@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,10 +215,16 @@ class Checkpoints(pl.Callback):
         shares: Shares of all optimizer steps, in [0, 1].
         describe: What every manifest says.
         stop_after: End the training with the last of the shares.
+        spent_before: Seconds that trainings which were cut off have taken.
     """
 
     def __init__(
-        self, folder: Path, shares: Sequence[float], describe: dict[str, Any], stop_after: bool = False
+        self,
+        folder: Path,
+        shares: Sequence[float],
+        describe: dict[str, Any],
+        stop_after: bool = False,
+        spent_before: float = 0.0,
     ) -> None:
         self.folder, self.shares, self.describe, self.stop_after = folder, sorted(set(shares)), describe, stop_after
         self.trajectory: list[str] = []
@@ -226,6 +233,7 @@ class Checkpoints(pl.Callback):
         self.losses: list[float] = []  # of every validation
         self.written: list[str] = []
         self.validation_losses: dict[str, Any] = {}
+        self.started = time.perf_counter() - spent_before
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         steps = int(trainer.estimated_stepping_batches)
@@ -273,7 +281,8 @@ class Checkpoints(pl.Callback):
         state = state_to_save(module.model) if module.device_mesh is not None else None
         if trainer.is_global_zero:
             self.written.append(name)
-            write_json(self.folder / UNFINISHED, self.written)
+            seconds = time.perf_counter() - self.started
+            write_json(self.folder / UNFINISHED, {"checkpoints": self.written, "seconds": seconds})
             save_checkpoint(module.model, self.folder / name, {**self.describe, **facts}, state)
         trainer.strategy.barrier()
 
@@ -452,7 +461,7 @@ def fine_tune_on_subset(
     seed: int,
     task_shares: np.ndarray | None = None,
     callbacks: Sequence[pl.Callback] = (),
-) -> dict[str, float]:
+) -> tuple[dict[str, float], np.ndarray]:
     """The fine-tuned value of a subset: train from `start` on its tasks, then evaluate.
 
     Args:
@@ -467,7 +476,8 @@ def fine_tune_on_subset(
         callbacks: Of this one fit.
 
     Returns:
-        `num_rows` and the columns of `target_metrics` on validation and test rows.
+        `num_rows` and the columns of `target_metrics` on validation and test rows; and the loss of every held-out row,
+        (N,), NaN for the others.
     """
     model.load_trainable_state(start)
     rows = datamodule.data.indices("train", subset)
@@ -481,4 +491,4 @@ def fine_tune_on_subset(
         fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks)
     splits = ("validation", "test")
     evaluation = evaluate(model, datamodule, hardware, plan, splits)
-    return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}
+    return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}, evaluation.losses

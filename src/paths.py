@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ LOGS = "logs"
 WEIGHTS = "*.safetensors"
 RESULTS_FILE = "results.csv"
 MODELS = "models"
+LOSSES = "losses"
 ESTIMATES_FILE = "estimates.csv"
 SELECTED_ROWS = "selected"
 MIXTURE_FILE = "mixture.json"
@@ -170,6 +171,18 @@ def results_dir(name: str) -> Path:
 def model_dir(results: Path, label: str, run: int) -> Path:
     """A model that was fine-tuned on chosen tasks, below its results."""
     return results / MODELS / f"{slug(label)}_run_{run}"
+
+
+def tasks_label(subset: Sequence[int], num_tasks: int | None = None) -> str:
+    """What models and losses of tasks that no file names are called."""
+    ids = "_".join(map(str, subset))
+    short = ids if len(ids) <= 60 else f"{ids[:40]}_{hashlib.sha256(ids.encode()).hexdigest()[:8]}"
+    return "all_tasks" if len(subset) == num_tasks else f"tasks_{short}" if ids else "base_model"
+
+
+def losses_file(results: Path, subset: Sequence[int], run: int) -> Path:
+    """The loss of every validation row after fine-tuning on one subset, below its results."""
+    return results / LOSSES / f"{tasks_label(subset)}_run_{run}.csv"
 
 
 def subset_file(name: str) -> Path:

@@ -187,6 +187,12 @@ def own_targets(targets: Sequence[str], tasks: Sequence[str]) -> list[str]:
     return [name for name in targets if name not in tasks] or list(targets)
 
 
+def names_of(subset: Sequence[int], tasks: Sequence[str], shown: int = 15) -> str:
+    """Names of a subset's tasks, the first few of many."""
+    more = f" and {len(subset) - shown} more" if len(subset) > shown else ""
+    return ", ".join(tasks[task] for task in subset[:shown]) + more
+
+
 def markdown_table(frame: pd.DataFrame) -> str:
     """A frame as a Markdown table; numbers with four significant digits."""
     cells = [[str(name) for name in frame.columns], ["---"] * len(frame.columns)]

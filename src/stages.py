@@ -94,18 +94,20 @@ from src.paths import (
     file_fingerprint,
     is_checkpoint_name,
     locked,
+    losses_file,
     model_dir,
     prediction_file,
     read_manifest,
     resolve_checkpoint,
     results_dir,
     shorten,
+    tasks_label,
     write_json,
     write_manifest,
 )
 from src.processes import Processes, launch
 from src.projection import Projection, make_projection
-from src.report import TEST_LOSS, ResultsTable, columns_of, mean_over_targets, own_targets, subset_text
+from src.report import TEST_LOSS, ResultsTable, columns_of, mean_over_targets, own_targets, subset_text, write_table
 from src.subsets import cluster_samples, read_subsets, read_task_weights
 
 
@@ -379,14 +381,15 @@ def meta_train(
             say(f"{folder} is there already and fits; nothing to train.")
             return
         say(f"{folder} ended with its last checkpoint; it is trained again, to the end.")
-    started = time.perf_counter()
+    started, spent_before = time.perf_counter(), 0.0
     model = starting_model(args, run_index)
     if not rank_zero_only.rank:
-        remove_checkpoints(folder, resolve_checkpoint(args.load_model_dir) if args.load_model_dir else None)
+        start = resolve_checkpoint(args.load_model_dir) if args.load_model_dir else None
+        spent_before = remove_checkpoints(folder, start)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
     described = {name: facts[name] for name in ("data_fingerprint", "base_fingerprint", "run", "use_qlora", "loss_over")}
-    checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints)
+    checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints, spent_before)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
         callbacks.append(SavePredictions(partial(write_predictions, args, data)))
@@ -402,7 +405,7 @@ def meta_train(
             "best_validation_loss": checkpoints.best_loss,
             "tasks": list(data.tasks),
             **{name: getattr(args, name) for name in ("batch_size", "accumulate", "stop_after_checkpoints")},
-            **spent(started),
+            **spent(started - spent_before),
             "command": command_typed(),
         },
     )
@@ -418,28 +421,33 @@ def meta_train(
     print(f"Wrote {folder}: {kept}. Next: the projected gradients there (stage 2), with the same data and model flags.")
 
 
-def remove_checkpoints(folder: Path, start: Path | None) -> None:
+def remove_checkpoints(folder: Path, start: Path | None) -> float:
     """Remove the checkpoints of an earlier training, cut off or whole, from a run's folder. What others put there stays,
-    and is named; so does the checkpoint to start from."""
+    and is named; so does the checkpoint to start from.
+
+    Returns:
+        The seconds that the earlier training took, as far as they are known.
+    """
     manifest, unfinished = folder / MANIFEST, folder / UNFINISHED
-    written: list[str] = []
+    earlier: dict[str, Any] = {"checkpoints": [], "seconds": 0.0}
     if manifest.is_file():
         found = json.loads(manifest.read_text(encoding="utf-8"))
-        written = [*found["trajectory"], *filter(None, [found["best"]])]
-        write_json(unfinished, written)  # before the manifest goes: a kill in between must not leave them unknown
+        earlier = {"checkpoints": [*found["trajectory"], found["best"]], "seconds": found["seconds"]}
+        write_json(unfinished, earlier)  # before the manifest goes: a kill in between must not leave them unknown
         manifest.unlink()
     elif unfinished.is_file():
-        written = json.loads(unfinished.read_text(encoding="utf-8"))
+        earlier = json.loads(unfinished.read_text(encoding="utf-8"))
     others = []
     for path in sorted(folder.glob("[!.]*")):
         if start is not None and path.resolve() == start.resolve():
             continue
-        if path.name in written or (is_checkpoint_name(path.name) and not (path / MANIFEST).is_file()):
+        if path.name in earlier["checkpoints"] or (is_checkpoint_name(path.name) and not (path / MANIFEST).is_file()):
             shutil.rmtree(path)
         elif path not in (unfinished, folder / LOGS):
             others.append(path.name)
     if others:
         say_notices([f"{folder} holds {shorten(', '.join(others))}, not written by this training; left as it is"])
+    return float(earlier["seconds"])
 
 
 def predictions_file(args: argparse.Namespace, epoch: int) -> Path:
@@ -478,9 +486,8 @@ def fine_tune_subsets(
     model has to be there too.
     """
     folder = results_dir(run_from(args, 0).results_name)
-    facts = training_facts(args, data)
-    if task_shares is not None:
-        facts["task_shares"] = task_shares.round(6).tolist()
+    shares = None if task_shares is None else task_shares.round(6).tolist()
+    facts = {**training_facts(args, data), "task_shares": shares}
     table = ResultsTable(folder / RESULTS_FILE, facts, "Choose another --results_name, or remove the file.")
     models = kept_models(args, data, folder, subsets)
     described = [
@@ -489,12 +496,8 @@ def fine_tune_subsets(
     has_model = [
         holds_model(model, of_model, training_script(args)) for model, of_model in zip(models, described, strict=False)
     ]
-    todo = [
-        (run, subset)
-        for run in range(args.runs)
-        for subset in subsets
-        if not table.has(subset, run) or (models and not has_model[run])
-    ]
+    pairs = itertools.product(range(args.runs), subsets)
+    todo = [(run, subset) for run, subset in pairs if not table.has(subset, run) or (models and not has_model[run])]
     datamodule = None
     with progress(desc="fine-tuning", total=len(subsets) * args.runs, unit="subset") as bar:
         bar.update(bar.total - len(todo))
@@ -505,10 +508,10 @@ def fine_tune_subsets(
                 datamodule = make_datamodule(args, data, model)
             for _, subset in of_run:
                 started = time.perf_counter()
-                bar_of_fit = FitProgress(f"subset {bar.n + 1} of {bar.total}", leave=False)
-                values = fine_tune_on_subset(
+                values, losses = fine_tune_on_subset(
                     model, start, datamodule, subset, plan, hardware,
-                    seed=run, task_shares=task_shares, callbacks=[bar_of_fit],
+                    seed=run, task_shares=task_shares,
+                    callbacks=[FitProgress(f"subset {bar.n + 1} of {bar.total}", leave=False)],
                 )  # fmt: skip
                 seconds = round(time.perf_counter() - started, 3)
                 state = state_to_save(model) if models and model.is_sharded else None
@@ -516,11 +519,20 @@ def fine_tune_subsets(
                     if models:
                         facts_of_model = {**described[run], **spent(started), "command": command_typed()}
                         save_checkpoint(model, models[run], facts_of_model, state)
+                    if len(subsets) == 1:  # of many subsets the means are enough
+                        write_losses(losses_file(folder, subset, run), data, losses)
                     if not table.has(subset, run):
                         table.append(subset, run, {**values, "seconds": seconds})
                 bar.update(1)
     if not rank_zero_only.rank:
         say_fine_tuned(table, data, subsets, models)
+
+
+def write_losses(path: Path, data: TaskData, losses: np.ndarray) -> None:
+    """Keep the losses of the validation rows out of those of all rows (N,): differences of two models are judged by them."""
+    rows = data.indices("validation")
+    targets = [data.targets[target] for target in data.target_of_sample[rows]]
+    write_table(path, pd.DataFrame({"sample_index": rows, "target": targets, "loss": losses[rows]}))
 
 
 def kept_models(
@@ -532,9 +544,7 @@ def kept_models(
     if args.subset_file or args.task_weights:
         label = Path(args.subset_file or args.task_weights).stem
     else:
-        ids = "_".join(map(str, subsets[0]))
-        short = ids if len(ids) <= 60 else f"{ids[:40]}_{hashlib.sha256(ids.encode()).hexdigest()[:8]}"
-        label = "all_tasks" if len(subsets[0]) == len(data.tasks) else f"tasks_{short}"
+        label = tasks_label(subsets[0], len(data.tasks))
     return [model_dir(folder, label, run) for run in range(args.runs)]
 
 

@@ -28,8 +28,9 @@ def flags(workspace: Path, model_folders: dict[str, str]) -> list[str]:
 
 
 def test_a_folder_becomes_an_answer(flags: list[str], capsys: pytest.CaptureFixture) -> None:
-    """It names the better of both selections by validation loss; its model, its rows and the page are there."""
-    run_script(SCRIPT, *flags, "--save_name", "answer", "--halves", "3")
+    """It names the best of everything by validation loss, random halves too; its model, its rows and the page are there."""
+    named = [*flags, "--save_name", "answer", "--halves", "3"]
+    run_script(SCRIPT, *named)
     printed = capsys.readouterr().out
     folder = Path("results/answer")
     summary = json.loads((folder / "summary.json").read_text())
@@ -37,24 +38,67 @@ def test_a_folder_becomes_an_answer(flags: list[str], capsys: pytest.CaptureFixt
     assert set(losses) == {"base", "all_tasks", "random_half", "random_ensemble", "forward_selection"}
     assert -1 <= summary["spearman"] <= 1 and (folder / "estimates.png").is_file()
     rows = pd.read_json(folder / "selected.jsonl", lines=True)
-    last = printed.strip().splitlines()[-2:]
+    last = printed.strip().splitlines()[-4:]
     assert last[0].startswith("Train on: ") and all(name in last[0] for name in rows["task"].unique())
+    assert last[:3] == summary["answer"]["lines"]
     truth = pd.read_csv(folder / "results.csv", dtype={"subset": str}, keep_default_na=False).set_index("subset")
     tasks = json.loads((folder / "manifest.json").read_text())["tasks"]
     assert tasks == ["down", "left", "right", "up"]
-    chosen = {}
-    for method in ("forward_selection", "random_ensemble"):
-        (line,) = [
-            line
-            for line in Path(f"sampled_tasks/answer_{method}.txt").read_text().splitlines()
-            if not line.startswith("#")
-        ]
-        chosen[method] = line
-    best = min(chosen.values(), key=lambda text: truth.loc[text, "validation_loss/goal"])
+    best = truth["validation_loss/goal"].idxmin()
     assert set(rows["task"]) == {tasks[int(task)] for task in best.split()}
-    model = last[1].split("The model trained on it: ")[1].split(";")[0]
+    model = last[3].split("The model trained on it: ")[1].split(";")[0]
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(flags[5]), model)
-    assert "Really fine-tuned" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert page.index(last[0].split(", by")[0].rstrip(").")) < page.index("Selected by estimates")
+    seconds = summary["seconds"]
+    assert seconds["fine_tuning_base"] == pytest.approx(truth.loc["", "seconds"], abs=0.01)
+    fine_tuning = sum(value for stage, value in seconds.items() if stage.startswith("fine_tuning"))
+    assert fine_tuning == pytest.approx(truth["seconds"].sum(), abs=0.1)
+    run_script(SCRIPT, *named)  # trains nothing, and what was spent stays spent
+    again = json.loads((folder / "summary.json").read_text())["seconds"]
+    assert again.keys() == seconds.keys()
+    kept = [stage for stage in seconds if stage in ("meta_training", "gradients") or stage.startswith("fine_tuning")]
+    assert len(kept) >= 4 and {stage: again[stage] for stage in kept} == {stage: seconds[stage] for stage in kept}
+
+
+def test_nothing_may_help(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """The base model is best on validation rows: no model and no rows are recommended, and the page says so first."""
+    run_script(SCRIPT, *flags, "--save_name", "none")
+    assert Path("results/none/selected.jsonl").is_file()
+    path = Path("results/none/results.csv")
+    table = pd.read_csv(path, dtype={"subset": str}, keep_default_na=False)
+    table.loc[table["subset"] == "", "validation_loss/goal"] = 0.001
+    table.to_csv(path, index=False)
+    capsys.readouterr()
+    run_script(SCRIPT, *flags, "--save_name", "none")
+    printed = capsys.readouterr().out
+    assert "\nNothing here helps: keep the base model.\n" in printed
+    last = printed.split("Nothing here helps")[1]
+    assert "Train on" not in last and "model trained on it" not in last
+    assert not list(Path("results/none").glob("selected*")) and not Path("results/none/mixture.json").exists()
+    assert json.loads(Path("results/none/summary.json").read_text())["answer"]["tasks"] == []
+    page = Path("results/none/report.html").read_text()
+    assert 0 < page.index("Nothing here helps") < page.index("Selected by estimates")
+
+
+def test_a_random_half_may_be_the_answer(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """No model of many subsets is kept: that of the best is made then."""
+    run_script(SCRIPT, *flags, "--save_name", "half", "--halves", "6")
+    path = Path("results/half/results.csv")
+    table = pd.read_csv(path, dtype={"subset": str}, keep_default_na=False)
+    selected = {Path(f"sampled_tasks/half_{m}_{n}.txt").read_text().splitlines()[-1]
+                for m, n in (("forward", "selection"), ("random", "ensemble"))}  # fmt: skip
+    half = next(text for text in table["subset"] if len(text.split()) == 2 and text not in selected)
+    table.loc[table["subset"] == half, "validation_loss/goal"] = 0.001
+    table.to_csv(path, index=False)
+    capsys.readouterr()
+    run_script(SCRIPT, *flags, "--save_name", "half", "--halves", "6")
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    model = Path(f"results/half/models/tasks_{half.replace(' ', '_')}_run_0")
+    assert str(model) in last and (model / "adapter_model.safetensors").is_file()
+    tasks = json.loads(Path("results/half/manifest.json").read_text())["tasks"]
+    rows = pd.read_json("results/half/selected.jsonl", lines=True)
+    assert set(rows["task"]) == {tasks[int(task)] for task in half.split()}
 
 
 def test_flags_are_handed_on_as_typed(flags: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -65,6 +109,12 @@ def test_flags_are_handed_on_as_typed(flags: list[str], capsys: pytest.CaptureFi
     handed = flags_of(args, *(group for group in (script.cli.add_instruction_data, script.cli.add_hardware)))
     assert handed == ["--data_files", "my", "--prompt_column", "a b", "--target_files", "my/goal.jsonl",
                       "--accelerator", "cpu", "--precision", "bf16"]  # fmt: skip
+    few = ["--project_dim", "4000", "--rho", "0.03", "--checkpoint_at", "0.5", "--runs", "2", "--row_dtype", "float16"]
+    pipeline = script.pipeline_from(script.parse_args([*flags, *few, "--save_name", "a", "--results_name", "b"]), "b")
+    assert pipeline.meta_training == "--checkpoint_at 0.5" and pipeline.runs == 2
+    assert pipeline.gradients == "--project_dim 4000 --row_dtype float16"
+    assert pipeline.estimation == "--project_dim 4000 --rho 0.03"
+    assert "--save_name a" in pipeline.data and "--results_name" not in pipeline.data
     before = sorted(Path().rglob("*"))
     script.main(script.parse_args([*flags, "--dry_run"]))
     assert "would write  results/" in capsys.readouterr().out and sorted(Path().rglob("*")) == before

@@ -34,6 +34,7 @@ ORDER = [
     "selection",
     "accuracy",
     "report",
+    "answer",
     "stages",
     "estimates",
 ]

@@ -225,7 +225,10 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
     run_script("scripts/report.py", "results/toy")
     page = Path("results/toy/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "not made yet" in page  # nothing was compared
-    assert "Selected for goal" in page and "python custom_train_alpaca.py" not in page.split("To make it again")[0]
+    assert (
+        "Selected by estimates for goal" in page
+        and "python custom_train_alpaca.py" not in page.split("To make it again")[0]
+    )
     results = pd.read_csv("results/toy/results.csv", dtype={"subset": str}, keep_default_na=False)
     columns = [f"{split}_loss/{target}" for split in ("validation", "test") for target in targets]
     assert list(results.columns) == ["subset", "run", "num_rows", *columns, "seconds"]
@@ -238,7 +241,16 @@ def test_estimates_selection_and_the_one_fine_tuning(here: list[str]) -> None:
     assert losses.mean() == pytest.approx(float(row["test_loss/goal"]), rel=1e-5)
     kept = {path.name for path in Path("results/toy/models").iterdir()}
     assert kept == {f"{name}_run_0" for name in ("toy_forward_selection", "toy_random_ensemble", "tasks_1_3")}
-    made = {name for name in files_below(Path()) - before if "moments_" not in name and "/models/" not in name}
+    made = {
+        name
+        for name in files_below(Path()) - before
+        if not any(part in name for part in ("moments_", "/models/", "/losses/"))
+    }
+    kept = {path.name for path in Path("results/toy/losses").iterdir()}
+    labels = ["base_model", *(f"tasks_{text.replace(' ', '_')}" for text in results["subset"] if text)]
+    assert kept == {f"{label}_run_0.csv" for label in labels}
+    found = pd.read_csv("results/toy/losses/tasks_1_3_run_0.csv").groupby("target")["loss"].mean()
+    assert found["goal"] == pytest.approx(float(row["validation_loss/goal"]), rel=1e-6)
     assert made == {
         "sampled_tasks/toy.txt",
         "sampled_tasks/toy_forward_selection.txt",
@@ -335,7 +347,9 @@ def test_a_subset_that_stands_twice_is_trained_once(
 
     Path("twice.txt").write_text("0 1\n2\n1 0\n2\n")
     calls: list[object] = []
-    monkeypatch.setattr(stages, "fine_tune_on_subset", lambda *given, **_: calls.append(given[3]) or {"num_rows": 1})
+    monkeypatch.setattr(
+        stages, "fine_tune_on_subset", lambda *given, **_: calls.append(given[3]) or ({"num_rows": 1}, None)
+    )
     run_script("custom_train_alpaca.py", *here, "--subset_file", "twice.txt", "--save_name", "twice", "--epochs", "1")
     assert calls == [(0, 1), (2,)]
     assert "twice.txt: 2 lines with a subset that stands there before" in capsys.readouterr().out
@@ -463,6 +477,8 @@ def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
     run_script("custom_train_alpaca.py", *here, *training, "--task_weights", "sampled_tasks/mixed_weights.csv")
     result = pd.read_csv("results/mixed/results.csv", dtype={"subset": str})
     assert len(result) == 1 and np.isfinite(result["test_loss/goal"]).all()
+    with pytest.raises(ValueError, match="task_shares: found .*, expected None"):
+        run_script("custom_train_alpaca.py", *here, *training, "--task_idxes", "0")
     for text, message in (
         ("name,share\nup a,1\nup c,1\n", "task 'up c' is not among the data's 4 tasks"),
         ("name,share\nup a,1\nup a,1\n", "'up a' stands there twice"),
