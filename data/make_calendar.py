@@ -76,7 +76,9 @@ def write_world(folder: Path, num_rows: int, num_target_rows: int, seed: int) ->
         ValueError: a year has too few days.
     """
     if num_rows + num_target_rows > 366:
-        raise ValueError(f"a source of {num_rows} and a target of {num_target_rows} rows need more days than a year has")
+        raise ValueError(
+            f"a source of {num_rows} and a target of {num_target_rows} rows need more days than a year has"
+        )
     days = [date(2024, 1, 1) + timedelta(days=offset) for offset in range(366)]
     random.Random(seed).shuffle(days)
     of_target, others = days[:num_target_rows], days[num_target_rows:]
@@ -95,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--output_dir", default="data/calendar", metavar="FOLDER", help="where to (default: data/calendar)"
     )
-    group.add_argument("--rows", type=cli.positive_int, default=24, help="rows of each source (default: 24)")
+    group.add_argument("--rows", type=cli.positive_int, default=16, help="rows of each source (default: 16)")
     group.add_argument("--target_rows", type=cli.positive_int, default=64, help="rows of the target (default: 64)")
     group.add_argument("--seed", type=int, default=0, help="which days (default: 0)")
     return parser.parse_args(argv)

@@ -1,10 +1,11 @@
-"""The main job on a small built-in world, stage by stage: the commands a user would type, then what came of them.
+"""The main job on a small world, stage by stage: the commands a user would type, then what came of them.
 
 Each command is printed before it runs, and runs in this process to save the time of importing the libraries
 again. What is trained already is not trained again, so a second run costs little.
 
     bash scripts/quickstart.sh            # instruction tuning
     bash scripts/quickstart.sh cot        # chain of thought
+    bash scripts/quickstart.sh real       # a pretrained model (SmolLM2-135M-Instruct) and real data
     bash scripts/quickstart.sh --seed 1   # another world
 """
 
@@ -54,32 +55,50 @@ def chain_of_thought(args: argparse.Namespace, name: str) -> Any:
     return made(pipeline, "make_synthetic_cot", args, world)
 
 
+def real(args: argparse.Namespace, name: str) -> Any:
+    """Languages as sources of dates, for a pretrained model that has to write them in another language."""
+    world, model = world_folder("calendar", args.seed), DATA / "smollm2"
+    data = (
+        f"--data_files {world}/sources --target_files {world}/target/norwegian.jsonl --model_key {model} --train_lora"
+    )
+    pipeline = choose.Pipeline(
+        name, data, "--epochs 3 --lr 2e-3 --batch_size 8 --max_length 128", meta_training="--checkpoint_at 0.33 0.66 1"
+    )
+    pipeline.run("convert_model", f"data/convert_gguf.py smollm2 {model}")
+    pipeline.run("make_world", f"data/make_calendar.py --seed {args.seed} --output_dir {world}", *args.world)
+    return pipeline
+
+
 TRAINING = "--epochs 4 --lr 2e-3 --batch_size 16"
-WORLDS = {"instruction": ("quickstart", instruction), "cot": ("quickstart_cot", chain_of_thought)}
-"""Track -> what its results are called, and what makes its world and says how its stages are called."""
+WORLDS = {
+    "instruction": ("quickstart", instruction, 12),
+    "cot": ("quickstart_cot", chain_of_thought, 12),
+    "real": ("quickstart_real", real, 8),
+}
+"""Track -> what its results are called, what makes its world and says how its stages are called, and how many halves."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__, "[instruction|cot]")
-    parser.add_argument("track", nargs="?", choices=tuple(WORLDS), default="instruction", help="instruction tuning or "
-                        "chain of thought (default: instruction)")  # fmt: skip
+    parser = cli.Parser(__doc__, "[instruction|cot|real]")
+    parser.add_argument("track", nargs="?", choices=tuple(WORLDS), default="instruction", help="instruction tuning, "
+                        "chain of thought, or instruction tuning of a pretrained model (default: instruction)")  # fmt: skip
     group = parser.add_argument_group("world")
-    group.add_argument("--seed", type=int, default=0, help="which synthetic world (default: 0)")
-    group.add_argument("--num_halves", type=cli.positive_int, default=12, help="random halves that are really "
-                       "fine-tuned, at least 3 (default: 12)")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="which world (default: 0)")
+    group.add_argument("--num_halves", type=cli.positive_int, help="random halves that are really "
+                       "fine-tuned, at least 3 (default: 12; real 8)")  # fmt: skip
     group.add_argument("--world", nargs=argparse.REMAINDER, default=[], metavar="...", help="everything behind it: flags of the "
-                       "script that writes the synthetic world (default: none)")  # fmt: skip
+                       "script that writes the world (default: none)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """The world, the stages, the table and the figure."""
-    called, make = WORLDS[args.track]
+    called, make, num_halves = WORLDS[args.track]
     name = f"{called}/seed_{args.seed}"
     pipeline = make(args, name)
     tasks = pipeline.select()
-    subsets = pipeline.fine_tune(tasks, max(args.num_halves, choose.FEWEST_HALVES))
+    subsets = pipeline.fine_tune(tasks, max(args.num_halves or num_halves, choose.FEWEST_HALVES))
     pipeline.summarise(tasks, subsets)
     for file in (SUMMARY_FILE, ESTIMATES_FIGURE):  # of the last world that was run
         shutil.copyfile(results_dir(name) / file, results_dir(called) / file)

@@ -477,8 +477,6 @@ def kernel_is_smaller(num_rows: int, dim: int) -> bool:
     return num_rows <= dim
 
 
-
-
 @dataclass(frozen=True)
 class StoredPart:
     """The finished rows of one checkpoint.

@@ -388,7 +388,9 @@ def meta_train(
         spent_before = remove_checkpoints(folder, start)
     datamodule = make_datamodule(args, data, model)
     datamodule.select_training_rows(None, run_index)
-    described = {name: facts[name] for name in ("data_fingerprint", "base_fingerprint", "run", "use_qlora", "loss_over")}
+    described = {
+        name: facts[name] for name in ("data_fingerprint", "base_fingerprint", "run", "use_qlora", "loss_over")
+    }
     checkpoints = Checkpoints(folder, args.checkpoint_at, described, args.stop_after_checkpoints, spent_before)
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
