@@ -414,12 +414,6 @@ def meta_train(
     (folder / UNFINISHED).unlink(missing_ok=True)
     best = f"{checkpoints.best} (best validation loss {checkpoints.best_loss:.3f})"
     kept = ", ".join([*checkpoints.trajectory, *([best] if checkpoints.best else [])])
-    if len(checkpoints.losses) > 1 and checkpoints.best_loss > 0.99 * checkpoints.losses[0]:
-        say_notices(
-            [f"after the first epoch the validation loss hardly fell any more ({checkpoints.losses[0]:.3f} to "
-             f"{checkpoints.best_loss:.3f}); gradients say most on the way of a model that learns: is --lr {args.lr:g} with "
-             f"--batch_size {args.batch_size} and --epochs {args.epochs} right for these rows?"]
-        )  # fmt: skip
     print(f"Wrote {folder}: {kept}. Next: the projected gradients there (stage 2), with the same data and model flags.")
 
 

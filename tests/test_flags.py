@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from src import cli
-from tests.commands import load_script
+from tests.commands import load_script, run_script
+from tests.conftest import write_sources
 
 COT_ESTIMATES, SELECT = "fast_estimate_linear_regression.py", "fast_estimate_forward_selection.py"
 APPROXIMATION = "fast_estimate_eval_approximation_alpaca.py"
@@ -111,3 +114,19 @@ def test_another_process_says_nothing(capsys: pytest.CaptureFixture, monkeypatch
     with cli.progress(desc="bar", total=2) as bar:
         bar.update(2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_training_too_short_for_an_adapter_is_noted_before_it_starts(
+    model_folders: dict[str, str], workspace: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_sources(workspace / "flan.jsonl", {"upper": 12, "lower": 12})
+    here = ["--data_files", "flan.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--max_length", "96"]
+    for lr, batch_size, is_noted in (("2e-5", "128", True), ("1e-2", "8", False)):
+        cli._said.clear()
+        run_script(
+            "custom_train_alpaca.py", *here, "--lr", lr, "--batch_size", batch_size, "--epochs", "2", "--save_name", lr
+        )
+        printed = capsys.readouterr().out
+        assert ("2 optimizer steps at --lr 2e-05" in printed) == is_noted
+        if is_noted:
+            assert printed.index("optimizer steps") < printed.index("Wrote")
