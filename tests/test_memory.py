@@ -116,7 +116,7 @@ def test_auto_doubles_the_budget_while_a_batch_fits(rows: int, model_folders: di
 
 def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stages, workspace: Path) -> None:
     """A process that may take 100 MB more: a batch of gradients is halved, a training step ends in one line."""
-    write_sources(workspace / "sources.jsonl", {f"{name} {'long ' * 30}": 120 for name in ("up", "down")})
+    write_sources(workspace / "sources.jsonl", {f"{name} {'long ' * 30}": 200 for name in ("up", "down")})
     flags = [
         "--data_files",
         "sources.jsonl",
@@ -126,13 +126,13 @@ def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stag
         model_folders["llama"],
         "--train_lora",
     ]
-    training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "1"]
-    outcome = stages.run(workspace, [*training, "--batch_size", "200", "--save_name", "large"], memory=100 << 20)
+    training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
+    outcome = stages.run(workspace, [*training, "--batch_size", "320", "--save_name", "large"], memory=100 << 20)
     assert outcome.status == 1 and "Traceback" not in outcome.output, outcome.output
     assert "error: out of memory (asked for " in outcome.output.splitlines()[-1]
     assert stages.run(workspace, [*training, "--batch_size", "8"]).status == 0
     gradients = [*STAGE_2, *flags, "--project_dim", "16", "--max_tokens_per_batch"]
-    outcome = stages.run(workspace, [*gradients, "50000"], memory=100 << 20)
+    outcome = stages.run(workspace, [*gradients, "80000"], memory=100 << 20)
     assert outcome.status == 0 and "batches are halved" in outcome.output, outcome.output
 
 
