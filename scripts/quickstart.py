@@ -62,7 +62,11 @@ def real(args: argparse.Namespace, name: str) -> Any:
         f"--data_files {world}/sources --target_files {world}/target/norwegian.jsonl --model_key {model} --train_lora"
     )
     pipeline = choose.Pipeline(
-        name, data, "--epochs 3 --lr 2e-3 --batch_size 8 --max_length 128", meta_training="--checkpoint_at 0.15 0.33"
+        name,
+        data,
+        "--epochs 3 --lr 2e-3 --batch_size 8 --max_length 128",
+        meta_training="--checkpoint_at 0.15",
+        gradients="--max_tokens_per_batch 1024",
     )
     pipeline.run("convert_model", f"data/convert_gguf.py smollm2 {model}")
     pipeline.run("make_world", f"data/make_calendar.py --seed {args.seed} --output_dir {world}", *args.world)

@@ -19,7 +19,7 @@ def commands(text: str) -> list[list[str]]:
     return [[script, *shlex.split(rest.split(" #")[0])] for script, rest in found]
 
 
-SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("scripts/**/*.sh")), *sorted(ROOT.glob("*.py")),
+SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("scripts/**/*.sh")), *sorted(ROOT.glob("*.py")),
            *sorted(ROOT.glob("data/*.py")), *sorted(ROOT.glob("notebook/*.py")), *sorted(ROOT.glob("scripts/*.py"))]  # fmt: skip
 
 
