@@ -458,7 +458,7 @@ def test_mixture_weights_are_what_training_draws(here: list[str]) -> None:
     run_script("custom_train_alpaca.py", *here, *training, "--task_weights", "sampled_tasks/mixed_weights.csv")
     result = pd.read_csv("results/mixed/results.csv", dtype={"subset": str})
     assert len(result) == 1 and np.isfinite(result["test_loss/goal"]).all()
-    with pytest.raises(ValueError, match="task_shares: found .*, expected None"):
+    with pytest.raises(ValueError, match=r"task_shares: found .*, expected None"):
         run_script("custom_train_alpaca.py", *here, *training, "--task_idxes", "0")
     for text, message in (
         ("name,share\nup a,1\nup c,1\n", "task 'up c' is not among the data's 4 tasks"),
