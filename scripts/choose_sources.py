@@ -255,7 +255,7 @@ def pipeline_from(args: argparse.Namespace, name: str) -> Pipeline:
         typed(cli.add_instruction_data, model, cli.add_hardware, without=("results_name", "dry_run")),
         typed(cli.add_training, without=("runs",)),
         typed(cli.add_checkpoints),
-        typed(cli.add_gradients),
+        typed(cli.add_gradients, without=("batch_size",)),
         typed(cli.add_projection, partial(cli.add_estimator, estimators=ESTIMATORS, rho=DEFAULT_RHO)),
         runs=args.runs,
     )

@@ -365,6 +365,8 @@ def add_batch_size(
     meaning: str = "kept for the published commands: no effect where nothing is trained (default: none)",
 ) -> None:
     """Rows of a training batch; scripts that do not train take the flag too."""
+    if "--batch_size" in parser._option_string_actions:  # of a script that trains
+        return
     _group(parser, "training").add_argument("--batch_size", type=positive_int, default=default, help=meaning)
 
 

@@ -159,6 +159,8 @@ class Chat:
 
     def _render(self, turns: list[dict], tools: list | None, where: str, opened: bool) -> str:
         """The turns in the tokenizer's template, on the same date every day."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
         tokenizer = cast("PreTrainedTokenizerBase", self._tokenizer)
         if not tokenizer.chat_template:
             raise ValueError(
@@ -171,8 +173,9 @@ class Chat:
                 raise ValueError("it has no place for tool_calls")
             if tools and "tools" not in template:
                 self.notices["the chat template has no place for the column tools: prompts do not show it"] = None
-            options = {"add_generation_prompt": opened, "tokenize": False}
-            return cast(str, tokenizer.apply_chat_template(turns, tools, **options, strftime_now=self._date))
+            # transformers keeps what it compiled, so that its own call below finds our date; it takes no functions
+            _compile_jinja_template(template).globals["strftime_now"] = self._date
+            return cast(str, tokenizer.apply_chat_template(turns, tools, add_generation_prompt=opened, tokenize=False))
         except Exception as error:  # a template is a program: it can raise anything
             raise ValueError(
                 f"{where}: the chat template of {tokenizer.name_or_path} does not take this conversation "

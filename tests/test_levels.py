@@ -93,17 +93,17 @@ def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytes
     cut = [*flags, "--save_name", "cut"]
     estimator = estimator_of(*cut)
     assert estimator.levels.names == ("base model (measured)", "all tasks (estimated)")
-    assert estimator.levels.step == 4 and not estimator.levels.whole
+    assert estimator.levels.step == 5 and not estimator.levels.whole
     np.testing.assert_allclose(estimator.levels.base, estimator_of(*flags).levels.base, rtol=1e-5)
     last = open_store(next(Path("gradients").glob("*cut*_dim_32_run_0")), None, "")[-1]
     goal = last.samples["target"] == last.targets.index("goal")
     assert estimator.levels.all_tasks[last.targets.index("goal")] == pytest.approx(last.outputs[goal].mean(), rel=1e-4)
     run_script(STAGE_3, *cut, *DIM)
     manifest = json.loads(Path("results/cut/manifest.json").read_text())
-    assert manifest["levels"]["step"] == 4 and not manifest["levels"]["whole"]
+    assert manifest["levels"]["step"] == 5 and not manifest["levels"]["whole"]
     run_script(STAGE_4, *cut, *DIM)
     said = capsys.readouterr().out
-    assert "the loss of all tasks is estimated: it was last measured after 4 steps" in said
+    assert "the loss of all tasks is estimated: it was last measured after 5 steps" in said
     assert " base model (measured), " in said and " all tasks (estimated).\n" in said
 
 
@@ -119,8 +119,8 @@ def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None
         manifest.write_text(json.dumps(known))
         levels = estimator_of(*flags).levels
         np.testing.assert_allclose(levels.base, whole.levels.base, rtol=1e-4)
-        assert levels.step == 4 and not levels.whole
-        alone = estimator_of(*flags, "--load_model_dir", f"{training.name}/step_step=4")
+        assert levels.step == 5 and not levels.whole
+        alone = estimator_of(*flags, "--load_model_dir", f"{training.name}/step_step=5")
         assert alone.levels is None and alone.ranks_only
     finally:
         manifest.write_text(text)

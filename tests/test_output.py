@@ -20,6 +20,8 @@ TRAINING = [
     "1",
     "--batch_size",
     "8",
+    "--lr",
+    "2e-3",
     "--max_new_tokens",
     "6",
     "--gradient_checkpointing",

@@ -90,6 +90,6 @@ def test_strategy_qa_from_gradients_to_selection(
     run_script("fast_estimate_linear_regression.py", *at, *short, *clusters, "--number_of_subsets", "200")
     run_script("fast_estimate_forward_selection.py", *at, *clusters)
     frame = pd.read_csv("results/qa/estimates.csv")
-    assert len(frame) == 200 and frame["estimate/strategy_qa"].std() > 0
+    assert len(frame) == 200 and frame["score/strategy_qa"].std() > 0
     selected = Path("sampled_tasks/qa_forward_selection.txt").read_text().splitlines()[-1]
     assert 1 <= len(selected.split()) <= 12

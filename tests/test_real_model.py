@@ -39,7 +39,7 @@ def test_a_converted_model_answers_in_sentences(smollm2: Path) -> None:
 
 def test_every_stage_takes_a_float32_base_under_mixed_precision(smollm2: Path, workspace: Path) -> None:
     run_script("data/make_calendar.py", "--output_dir", "calendar", "--rows", "6", "--target_rows", "12")
-    data = ["--data_files", "calendar/sources", "--target_files", "calendar/target/galician.jsonl"]
+    data = ["--data_files", "calendar/sources", "--target_files", "calendar/target/norwegian.jsonl"]
     named = [*data, "--model_key", str(smollm2), "--train_lora", "--precision", "bf16", "--save_name", "dates"]
     training = ["--lr", "2e-3", "--batch_size", "8", "--epochs", "2"]
     run_script("custom_train_alpaca.py", *named, *training)
@@ -49,7 +49,7 @@ def test_every_stage_takes_a_float32_base_under_mixed_precision(smollm2: Path, w
     run_script("fast_estimate_forward_selection.py", *named)
     for chosen in (["--task_idxes"], ["--task_idxes", "all"]):
         run_script("custom_train_alpaca.py", *named, *training, *chosen)
-    losses = pd.read_csv(results_dir("dates") / RESULTS_FILE)["validation_loss/galician"]
+    losses = pd.read_csv(results_dir("dates") / RESULTS_FILE)["validation_loss/norwegian"]
     assert losses[1] < 0.7 * losses[0]
     steps = pd.read_csv(results_dir("dates") / SELECTION_FILE)
     assert steps["selected"].any()
