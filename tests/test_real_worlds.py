@@ -1,0 +1,74 @@
+"""The worlds of real data: what they hold, and that shuffled sources answer other questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.commands import load_script, run_script
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_calendar_asks_the_target_for_days_of_its_own(workspace: Path) -> None:
+    pytest.importorskip("babel")
+    run_script("data/make_calendar.py", "--rows", "40", "--target_rows", "90")
+    texts = {
+        path.stem: {row["messages"][1]["content"]: row["messages"][2]["content"] for row in rows_of(path)}
+        for path in Path("data/calendar").glob("*/*.jsonl")
+    }
+    asked = {question for name in texts if name != "norwegian" for question in texts[name]}
+    assert len(texts) == 13 and texts["norwegian"].keys().isdisjoint(asked)
+    for name in ("danish", "swedish", "german", "dutch"):
+        right, wrong = texts[name], texts[f"{name}_shuffled"]
+        assert right.keys() == wrong.keys() and sorted(right.values()) == sorted(wrong.values())
+        assert all(right[question] != wrong[question] for question in right)
+    with pytest.raises(ValueError, match="more days than a year has"):
+        run_script("data/make_calendar.py", "--rows", "300", "--target_rows", "90")
+
+
+def test_dates_are_cldrs(workspace: Path) -> None:
+    pytest.importorskip("babel")
+    from datetime import date
+
+    written = load_script("data/make_calendar.py").date_in
+    day = date(2024, 3, 15)
+    expected = {
+        "nb": "fredag 15. mars",
+        "da": "fredag den 15. marts",
+        "es": "viernes, 15 de marzo",
+        "en": "Friday, March 15",
+    }
+    assert {locale: written(day, locale) for locale in expected} == expected
+    with pytest.raises(ValueError, match="one that ends with the year"):
+        written(day, "hu")
+
+
+def test_flan_world_holds_the_named_tasks(workspace: Path) -> None:
+    world = load_script("data/make_flan_world.py")
+    flan = [
+        {"inputs": f"{task} {number}", "targets": f"answer {number}", "_task_name": task}
+        for task in (*world.FLAN_SOURCES, *world.TARGETS)
+        for number in range(6)
+    ]
+    Path("flan.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flan), encoding="utf-8")
+    skills = [
+        (skill, f"{skill} {number}", "", f"answer {number}") for skill in (*world.SKILLS, "find") for number in range(5)
+    ]
+    frame = pd.DataFrame(skills, columns=["skill", "instruction", "input", "output"])
+    frame.to_pickle("alpaca.pkl")
+    here = ["--flan_file", "flan.jsonl", "--alpaca_file", "alpaca.pkl", "--output_dir", "world"]
+    run_script("data/make_flan_world.py", *here, "--rows", "4", "--target_rows", "5")
+    sources, targets = rows_of(Path("world/flan.jsonl")), rows_of(Path("world/target.jsonl"))
+    assert len(sources) == 15 * 4 and len(targets) == 3 * 5
+    assert {row["_task_name"] for row in targets} == set(world.TARGETS)
+    for name in world.SHUFFLED:
+        wrong = [row for row in sources if row["_task_name"] == f"{name}_shuffled"]
+        assert len(wrong) == 4 and all(row["inputs"].split()[-1] != row["targets"].split()[-1] for row in wrong)
+    with pytest.raises(ValueError, match="rows of at most 12 characters"):
+        run_script("data/make_flan_world.py", *here, "--max_characters", "12")
