@@ -17,9 +17,10 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 from src import cli
 from src.paths import atomic_write
@@ -55,18 +56,23 @@ def conversations(locale: str, days: Sequence[date]) -> list[list[dict[str, str]
     return rows
 
 
-def shuffled(rows: list[list[dict[str, str]]], seed: int) -> list[list[dict[str, str]]]:
-    """The same questions, each with the answer to another: all answers move on by one along a random circle."""
+def messages(conversations: Iterable[Sequence[dict[str, str]]]) -> list[dict[str, Any]]:
+    """Conversations as rows of a file."""
+    return [{"messages": turns} for turns in conversations]
+
+
+def shuffled(rows: Sequence[Sequence[Any]], seed: int) -> list[list[Any]]:
+    """The same rows, each with the last part, its answer, of another: all answers move on by one along a random circle."""
     circle = random.Random(seed).sample(range(len(rows)), len(rows))
     answer_of = dict(zip(circle, circle[1:] + circle[:1], strict=True))
     return [[*row[:-1], rows[answer_of[position]][-1]] for position, row in enumerate(rows)]
 
 
-def write_rows(path: Path, rows: list[list[dict[str, str]]]) -> None:
-    """One `messages` object a line."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({"messages": row}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_world(folder: Path, num_rows: int, num_target_rows: int, seed: int) -> None:
@@ -84,10 +90,10 @@ def write_world(folder: Path, num_rows: int, num_target_rows: int, seed: int) ->
     of_target, others = days[:num_target_rows], days[num_target_rows:]
     for language, locale in SOURCES.items():
         rows = conversations(locale, random.Random(f"{seed} {language}").sample(others, num_rows))
-        write_rows(folder / "sources" / f"{language}.jsonl", rows)
+        write_rows(folder / "sources" / f"{language}.jsonl", messages(rows))
         if language in SHUFFLED:
-            write_rows(folder / "sources" / f"{language}_shuffled.jsonl", shuffled(rows, seed))
-    write_rows(folder / "target" / f"{TARGET}.jsonl", conversations(TARGET_LOCALE, of_target))
+            write_rows(folder / "sources" / f"{language}_shuffled.jsonl", messages(shuffled(rows, seed)))
+    write_rows(folder / "target" / f"{TARGET}.jsonl", messages(conversations(TARGET_LOCALE, of_target)))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from src import cli
 from src.frames import read_pickle
-from src.paths import atomic_write
+
+calendar = cli.load_script("data/make_calendar.py")
 
 FLAN_SOURCES = (
     "common_gen_Example_prompt",
@@ -60,9 +60,7 @@ def write_world(args: argparse.Namespace) -> tuple[int, int]:
     for task in (*FLAN_SOURCES, *SKILLS):
         rows = sources[task] = of_task.get(task, [])[: args.rows]
         if task in SHUFFLED:
-            circle = random.Random(args.seed).sample(range(len(rows)), len(rows))
-            answer_of = dict(zip(circle, circle[1:] + circle[:1], strict=True))
-            sources[f"{task}_shuffled"] = [(row[0], rows[answer_of[position]][1]) for position, row in enumerate(rows)]
+            sources[f"{task}_shuffled"] = calendar.shuffled(rows, args.seed)
     targets = {task: of_task.get(task, [])[: args.target_rows] for task in TARGETS}
     for file, rows_of in (("flan.jsonl", sources), ("target.jsonl", targets)):
         for task, rows in rows_of.items():
@@ -72,11 +70,12 @@ def write_world(args: argparse.Namespace) -> tuple[int, int]:
                     f"{task} has {len(rows)} rows of at most {args.max_characters} characters, {wanted} are needed; "
                     "pass fewer rows or more characters"
                 )
-        with atomic_write(Path(args.output_dir) / file) as temporary, open(temporary, "w", encoding="utf-8") as out:
-            for task, rows in rows_of.items():
-                for prompt, answer in rows:
-                    row = {"inputs": prompt, "targets": answer, "_task_name": task}
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        written = (
+            {"inputs": prompt, "targets": answer, "_task_name": task}
+            for task, rows in rows_of.items()
+            for prompt, answer in rows
+        )
+        calendar.write_rows(Path(args.output_dir) / file, written)
     return len(sources), len(targets)
 
 
