@@ -1,47 +1,46 @@
-"""Stages 1 and 5, chain of thought: train on all rows, or fine-tune the base model on chosen tasks.
+"""Stages 1 and 5, chain of thought: train on all tasks, or fine-tune the base model on chosen subsets.
 
-Reads   data/dataset/, data/split/, saved/completion_data/, the base model of --model_key
-Writes  external_lightning_logs/<run>/   checkpoints on the way and at the best validation loss (all rows)
-        results/<name>/results.csv       loss and accuracy, a row per subset (--subset_file, --task_weights, --task_idxes)
+Reads   <data_dir>/dataset/, <data_dir>/split/, <saved_dir>/completion_data/, the base model of --model_key; fine-tuning
+        takes what is not typed from the run of --save_name, or the last that fits
+Writes  external_lightning_logs/<run>/   checkpoints on the way and at the best validation loss (all tasks)
+        <saved_dir>/completion_data/     the model's own completions of the validation questions
+        results/<name>/results.csv       losses and accuracies, a row per subset (--subset_file, --task_weights, --task_idxes)
         results/<name>/models/           the model, where one subset is fine-tuned on
-        saved/completion_data/B_<model>__C_ft_cot/   the model's own completions of the validation rows
 
     python custom_train.py --dataset_key strategy_qa --model_key flan_t5_base --train_key ft_cot \\
-        --preset_key ft_cot_t70_64aug --devices 1 --batch_size 8 --inference_batch_size 32 \\
-        --train_lora --lora_rank 16 --lora_alpha 128 --runs 8
+        --preset_key ft_cot_t70_64aug --devices 1 --batch_size 8 --inference_batch_size 32 --train_lora --lora_rank 16 \\
+        --lora_alpha 128 --runs 8
+    python custom_train.py --load_clusters --subset_file sampled_tasks/<name>_forward_selection.txt
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from src import cli
+from src import config, console
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The script's flags."""
-    parser = cli.Parser(__doc__)
-    cli.add_cot_data(parser)
-    cli.add_model(parser, model_key="flan_t5_base")
-    cli.add_start(parser)
-    cli.add_training(parser, batch_size=8, lr=3e-4, epochs=20)
-    cli.add_meta_training(parser)
-    cli.add_generation(parser)
-    cli.add_truth(parser)
-    cli.add_clusters(parser)
-    cli.add_run(parser)
-    cli.add_projection(parser)
-    cli.add_hardware(parser)
-    return parser.parse_args(argv)
+SHOWN = (
+    config.CotData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig,
+    config.MetaTrainingConfig, config.ChosenTasks, config.StartConfig, config.RunsConfig, config.ClustersConfig, config.NameConfig,
+    config.HardwareConfig,
+)  # fmt: skip
+DEFAULTS = {"model_key": "flan_t5_base", "lr": 3e-4, "batch_size": 8, "epochs": 20}
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train on chain-of-thought rows."""
-    from src import stages
+def parse_args(argv: Sequence[str] | None = None) -> Any:
+    """The flags that were typed."""
+    return config.stage_parser(__doc__, SHOWN, also=(config.CotFiles, config.ProjectionConfig), **DEFAULTS).parse_args(argv)
 
-    stages.train(args)
+
+def main(args: Any) -> None:
+    """Train."""
+    from src import stage_estimate, stage_train
+
+    typed = config.typed_flags(args)
+    training = config.for_training(typed, **DEFAULTS)
+    stage_train.train(training, stage_estimate.clustered(training, typed) if training.load_clusters else None)
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -1,39 +1,41 @@
-"""Stage 2, chain of thought: project the gradient of every training and validation sample.
+"""Stage 2, chain of thought: projected gradients of every training and validation row, at each checkpoint.
 
-Reads   data/dataset/, data/split/, saved/completion_data/, the checkpoints of meta-training
-Writes  gradients/<run>/<checkpoint>/  projected.npy (rows, d), outputs.npy, samples.npz, manifest.json
+Reads   the run of stage 1 and its data; checkpoints of --load_model_dir, also those that other trainers saved
+Writes  gradients/<run>/<checkpoint>/   projected.npy (R, d), outputs.npy (R,), moments of tasks and targets, manifest.json
 
-    python fast_estimate_compute_gradients.py --dataset_key strategy_qa --model_key flan_t5_base \\
-        --preset_key ft_cot_t70_64aug \\
-        --load_model_dir flan_t5_base_strategy_qa_ft_cot_t70_64aug_lora_r_16_run_0/epoch_epoch=17 \\
-        --train_lora --lora_rank 16 --lora_alpha 128 --run 0 --project_dim 100 --device 2
+    python fast_estimate_compute_gradients.py --save_name my_run
+    python fast_estimate_compute_gradients.py --dataset_key strategy_qa --model_key flan_t5_base --preset_key ft_cot_t70_64aug \\
+        --load_model_dir flan_t5_base_strategy_qa_ft_cot_t70_64aug_lora_r_16_new_run_0/epoch_epoch=17 --train_lora \\
+        --lora_rank 16 --lora_alpha 128 --run 0 --project_dim 100 --device 1
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from src import cli
+from src import config, console
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The script's flags."""
-    parser = cli.Parser(__doc__)
-    cli.add_cot_data(parser)
-    cli.add_model(parser, model_key="flan_t5_base")
-    cli.add_meta_init(parser)
-    cli.add_gradients(parser)
-    cli.add_hardware(parser)
-    return parser.parse_args(argv)
+SHOWN = (
+    config.NameConfig, config.CheckpointsConfig, config.ProjectionConfig, config.GradientConfig, config.HardwareConfig,
+)  # fmt: skip
+INHERITED = (
+    config.CotData, config.CotFiles, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig,
+    config.PublishedConfig,
+)  # fmt: skip
 
 
-def main(args: argparse.Namespace) -> None:
-    """Take the gradients of chain-of-thought rows."""
-    from src import stages
+def parse_args(argv: Sequence[str] | None = None) -> Any:
+    """The flags that were typed."""
+    return config.stage_parser(__doc__, SHOWN, INHERITED).parse_args(argv)
 
-    stages.collect(args)
+
+def main(args: Any) -> None:
+    """Take gradients."""
+    from src import stage_collect
+
+    stage_collect.collect(*config.from_run(config.CollectConfig, config.typed_flags(args), model_key="flan_t5_base"))
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -1,42 +1,40 @@
-"""Stage 3, instruction tuning: estimate the loss of every target after fine-tuning on each of many subsets.
+"""Stage 3, instruction tuning: the estimated loss of every target for every subset, one row each.
 
-Reads   gradients/<run>/, sampled_tasks/<run>.txt (drawn and written when it is not there)
-Writes  results/<name>/estimates.csv, a row per subset
+Reads   the gradients of stage 2; sampled_tasks/<run>.txt, drawn and written where it is not there
+Writes  results/<name>/estimates.csv and manifest.json
 
-    python fast_estimate_linear_regression_alpaca.py --train_instruction --number_of_subsets 1000 --subset_size 0.5 \\
-        --model_key TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T \\
-        --train_lora --lora_rank 128 --lora_alpha 512 --project_dim 400 --run 0
+    python fast_estimate_linear_regression_alpaca.py --save_name my_run
+    python fast_estimate_linear_regression_alpaca.py --save_name my_run --calibrate results/my_run/results.csv
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from src import cli
-from src.estimation import DEFAULT_RHO, ESTIMATORS
+from src import config, console
 
-STAGE_2 = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs with the same data and model flags"
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The script's flags."""
-    parser = cli.Parser(__doc__)
-    cli.add_instruction_data(parser)
-    cli.add_model(parser, model_key="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T")
-    cli.add_meta_init(parser)
-    cli.add_projection(parser)
-    cli.add_estimation(parser, ESTIMATORS, DEFAULT_RHO)
-    cli.add_hardware(parser)
-    return parser.parse_args(argv)
+SHOWN = (
+    config.NameConfig, config.CheckpointsConfig, config.ProjectionConfig, config.ClustersConfig, config.SubsetsConfig,
+    config.TargetConfig, config.EstimatorConfig, config.HardwareConfig,
+)  # fmt: skip
+INHERITED = (
+    config.InstructionData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GradientConfig,
+    config.PublishedConfig,
+)  # fmt: skip
 
 
-def main(args: argparse.Namespace) -> None:
-    """Estimate every subset of sources."""
-    from src import estimates
+def parse_args(argv: Sequence[str] | None = None) -> Any:
+    """The flags that were typed."""
+    return config.stage_parser(__doc__, SHOWN, INHERITED).parse_args(argv)
 
-    estimates.estimate_subsets(args, STAGE_2)
+
+def main(args: Any) -> None:
+    """Estimate."""
+    from src import stage_estimate
+
+    stage_estimate.estimate_subsets(*stage_estimate.stored(config.EstimateConfig, config.typed_flags(args)))
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -6,32 +6,35 @@ Writes  sampled_tasks/<name>_random_ensemble.txt, results/<name>/scores.csv and 
     python notebook/select_random_ensemble.py results/<name> --top_k 20
 """
 
-# %% arguments
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from src import cli
+from src import config, console
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The script's flags."""
-    parser = cli.Parser(__doc__, "RESULTS")
-    cli.add_results(parser)
-    cli.add_targets(parser)
-    cli.add_threshold(parser)
-    cli.add_dry_run(parser)
+    parser = console.Parser(__doc__, "RESULTS")
+    parser.add_argument("results", metavar="RESULTS", help="folder of stage 3's estimates, results/<name>")
+    config.add_flags(parser, config.TargetConfig)
+    group = parser.add_argument_group("threshold").add_mutually_exclusive_group()
+    group.add_argument("--top_k", type=config.COUNT, metavar="N", help="number of tasks to keep, lowest scores first "
+                       "(default: those with at most the mean score)")  # fmt: skip
+    group.add_argument("--ratio", type=config.SHARE, metavar="SHARE", help="share of the tasks to keep (default: those "
+                       "with at most the mean score)")  # fmt: skip
+    group.add_argument("--threshold", type=float, metavar="X", help="tasks with a score of at most this, in nats per token "
+                       "(default: the mean score)")  # fmt: skip
     return parser.parse_args(argv)
 
 
-# %% scores and selection
-def main(args: argparse.Namespace) -> None:
+def main(args: Any) -> None:
     """Score and select."""
-    from src import estimates
+    from src.stage_select import random_ensemble
 
-    estimates.random_ensemble(args)
+    random_ensemble(**config.typed_flags(args))
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

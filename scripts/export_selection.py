@@ -1,40 +1,33 @@
-"""The selected rows as files that other trainers take.
+"""The training rows of a selection, and how often each source is to be drawn, as files for other trainers.
 
-Reads   the data, and a subset (--subset_file, --task_idxes) or task weights (--task_weights)
-Writes  results/<name>/selected.jsonl (or .parquet): a row per training row, with prompt, completion, task, sample_index
-        results/<name>/mixture.json: rows and sampling weight of each source
+Reads   the data of a run; the subset or the weights
+Writes  results/<name>/selected.jsonl (prompt, completion, task, sample_index) and mixture.json
 
-    python scripts/export_selection.py --data_files data/synthetic/flan.jsonl --model_key data/synthetic/model \\
-        --subset_file sampled_tasks/mine_forward_selection.txt --results_name mine
+    python scripts/export_selection.py --save_name law --subset_file sampled_tasks/law_forward_selection.txt
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from src import cli
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The script's flags."""
-    parser = cli.Parser(__doc__)
-    cli.add_cot_data(parser, or_instruction=True)
-    cli.add_instruction_data(parser)
-    cli.add_model(parser, model_key="flan_t5_base")
-    cli.add_run(parser)
-    cli.add_projection(parser)
-    cli.add_clusters(parser)
-    cli.add_exported(parser)
-    return parser.parse_args(argv)
+from src import config, console
 
 
-def main(args: argparse.Namespace) -> None:
-    """Select and write."""
-    from src import stages
+def parse_args(argv: Sequence[str] | None = None) -> Any:
+    """The flags that were typed."""
+    shown = (config.ChosenTasks, config.NameConfig, config.ClustersConfig)
+    return config.stage_parser(__doc__, shown, (config.DataConfig, config.ModelConfig)).parse_args(argv)
 
-    stages.export(args)
+
+def main(args: Any) -> None:
+    """Export."""
+    from src import stage_estimate, stage_train
+
+    typed = config.typed_flags(args)
+    chosen = config.for_training(typed)
+    stage_train.export(chosen, stage_estimate.clustered(chosen, typed) if chosen.load_clusters else None)
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -11,18 +11,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from src import cli
+from src import console
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """No flags, but help."""
-    return cli.Parser(__doc__).parse_args(argv)
+    return console.Parser(__doc__).parse_args(argv)
 
 
 def main(_: argparse.Namespace) -> None:
     """Read, then run: a stage may not read the commands that follow it."""
     for command in sys.stdin.read().splitlines():
-        cli.run_command(command.removeprefix("python "))
+        console.run_command(command.removeprefix("python "))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from src.cli import ROOT, load_script
+from src.console import ROOT, load_script
 
 __all__ = ["ROOT", "STAGES", "load_script", "run_script"]
 
@@ -16,6 +16,8 @@ STAGES = (
     "fast_estimate_forward_selection.py",
     "notebook/select_random_ensemble.py",
     "notebook/compare_estimates.py",
+    "scripts/export_selection.py",
+    "scripts/status.py",
 )
 
 

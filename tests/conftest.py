@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from src.cli import quiet_libraries
+from src.console import quiet_libraries
 from tests.faults import Stages
 
 quiet_libraries()
@@ -115,27 +115,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return _Folders(lambda kind: str(build_model_folder(kind, root / kind)))
 
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "omicron",
-    "pi",
-    "rho",
-    "sigma",
-    "tau",
-]
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
 
 
 def write_sources(path: Path, tasks: dict[str, int], **extra: str) -> Path:

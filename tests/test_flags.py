@@ -1,7 +1,9 @@
-"""Flags that need each other: what has no effect is named once, what has one is not."""
+"""Flags: what is inherited, what contradicts, what has no effect, and what machines make of hardware flags."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,85 +11,67 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from src import cli
-from tests.commands import load_script, run_script
+from src import config, console
+from src.artifacts import META_INITIALIZATIONS, write_manifest
+from tests.commands import STAGES, load_script, run_script
 from tests.conftest import write_sources
 
-COT_ESTIMATES, SELECT = "fast_estimate_linear_regression.py", "fast_estimate_forward_selection.py"
-APPROXIMATION = "fast_estimate_eval_approximation_alpaca.py"
+
+def settings(typed: str, cls: type = config.EstimateConfig, script: str = "fast_estimate_linear_regression.py"):
+    return config.inherit(cls, config.typed_flags(load_script(script).parse_args(typed.split())))
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_said", set())
 
 
 @pytest.mark.parametrize(
-    ("script", "typed", "note"),
+    ("typed", "note"),
     [
-        (COT_ESTIMATES, "--dataset_key gsm8k --scale 0.4", "--scale has no effect without --evaluate displaced"),
-        (COT_ESTIMATES, "--dataset_key gsm8k --scale 0.4 --evaluate displaced", None),
-        (COT_ESTIMATES, "--dataset_key gsm8k --num_clusters 9", "--num_clusters has no effect without --load_clusters"),
-        (COT_ESTIMATES, "--dataset_key gsm8k --num_clusters 9 --load_clusters", None),
-        (COT_ESTIMATES, "--dataset_key gsm8k --num_clusters 100", None),  # the default
-        (SELECT, "--lr 0.1", "--lr has no effect without --refine"),
-        (SELECT, "--lr 0.1 --refine 3", None),
-        (SELECT, "--rho 0.1 --estimator alignment", "--rho has no effect on this estimator, which has no ridge"),
-        (SELECT, "--rho 0.1 --estimator alignment --weights", None),
-        (SELECT, "--rho 0.1", None),
-        (SELECT, "--project_dim 9 --projection none", "--project_dim has no effect with --projection none"),
-        (APPROXIMATION, "--scale 0.3 --compute_pretrained_outputs", "--scale has no effect with --compute_pretrained"),
-        (APPROXIMATION, "--scale 0.3", None),
-        (APPROXIMATION, "--batch_size 2", "--batch_size has no effect where nothing is trained"),
-        (COT_ESTIMATES, "--dataset_key gsm8k --batch_size 2", "--batch_size has no effect where nothing is trained"),
-        (COT_ESTIMATES, "--dataset_key gsm8k --lora_rank 8", "--lora_rank has no effect without --train_lora"),
-        (COT_ESTIMATES, "--dataset_key gsm8k --project_gradients", None),
-        (SELECT, "--project_gradients --projection none", "--project_gradients has no effect with --projection none"),
-        ("custom_train_alpaca.py", "--batch_size 2", None),
-        (
-            "custom_train_alpaca.py",
-            "--precision bf16-true",
-            "--precision bf16-true is taken as bf16-mixed: weights that",
-        ),
-        ("custom_train_alpaca.py", "--train_lora --precision 16-true", "--precision 16-true is taken as bf16-true"),
-        (APPROXIMATION, "--row_dtype float16", "--row_dtype has no effect without --compute_pretrained_outputs"),
-        ("fast_estimate_compute_gradients.py", "--dataset_key gsm8k --row_dtype float16", None),
-        ("custom_train_alpaca.py", "--task_idxes --logger csv", "--logger has no effect in fine-tuning on subsets"),
-        ("custom_train_alpaca.py", "--logger csv --epochs 3 --lr 0.1", None),
-        ("custom_train_alpaca.py", "--results_name a", "--results_name has no effect in meta-training"),
-        ("custom_train_alpaca.py", "--results_name a --task_idxes", None),
-        (APPROXIMATION, "--results_name a --compute_pretrained_outputs", "--results_name has no effect with --compute"),
-        (SELECT, "--results_name a", None),
+        ("--scale 0.4", "--scale has no effect without --evaluate displaced"),
+        ("--scale 0.4 --evaluate displaced", None),
+        ("--num_clusters 9", "--num_clusters has no effect without --load_clusters"),
+        ("--num_clusters 9 --load_clusters", None),
+        ("--lora_rank 8", "--lora_rank has no effect without --train_lora"),
+        ("--precision bf16-true", "--precision bf16-true is taken as bf16-mixed"),
+        ("--project_gradients --batch_size 2", None),
     ],
 )
-def test_flags_without_effect_are_named(
-    script: str, typed: str, note: str | None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli, "_said", set())
+def test_flags_without_effect_are_named_once(typed: str, note: str | None, capsys: pytest.CaptureFixture) -> None:
     for _ in range(2):
-        load_script(script).parse_args(typed.split())
+        settings(typed)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == (note is not None) and all(line.startswith(f"note: {note}") for line in printed)
 
 
 @pytest.mark.parametrize(
-    ("typed", "same"),
+    ("values", "message"),
     [
-        ("32-true", "--precision 32"),
-        ("16-mixed", "--precision 16"),
-        ("bf16-mixed", "--precision bf16"),
-        ("bf16-true", "--precision bf16 --base_dtype bfloat16"),
-        ("16-true", "--precision bf16 --base_dtype bfloat16"),
+        ({"use_qlora": True}, "--train_lora"),
+        ({"use_qlora": True, "train_lora": True, "strategy": "fsdp"}, "--strategy fsdp"),
+        ({"base_dtype": "bfloat16"}, "--train_lora"),
+        ({"dataset_key": "gsm8k", "data_files": ("a",)}, "name one of them"),
+        ({"train_instruction": True, "data_files": ("a",)}, "names files of its own"),
     ],
 )
-def test_lightnings_names_of_precisions(typed: str, same: str) -> None:
-    """They are ours under other names, so that stages and manifests agree whichever is typed."""
-    script = load_script("custom_train_alpaca.py")
-    assert script.parse_args(["--train_lora", "--precision", typed]) == script.parse_args(
-        ["--train_lora", *same.split()]
-    )
+def test_flags_that_contradict_each_other_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.inherit(config.TrainConfig, values)
 
 
-def test_16_bits_on_the_cpu_are_said_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_said", set())
-    args = load_script(SELECT).parse_args(["--accelerator", "cpu", "--precision", "16"])
-    assert {cli.hardware_from(args).precision for _ in range(2)} == {"32-true"}
-    assert capsys.readouterr().out == "note: --precision 16 is for a GPU: the CPU computes in 32 bits\n"
+@pytest.mark.parametrize("typed", ["--rho -1", "--project_dim 0", "--subset_size 1.5", "--heldout_share 2", "--prject_dim 3"])
+def test_values_out_of_range_and_unknown_flags(typed: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        settings(typed)
+    shown = capsys.readouterr().err
+    assert "error: " in shown and ("did you mean --project_dim" in shown) == ("prject" in typed)
+
+
+def test_lightnings_names_of_precisions() -> None:
+    found = settings("--train_lora --precision bf16-true")
+    assert (found.base_dtype, found.hardware.precision) == ("bfloat16", "bf16-mixed")
+    assert settings("--train_lora --precision 32-true").hardware.precision == "32-true"
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [("fsdp", "bf16-mixed"), ("ddp", "16-mixed")])
@@ -95,25 +79,106 @@ def test_the_published_precision_on_four_gpus(
     strategy: str, precision: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published command spreads the weights in 16 bits, which Lightning refuses: bf16 is taken, and that is said."""
-    monkeypatch.setattr(cli, "_said", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    typed = f"--train_instruction --strategy {strategy} --devices 0 1 2 3 --runs 1 --precision 16 --accumulate 1"
-    hardware = cli.hardware_from(load_script("custom_train_alpaca.py").parse_args(typed.split()))
+    hardware = config.HardwareConfig((0, 1, 2, 3), "auto", strategy, "16").hardware
     assert (hardware.devices, hardware.precision, hardware.num_processes) == ([0, 1, 2, 3], precision, 4)
     assert ("--precision bf16 is taken" in capsys.readouterr().out) == (strategy == "fsdp")
     check = {"fsdp": ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1), "ddp": "auto"}
     pl.Trainer(accelerator="cpu", devices=1, strategy=check[strategy], logger=False, enable_checkpointing=False,
                precision=precision if strategy == "fsdp" else None)  # fmt: skip
+    with pytest.raises(ValueError, match="--devices 7: this machine has GPUs 0 to 3"):
+        config.HardwareConfig((7,)).hardware
 
 
-def test_another_process_says_nothing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_said", set())
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    load_script(SELECT).parse_args(["--lr", "0.1"])
-    with cli.progress(desc="bar", total=2) as bar:
-        bar.update(2)
+def test_only_the_first_process_speaks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            console.say("line")
+            with console.progress(desc="bar", total=2) as bar:
+                bar.update(2)
     assert capsys.readouterr() == ("", "")
+    console.say("line")
+    assert capsys.readouterr().out == "line\n"
+
+
+# --- going on from a run --------------------------------------------------------------------------------------
+
+
+def finished_run(name: str | None, **values: object) -> Path:
+    """A run that has finished, as far as the next stage looks at it."""
+    made = config.TrainConfig(**{"save_name": name, "model_key": "M", "data_files": ("a.jsonl",), **values})
+    folder = made.training_dir(0)
+    write_manifest(folder, {"config": config.recorded(made) | {"run": 0}})
+    return folder
+
+
+def collecting(typed: str) -> tuple[config.CollectConfig, Path | None]:
+    args = load_script("fast_estimate_eval_approximation_alpaca.py").parse_args(typed.split())
+    return config.from_run(config.CollectConfig, config.typed_flags(args))
+
+
+def test_a_stage_takes_what_is_not_typed_from_its_run(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+    """By name; by flags that fit; or the last one, which is said."""
+    law = finished_run("law", lr=1e-3, train_lora=True, lora_rank=4, max_length=64)
+    plain = finished_run(None, lr=2e-3, model_key="N")
+    found, folder = collecting("--save_name law --project_dim 32 --precision bf16")
+    assert folder == law and (found.lr, found.lora_rank, found.max_length, found.project_dim) == (1e-3, 4, 64, 32)
+    assert found.precision == "bf16" and not capsys.readouterr().out
+    assert collecting("--model_key M --lora_rank 4")[1] == law
+    found, folder = collecting("")
+    assert folder == plain and (found.model_key, found.lr) == ("N", 2e-3)
+    assert f"going on from {plain}" in capsys.readouterr().out
+
+
+def test_what_is_typed_and_contradicts_is_refused_with_both_values(workspace: Path) -> None:
+    finished_run("law", lr=1e-3)
+    for typed, message in (
+        ("--save_name law --lr 0.5", r"--lr 0.001 there, --lr 0.5 typed|--lr 0.001 there, 0.5 typed"),
+        ("--model_key other", "--model_key M there, other typed"),
+        ("--save_name poems", "nothing finished is called that; there is law"),
+        ("--save_name law --run 3", "--run 0 there, 3 typed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collecting(typed)
+    assert collecting("--save_name law --data_files b.jsonl")[0].data_files == ("b.jsonl",)  # a source added later
+
+
+def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspace: Path) -> None:
+    def training(typed: str) -> config.TrainConfig:
+        return config.for_training(config.typed_flags(load_script("custom_train_alpaca.py").parse_args(typed.split())))
+
+    finished_run("law", lr=1e-3, epochs=3)
+    assert training("--save_name law --task_idxes 0 1").lr == 1e-3
+    assert training("--task_idxes").epochs == 3
+    assert training("--data_files a.jsonl --model_key M").lr == 2e-5  # meta-training without a name: the defaults
+    assert training("--model_key other --task_idxes").lr == 2e-5  # of another model, where no name is typed
+    for typed in ("--save_name law --task_idxes --lr 0.5", "--save_name law --lr 0.5", "--save_name law --task_idxes --data_files b"):
+        with pytest.raises(ValueError, match="law.*does not fit what is typed"):
+            training(typed)
+    assert training("--save_name law").epochs == 3
+
+
+def test_every_flag_is_declared_once_and_has_a_meaning() -> None:
+    groups = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, config.RunConfig) or value in (config.ApproximationConfig,)]
+    declared: dict[str, set[int]] = {}
+    for group in groups:
+        for f in fields(group):
+            assert f.metadata["help"], f.name
+            declared.setdefault(f.name, set()).add(id(f.metadata["help"]))
+    # under one published name each: a checkpoint to start from, and those to take gradients at; one length, and several
+    assert {name for name, texts in declared.items() if len(texts) > 1} == {"load_model_dir", "scale"}
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_shows_at_most_forty_flags(script: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load_script(script).parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and re.search(rf"python {script}\s", shown)
+    flags = re.findall(r"^  (--[a-z_]+)", shown, re.MULTILINE)
+    assert len(flags) <= 40 and len(re.findall(r"\(default:\s", shown)) >= len(flags)
 
 
 def test_a_training_too_short_for_an_adapter_is_noted_before_it_starts(
@@ -122,11 +187,9 @@ def test_a_training_too_short_for_an_adapter_is_noted_before_it_starts(
     write_sources(workspace / "flan.jsonl", {"upper": 12, "lower": 12})
     here = ["--data_files", "flan.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--max_length", "96"]
     for lr, batch_size, is_noted in (("2e-5", "128", True), ("1e-2", "8", False)):
-        cli._said.clear()
-        run_script(
-            "custom_train_alpaca.py", *here, "--lr", lr, "--batch_size", batch_size, "--epochs", "2", "--save_name", lr
-        )
+        console._said.clear()
+        options = ["--lr", lr, "--batch_size", batch_size, "--epochs", "2", "--save_name", lr]
+        run_script("custom_train_alpaca.py", *here, *options)
         printed = capsys.readouterr().out
         assert ("2 optimizer steps at --lr 2e-05" in printed) == is_noted
-        if is_noted:
-            assert printed.index("optimizer steps") < printed.index("Wrote")
+        assert (META_INITIALIZATIONS.is_dir()) and (not is_noted or printed.index("optimizer steps") < printed.index("Wrote"))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from src import cli
-from src.paths import META_INITIALIZATIONS, resolve_checkpoint
+from src import config, console
+from src.artifacts import META_INITIALIZATIONS, resolve_checkpoint
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
@@ -45,33 +44,29 @@ COMMANDS = [
 ]
 
 
-def parsed(command: str) -> Any:
-    script, *arguments = shlex.split(command)
-    return load_script(script).parse_args(arguments)
-
-
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 @pytest.mark.parametrize("gpus", [0, 4])
 def test_published_commands(
     command: str, gpus: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On GPUs and without; what has no effect is noted, and each flag has the value that is typed."""
-    monkeypatch.setattr(cli, "_said", set())
+    """On GPUs and without: every flag is taken, and has the value that is typed."""
+    monkeypatch.setattr(console, "_said", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    args = parsed(command)
-    hardware = cli.hardware_from(args)
-    typed = args.devices
-    assert (hardware.accelerator, hardware.devices) == (("cuda", typed) if gpus else ("cpu", 1))
-    said = capsys.readouterr().out.splitlines()
-    assert ("No CUDA GPU here" in "".join(said)) == (gpus == 0)
-    for flag in ("--scale", "--batch_size"):
-        noted = any(line.startswith(f"note: {flag} has no effect") for line in said)
-        assert noted == (flag in command and not command.startswith("custom_train"))
-    if "--project_dim" in command:
-        assert args.project_dim == 100
+    script, *arguments = shlex.split(command)
+    typed = config.typed_flags(load_script(script).parse_args(arguments))
+    asked = {"device": "devices", "project_dimension": "project_dim"}
+    flags = [word[2:] for word in arguments if word.startswith("--")]
+    assert {asked.get(name, name) for name in flags} == set(typed)
+    found = config.inherit(config.TrainConfig if script.startswith("custom") else config.EstimateConfig, typed)
+    assert {name: getattr(found, name) for name in typed if hasattr(found, name) and name != "precision"} == {
+        name: value for name, value in typed.items() if hasattr(found, name) and name != "precision"
+    }
+    hardware = found.hardware
+    assert (hardware.accelerator, hardware.devices) == (("cuda", list(typed["devices"])) if gpus else ("cpu", 1))
+    assert ("No CUDA GPU here" in capsys.readouterr().out) == (gpus == 0)
     if "bf16-true" in command:
-        assert (args.base_dtype, hardware.precision) == ("bfloat16", "bf16-mixed")
+        assert (found.base_dtype, hardware.precision) == ("bfloat16", "bf16-mixed")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true", "16"])

@@ -1,0 +1,394 @@
+"""Where every artifact lives, and what makes one whole.
+
+Each folder and file name of the project is spelled here and nowhere else. An artifact is a folder with a `manifest.json`
+that is written last: a folder without one is unfinished. A manifest holds the whole configuration of the stage that wrote
+it, from which the next stage takes what is not typed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+META_INITIALIZATIONS = Path("external_lightning_logs")
+GRADIENTS = Path("gradients")
+SAMPLED_TASKS = Path("sampled_tasks")
+RESULTS = Path("results")
+DATA = Path("data")
+SAVED = Path("saved")
+TOKENS = Path("cache") / "tokens"
+ALPACA_FILE = DATA / "alpaca_data" / "alpaca_final.pkl"
+FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
+ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
+BENCHMARK_DATA = DATA / "benchmark"
+
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+WEIGHTS = "*.safetensors"
+RESULTS_FILE = "results.csv"
+MODELS = "models"
+LOSSES = "losses"
+ESTIMATES_FILE = "estimates.csv"
+SELECTED_ROWS = "selected.jsonl"
+MIXTURE_FILE = "mixture.json"
+REPORT_FILE = "report.html"
+SUMMARY_FILE = "summary.json"
+ESTIMATES_FIGURE = "estimates.png"
+AFFINITY_FILE, AFFINITY_FIGURE = "affinity.csv", "affinity.png"
+COMPARISON_FILE, COMPARISON_FIGURE = "comparison.csv", "comparison.png"
+SELECTION_FILE, SELECTION_FIGURE = "selection.csv", "selection.png"
+SCORES_FILE, SCORES_FIGURE = "scores.csv", "scores.png"
+APPROXIMATION_FILE, APPROXIMATION_FIGURE = "approximation_error.csv", "approximation_error.png"
+
+ARTIFACT_VERSION = 5
+LONGEST_NAME = 180
+"""Characters of a name that is made of keys: file systems take 255 bytes, and endings and temporary names need some."""
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+
+
+def slug(key: str) -> str:
+    """A key as one safe file name: `TinyLlama/TinyLlama-1.1B` -> `TinyLlama-TinyLlama-1.1B`.
+
+    Absolute paths keep their last two components. A name that is too long ends in a hash of its key, and a key that
+    carries nothing printable becomes that hash; no result ever climbs out of its folder.
+    """
+    parts = [part for part in Path(key).parts if part not in ("/", ".", "..")]
+    if Path(key).is_absolute():
+        parts = parts[-2:]
+    name = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join(parts)).strip(".-")
+    if name and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{name[: LONGEST_NAME - 13]}-{digest}".lstrip("-")
+
+
+def source_names(sources: Iterable[str]) -> dict[str, str]:
+    """What each source without a column of tasks is called, as a task and in folder names: the shortest end of its path
+    that tells it from the others.
+
+    Endings of files are no part of a name, nor are `train` and `data` where a folder stands above them: `law/train.jsonl`
+    and `law/data/train-00000-of-00002.parquet` are `law`. Shards of one data set have one name. Folders and hub ids keep
+    what stands behind a dot.
+    """
+    shard = re.compile(r"[-_.]?\d{3,}-of-\d{3,}(-[0-9a-f]+)?(?=\.\w)|(?<=/train/)\d{3,}(?=\.\w)")
+    whole = {source: shard.sub("", os.path.abspath(source)) for source in sources}
+    parts: dict[str, list[str]] = {}
+    for source, path in whole.items():
+        snapshot = re.sub(r"datasets--(?:[^/]+--)?([^/]+)/snapshots/[^/]+", r"\1", shard.sub("", source))
+        *folders, name = snapshot.split("/")
+        known = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|pkl)(\.gz)?$", "", name, flags=re.IGNORECASE)
+        stem = Path(name).stem if known == name and Path(source).is_file() else known
+        parts[path] = [part for part in (*folders, stem) if part not in ("", ".", "..")] or [Path(path).name]
+        for generic in ("train", "data"):
+            if len(parts[path]) > 1 and parts[path][-1].lower() == generic:
+                parts[path].pop()
+    names: dict[str, str] = {}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {path: "/".join(of_path[-depth:]) for path, of_path in parts.items()}
+        counts = Counter(ends.values())
+        names = {path: end for path, end in ends.items() if counts[end] == 1} | names
+    return {source: names.get(path, os.path.relpath(path)) for source, path in whole.items()}
+
+
+def results_dir(name: str) -> Path:
+    """`results/<name>`; the name may have sub-folders but cannot leave `results/`."""
+    parts = Path(name).parts[1:] if Path(name).is_relative_to(RESULTS) else Path(name).parts
+    return RESULTS.joinpath(*(slug(part) for part in parts if part not in ("/", ".", "..")))
+
+
+def tasks_label(subset: Sequence[int], num_tasks: int | None = None) -> str:
+    """What models and losses of tasks that no file names are called."""
+    ids = "_".join(map(str, subset))
+    short = ids if len(ids) <= 60 else f"{ids[:40]}_{hashlib.sha256(ids.encode()).hexdigest()[:8]}"
+    return "all_tasks" if len(subset) == num_tasks else f"tasks_{short}" if ids else "base_model"
+
+
+def model_dir(results: Path, label: str, run: int) -> Path:
+    """A model that was fine-tuned on chosen tasks, below its results."""
+    return results / MODELS / f"{slug(label)}_run_{run}"
+
+
+def losses_file(results: Path, subset: Sequence[int], run: int) -> Path:
+    """The loss of every validation row after fine-tuning on one subset, below its results."""
+    return results / LOSSES / f"{tasks_label(subset)}_run_{run}.csv"
+
+
+def subset_file(name: str) -> Path:
+    """`sampled_tasks/<name>.txt`."""
+    return SAMPLED_TASKS / f"{slug(name)}.txt"
+
+
+def weights_file(name: str) -> Path:
+    """`sampled_tasks/<name>_weights.csv`: how much to draw from each task."""
+    return SAMPLED_TASKS / f"{slug(name)}_weights.csv"
+
+
+def prediction_file(
+    saved_dir: str, model_key: str, completion_key: str, dataset_key: str, train_key: str, epoch: int, rank: int | None
+) -> Path:
+    """A student's completions, named as reasoning-teacher names them."""
+    name = f"D_{dataset_key}__T_{slug(train_key)}__E_{epoch:03d}" + (f"__Lora_r_{rank}" if rank else "")
+    return Path(saved_dir) / "completion_data" / f"B_{slug(model_key)}__C_{completion_key}" / f"{name}.json"
+
+
+def clusters_file(store: Path, num_clusters: int) -> Path:
+    """Cluster of every stored row, beside the projected gradients."""
+    return store / f"clusters_{num_clusters}.npz"
+
+
+def epoch_checkpoint_name(epoch: int) -> str:
+    """Lightning's spelling of `epoch_{epoch}`, which `--load_model_dir` takes: `epoch_epoch=17`."""
+    return f"epoch_epoch={epoch}"
+
+
+def step_checkpoint_name(step: int) -> str:
+    """A checkpoint on the way of meta-training, by optimizer step: `step_step=40`."""
+    return f"step_step={step}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether meta-training gives its checkpoints such names."""
+    return re.fullmatch(r"(epoch_epoch|step_step)=\d+", name) is not None
+
+
+def resolve_checkpoint(load_model_dir: str) -> Path:
+    """The checkpoint folder that `--load_model_dir` names: below `external_lightning_logs/`, or a path.
+
+    A trailing `.ckpt` is accepted and dropped.
+
+    Raises:
+        FileNotFoundError: no such folder; the message lists what is there.
+    """
+    name = load_model_dir.removesuffix("/").removesuffix(".ckpt")
+    candidates = [META_INITIALIZATIONS / name, Path(name)]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    parent = candidates[0].parent if candidates[0].parent.is_dir() else META_INITIALIZATIONS
+    there = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    listing = f"{parent} holds: {', '.join(there)}" if there else f"{parent} holds no checkpoint yet"
+    raise FileNotFoundError(
+        f"--load_model_dir {load_model_dir}: no folder {candidates[0]} ({listing}); train it first with "
+        "custom_train.py or custom_train_alpaca.py"
+    )
+
+
+# --- writing so that a reader never sees half a file ---------------------------------------------------------
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Give every error of the system a number and a file name: libraries leave out either, or raise their own kind."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and type(error) is OSError:  # numpy: "8000 requested and 0 written"
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name beside a path; those that killed processes left there are removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        process = left.name.split(".")[-2]
+        if process.isdigit() and Path("/proc").is_dir() and not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success, flushed to disk, it replaces `path`, on failure it is removed.
+
+    Raises:
+        OSError: nothing can be written there; it names `path`.
+    """
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(path)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that becomes `path` on success: the folder is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put a whole folder in the place of another, which is removed."""
+    if path.is_dir():
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        os.replace(path, old)
+        os.replace(new, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(new, path)
+
+
+@contextlib.contextmanager
+def locked(*paths: Path) -> Iterator[None]:
+    """Hold artifacts against other processes that would write them too; a holder that dies gives them back.
+
+    Raises:
+        ValueError: another process holds one.
+    """
+    with contextlib.ExitStack() as held:
+        for path in sorted(set(paths)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=1)
+            try:
+                held.enter_context(lock)
+            except Timeout:
+                raise ValueError(
+                    f"{path} is being written by another process; wait until it has ended, or end it and start again"
+                ) from None
+        yield
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+# --- manifests -----------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `manifest.json`, the last file of an artifact."""
+    write_json(folder / MANIFEST, {"version": ARTIFACT_VERSION, **content})
+
+
+def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of files of an artifact: the `files` of its manifest, which `check_files` compares."""
+    return {name: (folder / name).stat().st_size for name in names}
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], repair: str, names: Iterable[str] | None = None) -> None:
+    """Refuse an artifact of which files that its manifest lists (or those of them that are named) are gone or cut.
+
+    Raises:
+        FileNotFoundError: a file is gone.
+        ValueError: its size is another.
+    """
+    for name, size in manifest.get("files", {}).items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is gone, {folder / MANIFEST} lists it. {repair}")
+        if (found := path.stat().st_size) != size:
+            raise ValueError(f"{path} is damaged: it has {found:,} bytes, expected {size:,}. {repair}")
+
+
+def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
+    """Read an artifact's manifest; `made_by` is the script that makes it, for the message.
+
+    Raises:
+        FileNotFoundError: the artifact is absent or unfinished.
+        ValueError: the manifest is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    repair = f"remove {folder} and run: python {made_by}"
+    if not path.is_file():
+        state = "is not finished (it has no manifest)" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {state}; make it with: python {made_by}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {repair}") from error
+    found = manifest.get("version") if isinstance(manifest, dict) else None
+    if found != ARTIFACT_VERSION:
+        raise ValueError(f"{path} has version {found}, this code reads version {ARTIFACT_VERSION}; {repair}")
+    return manifest
+
+
+def finished(pattern: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Folders and manifests of the finished artifacts of this version that match a glob pattern, the oldest first."""
+    found = []
+    for path in sorted(Path().glob(f"{pattern}/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns):
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            found.append((path.parent, read_manifest(path.parent, "")))
+    return found
+
+
+def check_manifest(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], repair: str) -> None:
+    """Refuse an artifact that was made from something else.
+
+    Raises:
+        ValueError: names every entry that differs with both values, and the repair.
+    """
+    expected = json.loads(json.dumps(expected, default=str))
+    differing = [key for key in expected if found.get(key) != expected[key]]
+    if differing:
+        details = "; ".join(
+            f"{key}: found {shorten(found.get(key))}, expected {shorten(expected[key])}" for key in differing
+        )
+        raise ValueError(f"{folder} does not fit what is asked for: {details}. {repair}")
+
+
+def shorten(value: Any, length: int = 80) -> str:
+    """A value for an error message, cut to about `length` characters."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def file_fingerprint(paths: Iterable[Path]) -> str:
+    """sha256 over the bytes of the files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str | None:
+    """sha256 over the configuration and the ends of every weights file of a model in a local folder: models that were
+    trained differ everywhere, so that gigabytes need not be read. None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob(WEIGHTS))]:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
+                file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()

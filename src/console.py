@@ -1,0 +1,296 @@
+"""What a person at the terminal meets: flags, progress, notices, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import errno
+import importlib.util
+import os
+import re
+import resource
+import shlex
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, TextIO
+
+from tqdm import tqdm
+
+from src.distributed import is_first_process
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG_INTERVAL_SECONDS = 15.0
+"""How often a progress bar writes a line when nobody watches it move."""
+SHOWN_AFTER_SECONDS = 2.0
+"""What ends sooner shows no progress bar."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is the script's docstring; `positionals` stands before the flags in the line of usage."""
+
+    def __init__(self, doc: str | None, positionals: str = "") -> None:
+        prog = (_typed or sys.argv)[0]
+        super().__init__(
+            prog=prog,
+            usage=" ".join(filter(None, ["python", prog, positionals, "[flags]"])),
+            description=doc,
+            formatter_class=lambda prog: _Help(prog, max_help_position=32, width=110),
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Refuse unknown flags with those that were probably meant."""
+        parsed, strangers = self.parse_known_args(args, namespace)
+        if strangers:
+            known = [name for action in self._actions for name in action.option_strings]
+            flags = [word.partition("=")[0] for word in strangers if word.startswith("-")]
+            meant = [name for flag in flags for name in difflib.get_close_matches(flag, known, n=1)]
+            guess = f"; did you mean {' '.join(meant)}?" if meant else ""
+            self.error(f"unrecognized arguments: {' '.join(strangers)}{guess}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.format_usage().strip()}   (all flags: --help)\nerror: {message}\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag's values once, behind its last name."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, str(action.metavar or "TEXT"))
+        if action.nargs == "+" and not action.choices:
+            values = f"{action.metavar or 'TEXT'} ..."
+        return f"{', '.join(action.option_strings)} {values}"
+
+
+# --- telling -------------------------------------------------------------------------------------------------
+
+_said: set[str] = set()
+
+
+def say(message: str) -> None:
+    """Print a line beside progress bars; of several processes the first does."""
+    if is_first_process():
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def say_once(message: str) -> None:
+    """Print a notice the first time only."""
+    if message not in _said:
+        _said.add(message)
+        say(message)
+
+
+def say_notices(notices: Iterable[str]) -> None:
+    """Print one-line notices, each once."""
+    for notice in notices:
+        say_once(f"note: {notice}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: 1 row, 2 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def progress(
+    iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", **options: Any
+) -> tqdm:
+    """A progress bar with rate and remaining time, for what takes over two seconds; in a log file, a line now and then."""
+    watched = sys.stderr.isatty()
+    if not watched:
+        options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "miniters": 1}
+    known = total is not None or hasattr(iterable, "__len__")
+    done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
+    pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"
+    options |= {
+        "disable": not is_first_process(),
+        "bar_format": pattern if known else "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]",
+    }
+    return _Bar(
+        iterable, desc=desc, total=total, unit=unit, dynamic_ncols=watched, delay=SHOWN_AFTER_SECONDS, **options
+    )
+
+
+class _Bar(tqdm):
+    """Says its pace in words (12 steps/s, or 3.4 s/step) and keeps its delay whoever refreshes it."""
+
+    def display(self, *args: Any, **options: Any) -> bool | None:
+        if self._time() < getattr(self, "start_t", float("inf")) + self.delay:
+            return None
+        return super().display(*args, **options)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        facts = super().format_dict
+        unit, done = facts["unit"], facts["n"] - facts["initial"]
+        rate = facts["rate"] or (done / facts["elapsed"] if facts["elapsed"] else 0)
+        pace = f"{rate:,.3g} {unit}s/s" if rate >= 1 else f"{1 / rate:,.3g} s/{unit}" if rate else "…"
+        return {**facts, "pace": pace}
+
+
+class _Lines:
+    """A log file to a progress bar: each of its states is a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.last = file, ""
+
+    def write(self, text: str) -> None:
+        line = text.replace("\x1b[A", "").strip()  # a bar inside a bar moves the cursor
+        if line and line != self.last:
+            self.file.write(f"{line}\n")
+            self.last = line
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextlib.contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Say what is going on when it takes over two seconds and has no steps to count."""
+    timer = threading.Timer(SHOWN_AFTER_SECONDS, tqdm.write, [f"{what} …"], {"file": sys.stderr})
+    timer.daemon = True
+    if is_first_process():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def spent(started: float) -> dict[str, float]:
+    """Seconds since `started` (`time.perf_counter`) and the process's largest memory so far in bytes, for a manifest."""
+    import torch
+
+    peaks = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
+    return {"seconds": time.perf_counter() - started, **peaks}
+
+
+# --- running -------------------------------------------------------------------------------------------------
+
+_typed: list[str] = []
+
+
+def command_typed() -> str:
+    """The command that is running, as a user types it: for manifests."""
+    return shlex.join(["python", *(_typed or sys.argv)])
+
+
+def load_script(script: str) -> ModuleType:
+    """The module of a script of this project, named as a user types it; loaded once."""
+    name = "script_" + script.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / script)
+        if spec is None or spec.loader is None or not (ROOT / script).is_file():
+            raise FileNotFoundError(f"no script {ROOT / script}")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def call(script: str, **values: Any) -> Any:
+    """Run a script's stage in this process with these flags; the command that a user would type for it is printed first."""
+    words = [script, *([str(results)] if (results := values.get("results")) else [])]
+    for name, value in values.items():
+        if name == "results" or value is None or value is False:
+            continue
+        several = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, several)]
+    _typed[:] = words
+    print(f"\n\033[1m$ {command_typed()}\033[0m", flush=True)
+    return load_script(script).main(argparse.Namespace(**values))
+
+
+def run_command(command: str, *more: str) -> Any:
+    """`python <command> <more>` in this process, printed first: for files of commands and scripts that make data."""
+    script, *arguments = _typed[:] = [*shlex.split(command), *more]
+    print(f"\n\033[1m$ {command_typed()}\033[0m", flush=True)
+    module = load_script(script)
+    return run_stage(module.main, module.parse_args(arguments))
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print on every start and a user cannot act on; imports the slowest of them."""
+    import logging
+
+    import pytorch_lightning  # noqa: F401
+
+    for name in ("lightning_fabric", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|bad_alloc|ALLOC_FAILED", re.I)
+_SAVES_MEMORY = {
+    "accumulate": "a smaller --batch_size with a larger --accumulate",
+    "max_tokens_per_batch": "a smaller --max_tokens_per_batch",
+    "gradient_checkpointing": "--gradient_checkpointing",
+    "precision": "--precision bf16",
+    "base_dtype": "--base_dtype bfloat16",
+    "use_qlora": "--use_qlora",
+    "strategy": "--strategy fsdp",
+    "max_length": "a smaller --max_length",
+    "project_dim": "a smaller --project_dim",
+}
+"""Flag that a script may have -> how it saves memory."""
+_CURES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO), "free space there, or raise the limit"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is to be; move it away"),
+    errno.EISDIR: "a folder stands where a file is to be; move it away",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make that folder writable, or work in another one"),
+}
+"""What to do about errors of the operating system that a user can mend."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the CPU's: of the CPU's, torch says so only in the text of a RuntimeError."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _line_about(error: Exception, flags: Iterable[str]) -> str | None:
+    """An error that the user can mend in one line: what, where, and the cure. None for other errors."""
+    if is_out_of_memory(error):
+        asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
+        cures = ", ".join(cure for flag, cure in _SAVES_MEMORY.items() if flag in flags)
+        return f"out of memory{f' (asked for {asked[1]} more)' if asked else ''}" + (f"; try {cures}" if cures else "")
+    if isinstance(error, OSError) and error.errno in _CURES:
+        what = error.strerror or type(error).__name__
+        return (
+            f"cannot use {error.filename}: {what[:1].lower()}{what[1:]}; {_CURES[error.errno]}, then run the same command "
+            "again: what was finished is kept"
+        )
+    return str(error) if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)) else None
+
+
+def run_stage(main: Callable[[Any], Any], args: Any) -> Any:
+    """Run a script's `main`; an error that the user can mend is one line and exit status 1, not a traceback."""
+    try:
+        with waiting_for("loading the libraries"):
+            quiet_libraries()
+        return main(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on, or starts again, where it was", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        line = _line_about(error, vars(args))
+        if line is None or os.environ.get("GRADEX_TRACEBACK"):
+            raise
+        sys.exit(f"error: {line}")

@@ -1,0 +1,474 @@
+"""Stage 3: estimates of subsets from a store of gradients, and how good they are.
+
+Letters: m subsets, n tasks, k targets.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from src.artifacts import (
+    COMPARISON_FIGURE,
+    COMPARISON_FILE,
+    ESTIMATES_FILE,
+    MANIFEST,
+    clusters_file,
+    file_sizes,
+    read_manifest,
+    results_dir,
+    subset_file,
+    write_manifest,
+)
+from src.config import Config, EstimateConfig, EstimationConfig, TrainConfig, from_store
+from src.console import command_typed, counted, progress, say_notices, spent, waiting_for
+from src.data import TaskData
+from src.datamodule import read_arrays, write_arrays
+from src.estimation import ESTIMATORS, Part, estimate, solutions
+from src.evaluation import (
+    AVERAGE,
+    CALIBRATION_RHOS,
+    MEAN,
+    calibrate,
+    comparison,
+    fit_calibration,
+    own_inclusion,
+)
+from src.figures import comparison_figure
+from src.finetune import evaluate, target_metrics
+from src.models import displaced
+from src.stage_collect import ModelAtPart
+from src.stage_train import load_data, named, training_plan
+from src.store import StoredPart, open_store
+from src.subsets import (
+    DEFAULT_SUBSET_SIZE,
+    cluster_samples,
+    load_or_draw_subsets,
+    membership_matrix,
+    tasks_in_subset,
+)
+from src.tables import (
+    CALIBRATED,
+    ESTIMATE,
+    HIGH,
+    LOW,
+    RANKING_ONLY,
+    SCORE,
+    VALIDATION_LOSS,
+    columns_of,
+    estimate_prefix,
+    fine_tuned_values,
+    lower_is_better,
+    own_targets,
+    parse_subset,
+    read_table,
+    subset_text,
+    write_result,
+    write_table,
+)
+
+# --- clusters as tasks ---------------------------------------------------------------------------------------
+
+
+def cluster_tasks(store: Path, part: StoredPart, num_clusters: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Clusters of the training rows as tasks; made on first use and kept beside the store.
+
+    Returns:
+        Cluster of each stored row (R,), -1 for validation rows; names of the clusters.
+    """
+    path, training = clusters_file(store, num_clusters), part.samples["task"] >= 0
+    kept = read_arrays(path)
+    if kept is None or not np.array_equal(kept["key"], part.samples["key"]):
+        clusters = np.full(len(training), -1, dtype=np.int32)
+        with waiting_for(f"clustering {training.sum():,} rows"):
+            clusters[training] = cluster_samples(np.asarray(part.rows[training], np.float32), num_clusters, seed)
+        write_arrays(path, kept := {"clusters": clusters, "key": part.samples["key"]})
+        sizes = np.bincount(clusters[training])
+        print(
+            f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters of {sizes.min():,} to "
+            f"{sizes.max():,} rows, median {np.median(sizes):,.0f}."
+        )
+    return kept["clusters"], [f"cluster_{number:04d}" for number in range(num_clusters)]
+
+
+def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> TaskData:
+    """The data of a training with the clusters of its run's store as the training rows' tasks."""
+    names = ("load_model_dir", "subset_file", "task_weights", "task_idxes")
+    _, store = from_store(EstimationConfig, {name: value for name, value in typed.items() if name not in names})
+    part = open_store(store, None, "stage 2")[-1]
+    cluster_of_row, names_of_clusters = cluster_tasks(store, part, config.num_clusters, run)
+    training = cluster_of_row >= 0
+    rows = part.samples["sample_index"][training]
+    pairs = zip(rows, cluster_of_row[training], strict=True)
+    return load_data(config).with_tasks({int(row): names_of_clusters[c] for row, c in pairs})
+
+
+# --- estimates -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Validation losses that were measured, of every target; nan of one without rows.
+
+    Attributes:
+        base: Of the base model, (k,).
+        all_tasks: Of the model trained on all tasks, (k,).
+        step: After how many optimizer steps.
+        whole: Whether these were all; otherwise `all_tasks` is an estimate of the loss after all of them.
+    """
+
+    base: np.ndarray
+    all_tasks: np.ndarray
+    step: int
+    whole: bool
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the two are called beside estimates."""
+        return "base model (measured)", f"all tasks ({'measured' if self.whole else 'estimated'})"
+
+
+def known_levels(stored: Sequence[StoredPart], meta_training: Mapping[str, Any]) -> Levels | None:
+    """The losses that meta-training measured, else those of the store's rows at its first and last checkpoint; None where
+    neither has the base model's and a later one."""
+    targets, of_target = stored[0].targets, stored[0].rows_of("target") > 0
+    losses = meta_training.get("validation_losses", {})
+    known = [np.array([losses.get(when, {}).get(name, np.nan) for name in targets]) for when in ("base", "last")]
+    same_data = meta_training.get("data_fingerprint") == stored[0].manifest["data_fingerprint"]
+    if same_data and np.isfinite(known)[:, of_target].all():
+        return Levels(known[0], known[1], losses["last_step"], losses["whole"])
+    first, last = stored[0], stored[-1]  # in the order of training
+    if first.manifest["step"] != 0 or last.manifest["step"] == 0:
+        return None
+    means = []
+    for part in (first, last):
+        target = part.samples["target"]
+        sums = np.bincount(target[target >= 0], part.outputs[target >= 0], len(targets))
+        means.append(np.where(of_target, sums / np.maximum(part.rows_of("target"), 1), np.nan))
+    return Levels(means[0], means[1], last.manifest["step"], whole=False)
+
+
+def stored(cls: type[Config], typed: Mapping[str, Any]) -> tuple[Config, Path]:
+    """The configuration of stage 3 or 4 by the flags that are typed, and the store with the gradients of its estimator."""
+    kind = ESTIMATORS.get(typed.get("estimator", "ridge"))
+    return from_store(cls, typed, kind.output_function if kind else None)
+
+
+class Estimator:
+    """Estimates from a store: what stages 3 and 4 compute with."""
+
+    def __init__(self, config: EstimationConfig, store: Path) -> None:
+        if config.estimator not in ESTIMATORS:
+            raise ValueError(f"--estimator {config.estimator}: choose one of {', '.join(ESTIMATORS)}")
+        self.config, self.store, kind = config, store, ESTIMATORS[config.estimator]
+        self.stored: list[StoredPart] = open_store(store, config.load_model_dir, "stage 2")
+        say_notices(notice for part in self.stored for notice in part.notices())
+        manifest = self.stored[0].manifest
+        self.targets, self.tasks = self.stored[0].targets, list(manifest["tasks"])
+        self.division: str | None = None  # names another division into tasks than the data's own
+        task_of_row = None
+        if config.load_clusters:
+            task_of_row, self.tasks = cluster_tasks(store, self.stored[-1], config.num_clusters, config.run)
+            self.division = f"clusters_{len(self.tasks)}"
+        if kind.output_function not in (None, manifest["output_function"]):
+            raise ValueError(
+                f"--estimator {config.estimator} is of {kind.output_function}s; take the gradients with --output_function "
+                f"{kind.output_function} too"
+            )
+        weight_by = config.weight_by or self.stored[0].weight_by
+        self.parts: list[Part] = [
+            part.estimation_part(
+                task_of_row,
+                len(self.tasks),
+                self.division or "tasks",
+                weight_by=weight_by,
+                by_rows=kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers),
+                represented=kind.represented,
+            )
+            for part in self.stored
+        ]
+        self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
+        of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
+        self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
+        self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
+        if self.levels is not None and not self.levels.whole:
+            when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
+            say_notices(
+                [f"the loss of all tasks is estimated: it was last measured {when}, and training may have gone on"]
+            )
+        if of_losses and self.levels is None:
+            say_notices(["estimates are scores, for ranking only: neither the training's manifest nor gradients at its start "
+                         "and later say what the losses of the base model and of all tasks are"])  # fmt: skip
+
+    def __call__(
+        self, membership: np.ndarray, targets: Sequence[int] | None = None, rho: float | None = None
+    ) -> np.ndarray:
+        """Estimates (m, k) of the subsets in `membership` (m, n), or of the given targets only; at another rho.
+
+        Local models of the loss rank subsets; their levels are off. Where losses are known, all estimates of a target are
+        shifted by one number, so that the estimate of all tasks is the known loss; this changes no comparison of two
+        subsets. The empty subset, which no training follows, has the base model's loss itself.
+        """
+        columns = list(range(len(self.targets))) if targets is None else list(targets)
+        rho = self.config.rho if rho is None else rho
+        estimates = self._raw(membership, columns, rho, partial(progress, leave=False))
+        if self.levels is not None:
+            estimates += self.shift(columns, rho)
+            estimates[~np.asarray(membership, bool).any(axis=1)] = self.levels.base[columns]
+        return estimates
+
+    def _raw(self, membership: np.ndarray, columns: Sequence[int], rho: float, bar: Any = None) -> np.ndarray:
+        name = self.config.estimator
+        return estimate(self.parts, membership, estimator=name, targets=columns, rho=rho, progress=bar)
+
+    def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
+        """What is added to the estimates of some targets, (k,), so that those of all tasks are what is known."""
+        if self.levels is None:
+            return np.zeros(len(columns))
+        key = rho, tuple(columns)
+        if key not in self._shifts:
+            of_all = self._raw(self.has_rows[None], columns, rho)[0]
+            self._shifts[key] = self.levels.all_tasks[list(columns)] - of_all
+        return self._shifts[key]
+
+    def calibrated(
+        self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
+    ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Estimates calibrated on really fine-tuned subsets.
+
+        Args:
+            truth: A results table; its validation losses are used, the mean over runs.
+            membership: Subsets to estimate (m, n).
+            targets: Ids of the targets (k,).
+
+        Returns:
+            The ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and upper
+            ends, each (m, k). For a subset that was fine-tuned they come from a map fitted without it.
+        """
+        subsets, values = fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
+        known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
+        default = self.config.rho
+        by_rho = {rho: self(known, targets, rho) for rho in {*CALIBRATION_RHOS, default}}
+        fine_tuned = values.mean(axis=2)
+        rho, calibration = calibrate(by_rho, fine_tuned, default)
+        estimates = self(membership, targets, rho)
+        calibrated = calibration(estimates)
+        for left_out, subset in enumerate(known):
+            others, same = np.arange(len(known)) != left_out, (np.asarray(membership) == subset).all(axis=1)
+            without = fit_calibration(by_rho[rho][others], fine_tuned[others])
+            for of_all, of_others in zip(calibrated, without(estimates[same]), strict=True):
+                of_all[same] = of_others
+        return rho, calibrated
+
+    @property
+    def ranks_only(self) -> bool:
+        """Whether the estimates are no losses, or their levels are not known, so that only their order says something."""
+        return self.levels is None
+
+    @property
+    def meta_training(self) -> dict[str, Any]:
+        """The manifest of the meta-training that the gradients were taken on; empty where it is not ours, or gone."""
+        folder = Path(self.stored[0].manifest["checkpoint_dir"]).parent
+        return read_manifest(folder, "") if (folder / MANIFEST).is_file() else {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the estimates depend on and what they cost so far, for the tables made of them."""
+        manifest, trained = self.stored[0].manifest, self.meta_training
+        shown = ("model_key", "projection", "dim", "seed", "output_function", "data_fingerprint")
+        levels = self.levels and {
+            name: dict(zip(self.targets, getattr(self.levels, name).tolist(), strict=True))
+            for name in ("base", "all_tasks")
+        }
+        seconds = {"meta_training": trained["seconds"]} if trained else {}
+        return {
+            **{name: manifest[name] for name in shown},
+            "store": str(self.store),
+            "tasks": self.tasks,
+            "checkpoints": [part.folder.name for part in self.stored],
+            "estimator": self.config.estimator,
+            "rho": self.config.rho,
+            "weight_by": self.parts[0].weight_by,
+            "ranks_only": self.ranks_only,
+            "levels": levels,
+            "seconds": {**seconds, "gradients": sum(part.manifest["seconds"] for part in self.stored)},
+            "commands": [*([trained["command"]] if trained else []), manifest["command"]],
+        }
+
+    @property
+    def targets_with_rows(self) -> list[str]:
+        """The targets that have validation rows at every checkpoint."""
+        has_rows = np.all([part.target.counts > 0 for part in self.parts], axis=0)
+        return [name for name, some in zip(self.targets, has_rows, strict=True) if some]
+
+    def chosen_targets(self, default: Sequence[str] | None = None) -> list[int]:
+        """Ids of the targets that `target_task` names; else the default's, else those that are no training task, else all.
+
+        Raises:
+            ValueError: no such target, or one without validation rows.
+        """
+        with_rows = self.targets_with_rows
+        names = self.config.target_task or default or own_targets(with_rows, self.tasks)
+        if unknown := [name for name in names if name not in self.targets]:
+            raise ValueError(f"--target_task {unknown[0]}: the targets are {', '.join(self.targets)}")
+        if empty := [name for name in names if name not in with_rows]:
+            raise ValueError(
+                f"target {empty[0]} has no validation rows in the store, so nothing can be estimated for it; name other "
+                "targets with --target_task"
+            )
+        if not names:
+            raise ValueError("no target has validation rows in the store, so nothing can be estimated")
+        return [self.targets.index(name) for name in names]
+
+
+def estimate_subsets(config: EstimateConfig, store: Path) -> None:
+    """Estimate the loss of every target for every subset, one row each."""
+    started = time.perf_counter()
+    if config.evaluate == "displaced" and ESTIMATORS[config.estimator].solver is None:
+        raise ValueError(f"--evaluate displaced: estimator {config.estimator} has no solution to displace weights by")
+    estimator = Estimator(config, store)
+    columns = estimator.chosen_targets(estimator.targets_with_rows)
+    truth = read_table(Path(config.calibrate), of_subsets=True) if config.calibrate else None
+    calibration: dict[str, Any] = {"calibrate": config.calibrate}
+    if truth is not None:  # before the subsets are drawn and written
+        known, _ = fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
+        calibration["calibrated_on"] = known
+    default = subset_file(config.name(config.run, "_".join(filter(None, [config.save_name, estimator.division]))))
+    path = Path(config.sampled_tasks) if config.sampled_tasks else default
+    size, num_tasks = config.subset_size or DEFAULT_SUBSET_SIZE, len(estimator.tasks)
+    subsets = load_or_draw_subsets(
+        path, config.number_of_subsets, num_tasks, size, config.run, tasks=estimator.tasks
+    )
+    subsets = list(dict.fromkeys(subsets))
+    sizes = sorted({len(subset) for subset in subsets})
+    asked = []
+    if config.number_of_subsets not in (None, len(subsets)):
+        asked.append(f"holds {len(subsets):,} subsets, and --number_of_subsets asks for {config.number_of_subsets:,}")
+    if config.subset_size and sizes != [tasks_in_subset(num_tasks, config.subset_size)]:
+        found = counted(sizes[0], "task") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tasks"
+        wanted = tasks_in_subset(num_tasks, config.subset_size)
+        asked.append(f"holds subsets of {found}, and --subset_size {config.subset_size:g} asks for {wanted}")
+    say_notices(f"{path} {what}; the file is taken, remove it to draw others" for what in asked)
+    membership = membership_matrix(subsets, num_tasks)
+    tables = {SCORE if estimator.ranks_only else ESTIMATE: estimator(membership, columns)}
+    if truth is not None:
+        rho, values = estimator.calibrated(truth, membership, columns)
+        tables |= dict(zip((CALIBRATED, LOW, HIGH), values, strict=True))
+        calibration["rho_calibrated"] = rho
+        other = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
+        described = Path(str(config.calibrate)).with_suffix(".json")
+        facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+        trained = ", ".join(f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts)
+        print(f"Calibrated on {config.calibrate}{f' (fine-tuned with {trained})' if trained else ''}, with rho {rho:g}{other}.")
+    names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]
+    frame = pd.DataFrame(np.concatenate(list(tables.values()), axis=1), columns=names)
+    frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
+    frame.insert(1, "run", config.run)
+    if config.evaluate == "displaced":
+        frame = pd.concat([frame, displaced_values(config, estimator, membership)], axis=1)
+    folder, facts = results_dir(config.results), estimator.facts
+    write_table(folder / ESTIMATES_FILE, frame)
+    facts["seconds"]["estimation"] = round(time.perf_counter() - started, 2)
+    facts["commands"].append(command_typed())
+    facts |= {"targets": estimator.targets, "subsets": str(path), **calibration}
+    facts |= {"files": file_sizes(folder, [ESTIMATES_FILE]), "peak_memory": spent(started)["peak_memory"]}
+    write_manifest(folder, facts)
+    print(
+        f"Wrote {folder / ESTIMATES_FILE}: estimates of {counted(len(subsets), 'subset')} ({path}) for "
+        f"{counted(len(columns), 'target')} in {time.perf_counter() - started:.1f} s. Next: python "
+        f"fast_estimate_forward_selection.py{named(config)}, or python notebook/select_random_ensemble.py {folder}"
+    )
+
+
+def displaced_values(config: EstimateConfig, estimator: Estimator, membership: np.ndarray) -> pd.DataFrame:
+    """Validation metrics of the model at w* + lift(x_S) of the estimator, a row per subset: columns
+    `displaced_loss/<target>` and, where answers are judged, `displaced_accuracy/<target>`.
+
+    w* is the last checkpoint of the store, or the one that `load_model_dir` names. With `scale` the displacement has
+    that length, relative to the norm of the trained weights.
+    """
+    at = ModelAtPart(config, estimator.stored[-1])
+    found = solutions(estimator.parts[-1], membership, estimator=config.estimator, rho=config.rho)
+    records = []
+    for solution in progress(found, desc="displaced models", unit="subset"):
+        displacement, _ = at.displacement(solution, config.scale)
+        with displaced(at.model, displacement):
+            evaluation = evaluate(at.model, at.datamodule, at.hardware, training_plan(config), ("validation",))
+        metrics = target_metrics(at.data, evaluation, ("validation",))
+        records.append({name.replace("validation_", "displaced_"): value for name, value in metrics.items()})
+    return pd.DataFrame(records)
+
+
+# --- how good they are ---------------------------------------------------------------------------------------
+
+LEGEND = """lds: Spearman over subsets, with its 90 % bootstrap interval; lds_top_quarter: of the quarter with the lowest
+fine-tuned values; attainable: the highest lds that is to be expected of any estimate, as far as the runs agree."""
+
+
+def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Sequence[str] | None) -> pd.DataFrame:
+    """How good estimates are: a table and a figure beside them.
+
+    The targets that are no training task, else all that both tables have, are judged over the subsets that both have.
+    The base model and training on all tasks, where the truth has them, stand as predictors: they give every subset the
+    same value.
+
+    Raises:
+        ValueError: the tables have no such target in common, or fewer than three subsets.
+    """
+    started, path, truth = time.perf_counter(), estimates_file, read_table(truth_file, of_subsets=True)
+    estimates = read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
+    manifest = read_manifest(path.parent, "stage 3") if (path.parent / MANIFEST).is_file() else {}
+    tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
+    of_estimates = estimate_prefix(estimates)
+    available = [name for name in columns_of(estimates, of_estimates) if name in columns_of(truth, metric)]
+    targets = target_task or own_targets(available, tasks)
+    if unknown := [name for name in targets if name not in available]:
+        raise ValueError(f"--target_task {unknown[0]}: both tables have {', '.join(available) or 'no target in common'}")
+    subsets, values = fine_tuned_values(truth, metric, targets)
+    common = [position for position, text in enumerate(subsets) if text in estimates.index]
+    if len(common) < 3:
+        raise ValueError(f"{path} and {truth_file} have {len(common)} subsets in common; a rank correlation needs 3")
+    subsets, values = [subsets[position] for position in common], values[common]
+    estimated = RANKING_ONLY if ranks_only else ESTIMATE
+    predictions = {
+        name: estimates.loc[subsets, [f"{prefix}/{target}" for target in targets]].to_numpy(float)
+        for name, prefix in ((estimated, of_estimates), (CALIBRATED, CALIBRATED))
+        if columns_of(estimates, prefix)
+    }
+    known = {"base model": "", "all tasks": subset_text(range(len(tasks)))} if tasks else {"base model": ""}
+    for name, text in known.items():
+        if (truth["subset"] == text).any():
+            rows = truth.loc[truth["subset"] == text, [f"{metric}/{target}" for target in targets]]
+            constant = lower_is_better(rows, metric).mean(axis=0)
+            predictions[name] = np.broadcast_to(constant, predictions[estimated].shape)
+    members = membership_matrix([parse_subset(text) for text in subsets], len(tasks)) if tasks else None
+    inclusion = None if members is None else own_inclusion(members, targets, tasks)
+    with waiting_for("bootstrap intervals"):
+        table = comparison(predictions, values, targets, inclusion)
+    table.insert(2, "subsets", len(subsets))
+    if ranks_only:
+        table.loc[table["predictor"] == estimated, ["relative_error", "squared_relative_error"]] = np.nan
+    written = [path.with_name(COMPARISON_FILE), path.with_name(COMPARISON_FIGURE)]
+    facts = {"estimates": str(path), "truth": str(truth_file), "metric": metric, **spent(started)}
+    write_result(written[0], table, **facts, command=command_typed())
+    comparison_figure(predictions[estimated], values.mean(axis=2), table, estimated, written[1], ranks_only=ranks_only)
+    shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
+    print(shown.round(3).to_string(index=False))
+    print(LEGEND)
+    if left_out := len(set(subsets) & set(manifest.get("calibrated_on", []))):
+        print(
+            f"{CALIBRATED}: {counted(left_out, 'subset')} of {len(subsets)} calibrated the others; each of these is estimated without itself."
+        )
+    print(
+        f"Wrote {written[0]} and {written[1]}: {counted(len(subsets), 'subset')}, {counted(len(targets), 'target')}. Next: "
+        f"stage 3 again with --calibrate {truth_file}"
+    )
+    return table
