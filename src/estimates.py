@@ -49,12 +49,7 @@ from src.finetune import (
     evaluate,
     target_metrics,
 )
-from src.gradients import (
-    StoredPart,
-    kernel_is_smaller,
-    open_store,
-    outputs_of,
-)
+from src.gradients import outputs_of
 from src.models import displaced, load_tokenizer
 from src.paths import (
     AFFINITY_FIGURE,
@@ -124,6 +119,7 @@ from src.stages import (
     train,
     valid_subset,
 )
+from src.store import StoredPart, kernel_is_smaller, open_store
 from src.subsets import (
     DEFAULT_SUBSET_SIZE,
     draw_subsets,

@@ -447,25 +447,16 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def files_facts(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size in bytes and sha256 of files of an artifact: the `files` of its manifest, which `check_file` compares."""
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": file_fingerprint([folder / name])} for name in names
-    }
+    """Size in bytes of files of an artifact: the `files` of its manifest, which `check_file` compares."""
+    return {name: {"bytes": (folder / name).stat().st_size} for name in names}
 
 
-def check_file(folder: Path, manifest: Mapping[str, Any], name: str, repair: str, *, content: bool = True) -> None:
-    """Refuse a file of an artifact that is not the one its manifest lists; a file that is not listed is not checked.
-
-    Args:
-        folder: The artifact.
-        manifest: Its manifest.
-        name: The file.
-        repair: What to do, for the message.
-        content: Read the whole file and compare its checksum; else its size alone.
+def check_file(folder: Path, manifest: Mapping[str, Any], name: str, repair: str) -> None:
+    """Refuse a file of an artifact that has another size than its manifest lists; one that is not listed is not checked.
 
     Raises:
         FileNotFoundError: it is gone.
-        ValueError: its size or its content is another.
+        ValueError: its size is another.
     """
     listed, path = manifest.get("files", {}).get(name), folder / name
     if listed is None:
@@ -474,10 +465,6 @@ def check_file(folder: Path, manifest: Mapping[str, Any], name: str, repair: str
         raise FileNotFoundError(f"{path} is gone, {folder / MANIFEST} lists it. {repair}")
     if (size := path.stat().st_size) != listed["bytes"]:
         raise ValueError(f"{path} is damaged: it has {size:,} bytes, expected {listed['bytes']:,}. {repair}")
-    if content and (found := file_fingerprint([path])) != listed["sha256"]:
-        raise ValueError(
-            f"{path} is damaged or another: found sha256 {found[:12]}, expected {listed['sha256'][:12]}. {repair}"
-        )
 
 
 def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:

@@ -54,16 +54,7 @@ from src.finetune import (
     make_logger,
     save_checkpoint,
 )
-from src.gradients import (
-    PROJECTION_SIGNS,
-    GradientCollector,
-    StoredPart,
-    StoreWriter,
-    collect_gradients,
-    fitting_budget,
-    open_store,
-    save_projection_signs,
-)
+from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.instruction import Columns, files_of, load_instruction
 from src.models import (
     ADAPTER_CONFIG,
@@ -108,6 +99,7 @@ from src.paths import (
 from src.processes import Processes, launch
 from src.projection import Projection, make_projection
 from src.report import TEST_LOSS, ResultsTable, columns_of, mean_over_targets, own_targets, subset_text, write_table
+from src.store import PROJECTION_SIGNS, StoredPart, StoreWriter, open_store, save_projection_signs
 from src.subsets import cluster_samples, read_subsets, read_task_weights
 
 
@@ -741,6 +733,7 @@ class GradientPasses:
             model = placed(model_at(args, folder), processes)
             datamodule = self.datamodule = self.datamodule or make_datamodule(args, self.data, model)
             self.samples["target_tokens"] = datamodule.target_tokens[self.rows]
+            self.samples["key"] = datamodule.row_keys(self.rows)
             dim = None if args.projection == "none" else args.project_dim
             projection = make_projection(args.projection, dim, args.run, shapes=model.layout.shapes)
             writer = self.open_writer(model, self.request(model, datamodule, projection, folder))
@@ -790,7 +783,7 @@ class GradientPasses:
         args = self.args
         flags = (
             "model_key", "max_length", "max_target_length", "output_function", "projection", "base_dtype", "use_qlora",
-            "representations", "row_dtype",
+            "representations",
         )  # fmt: skip
         return {
             **{name: getattr(args, name) for name in flags},
@@ -800,13 +793,11 @@ class GradientPasses:
             "lora_alpha": args.lora_alpha if args.train_lora else None,
             "checkpoint": folder.name,
             "checkpoint_fingerprint": file_fingerprint(sorted(folder.glob(WEIGHTS))),
-            "data_fingerprint": self.data.fingerprint,
             "loss_on_prompt": datamodule.loss_on_prompt,
             "dim": projection.dim,
             "seed": args.run,
             "precision": self.hardware.precision,
             "parameters": model.layout.describe(),
-            "num_rows": len(self.rows),
         }
 
     def open_writer(self, model: LanguageModel, request: dict[str, Any]) -> StoreWriter:
@@ -814,7 +805,7 @@ class GradientPasses:
         args, data, samples = self.args, self.data, self.samples
         part = self.store / request["checkpoint"]
 
-        def writer(joins: bool) -> StoreWriter:
+        def writer() -> StoreWriter:
             return StoreWriter(
                 part,
                 request,
@@ -822,16 +813,13 @@ class GradientPasses:
                 request["dim"],
                 f"Remove {part} to take the gradients again, or give meta-training a --save_name of its own, and this stage too.",
                 model.network.get_output_embeddings().weight.shape[1] if args.representations else None,
-                {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))},
-                args.row_dtype,
-                on_nonfinite=args.on_nonfinite,
-                describe=lambda index: f"sample {index} ({data.where(index)})",
-                joins=joins,
+                {"tasks": data.tasks, "targets": data.targets},
+                lambda index: f"sample {index} ({data.where(index)})",
             )
 
-        opened = writer(joins=False) if self.processes.is_first else None
+        opened = writer() if self.processes.is_first else None
         self.processes.wait()
-        opened = opened or writer(joins=True)
+        opened = opened or writer()
         self.processes.wait()
         return opened
 
@@ -846,8 +834,10 @@ class GradientPasses:
             trained = read_manifest(checkpoint, training_script(self.args))
             known = {"step": trained.get("step", -1), "loss_over": trained.get("loss_over", "token")}
             facts = {**known, "checkpoint_dir": str(checkpoint), **spent(started), "command": command_typed()}
-            names = {"tasks": list(data.tasks), "targets": list(data.targets)}
-            writer.finish({**names, **facts, "data_source": data_source(self.args)})
+            if writer.reused:
+                say(f"{writer.folder}: {writer.reused:,} of {len(self.rows):,} rows were there.")
+            data_facts = {"data_fingerprint": data.fingerprint, "data_source": data_source(self.args)}
+            writer.finish({**facts, **data_facts})
         signs = writer.folder / PROJECTION_SIGNS
         if self.args.save_projection_matrix and not signs.is_file():
             save_projection_signs(signs, projection, model.layout.shapes)

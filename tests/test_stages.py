@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from src.cli import run_stage
 from src.datamodule import TaskDataModule, tokenize_once
 from src.estimation import estimate
-from src.gradients import open_store, outputs_of
+from src.gradients import outputs_of
+from src.store import open_store
 from src.instruction import load_instruction
 from src.models import LanguageModel, load_base_model, load_checkpoint
 from src.stages import load_data, make_datamodule
