@@ -94,7 +94,8 @@ class StoreWriter:
         self.reused = len(self._first)
         self.complete = self._found(folder) == self.fingerprint
         if self.complete:
-            self._tidy()
+            if not self.partial.is_dir():  # else other rows were begun, which are kept
+                self._tidy()
             return
         sizes = {PROJECTED: (dim,), OUTPUTS: ()} | (
             {REPRESENTATIONS: (representation_size,)} if representation_size else {}
