@@ -441,6 +441,17 @@ class TaskDataModule(pl.LightningDataModule):
             return completions
         return self.row_lengths - np.maximum(1, 0 if self.loss_on_prompt else self.tokens.prompts.lengths)
 
+    def row_keys(self, indices: np.ndarray) -> np.ndarray:
+        """Hash of each row's token ids and labels, (len(indices),) of hex text."""
+        keys = []
+        for index in indices:
+            parts = self.tokens.prompts[index], self.tokens.completions[index]
+            digest = hashlib.blake2b(f"{len(parts[0])} {self.loss_on_prompt}".encode(), digest_size=16)
+            for ids in parts:
+                digest.update(np.ascontiguousarray(ids))
+            keys.append(digest.hexdigest())
+        return np.array(keys, dtype="<U32")
+
     def by_length(self, indices: np.ndarray) -> np.ndarray:
         """The sample indices, longest row first (an oversized batch fails at once); ties by index."""
         return indices[np.lexsort((indices, -self.row_lengths[indices]))]

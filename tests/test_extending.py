@@ -15,7 +15,7 @@ from torch import Tensor
 from src.data import TaskData, require_file
 from src.datamodule import Batch
 from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part, _shares, _target_means, _tensor
-from src.gradients import StoredPart, open_store
+from src.store import StoredPart, open_store
 from src.instruction import FORMATS, Record, _numbered
 from src.models import LORA_TARGETS, LanguageModel, load_checkpoint, per_sample_loss
 from src.selection import METHODS, Estimate, Method, SelectionPath, Step

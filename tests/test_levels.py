@@ -12,7 +12,7 @@ import pytest
 
 from src.estimates import Estimator, reference_estimates
 from src.estimation import estimate
-from src.gradients import open_store
+from src.store import open_store
 from src.selection import forward_selection
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources

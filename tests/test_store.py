@@ -1,0 +1,360 @@
+"""The store: rows are taken over by their content, a part is whole or absent, and nothing half-written is taken."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src import store
+from src.data import Example, TaskData
+from src.datamodule import TaskDataModule
+from src.estimation import task_moments, token_weights
+from src.gradients import GradientCollector, collect_gradients
+from src.models import LanguageModel
+from src.paths import MANIFEST
+from src.projection import make_projection
+from src.store import StoredPart, StoreWriter, open_store
+from tests.test_models import adapted
+
+DIM = 4
+FACTS = {"step": 1, "output_function": "loss"}
+
+
+def writer(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), **request: object) -> StoreWriter:
+    """Of rows with such keys, every third a target's, numbered with gaps."""
+    ids, validation = np.arange(len(keys)) % len(tasks), np.arange(len(keys)) % 3 == 2
+    samples = {
+        "sample_index": 2 * np.arange(len(keys)),
+        "key": np.array(keys, "<U32"),
+        "task": np.where(validation, -1, ids),
+        "target": np.where(validation, ids, -1),
+        "target_tokens": 1 + np.arange(len(keys)) % 5,
+    }
+    names = {"tasks": tasks, "targets": tasks}
+    return StoreWriter(folder, {"model_key": "m", "dim": DIM, **request}, samples, DIM, "Take them again.", 3, names)
+
+
+def values_of(keys: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """What is computed for rows with such keys: rows, outputs, representations."""
+    numbers = np.array([float(key) for key in keys])
+    return np.outer(numbers, np.arange(1, DIM + 1)), -numbers, np.outer(numbers, np.ones(3))
+
+
+def compute(of: StoreWriter, indices: np.ndarray) -> int:
+    """Rows of these samples, two at a time; their number."""
+    for pair in np.array_split(indices, -(-len(indices) // 2) or 1):
+        of.write(pair, *values_of(of.samples["key"][np.searchsorted(of.samples["sample_index"], pair)]))
+    return len(indices)
+
+
+def run(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), shards: int = 0) -> int:
+    """A whole run; how many rows it computed."""
+    of = writer(folder, keys, tasks)
+    if of.complete:
+        return 0
+    of.absorb()
+    computed = 0
+    for rank in range(shards):
+        if len(own := of.missing()[rank::shards]):
+            shard = of.shard(rank, own)
+            computed += compute(shard, own)
+            shard.flush()
+    of.absorb()
+    computed += compute(of, of.missing())
+    of.finish(FACTS)
+    return computed
+
+
+def check(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), alone: bool = True) -> None:
+    """The part is what one run from nothing makes, and nothing is beside it, but for a part of other rows."""
+    (part,) = open_store(folder.parent, None, "")
+    for found, expected in zip((part.rows, part.outputs, part.representations), values_of(keys), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert part.samples["key"].tolist() == list(keys) and part.manifest["tasks"] == part.targets == list(tasks)
+    weights, curvatures = token_weights(part.samples["target_tokens"], part.samples["task"] >= 0)
+    moments = part.estimation_part()
+    for kind, found in (("task", moments.train), ("target", moments.target)):
+        groups = part.samples[kind]
+        expected = task_moments(part.rows, part.outputs, groups, len(tasks), weights=weights, curvatures=curvatures)
+        for name, value in vars(expected).items():
+            np.testing.assert_array_equal(getattr(found, name), value)
+    assert not alone or [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert {path.suffix for path in folder.iterdir()} == {".npy", ".npz", ".json"} and not (
+        folder / "done.npy"
+    ).exists()
+
+
+def text(numbers: Sequence[int]) -> list[str]:
+    return [f"{number:032d}" for number in numbers]
+
+
+OLD = text([1, 2, 3, 4, 5, 3, 7, 8])
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+@pytest.mark.parametrize(
+    ("keys", "tasks", "computed"),
+    [
+        (text([1, 2, 3, 4, 5, 3, 7, 8, 20, 21, 20]), ("a", "b"), 2),  # added, one of them twice
+        (text([9, 1, 2, 3, 4, 5, 3, 7, 8]), ("a", "b"), 1),  # in front: all others have other indices
+        (text([1, 2, 3, 7, 8]), ("a", "b"), 0),  # dropped
+        (text([1, 2, 3, 4, 6, 3, 7, 8]), ("a", "b"), 1),  # corrected
+        (OLD, ("a", "renamed"), 0),
+        (OLD[::-1], ("a", "b"), 0),
+        (OLD, ("a", "b", "c"), 0),  # other tasks
+        (text([30, 31, 32, 33]), ("a", "b"), 4),  # nothing in common
+    ],
+)
+def test_rows_are_taken_over_by_their_content(
+    keys: list, tasks: tuple, computed: int, shards: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "store" / "step_step=1"
+    assert run(folder, OLD, shards=shards) == 7  # one is there twice
+    check(folder, OLD)
+    (folder / "projection_signs.npz").write_bytes(b"signs")
+    begun = writer(folder, keys, tasks)
+    assert begun.reused == sum(key in OLD for key in keys) and len(begun.missing()) == computed
+    check_old, _ = open_store(folder.parent, None, ""), begun.flush()
+    assert check_old[0].samples["key"].tolist() == OLD  # whole until the other is
+    assert run(folder, keys, tasks, shards) == computed
+    check(folder, keys, tasks)
+    assert (folder / "projection_signs.npz").read_bytes() == b"signs"
+    assert run(folder, keys, tasks) == 0 and writer(folder, keys, tasks).complete
+
+
+def test_what_was_not_forced_to_disk_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushed rows are resumed; others, and those whose flush failed, are computed again. A part that lacks any is refused."""
+    folder = tmp_path / "store" / "step_step=1"
+    first = writer(folder, OLD)
+    compute(first, first.missing()[:2])
+    first.flush()
+    compute(first, first.missing()[:2])
+    assert len(first.missing()) == 3 and writer(folder, OLD).missing().tolist() == [4, 6, 8, 12, 14]
+    monkeypatch.setattr(np.memmap, "flush", lambda array: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+    with pytest.raises(OSError):
+        first.flush()
+    monkeypatch.undo()
+    resumed = writer(folder, OLD)
+    assert resumed.missing().tolist() == [4, 6, 8, 12, 14] and resumed.reused == 0
+    batches = [np.array([0, 2]), np.array([2, 4])]
+    assert [batch.tolist() for batch in resumed.unfinished(batches)] == [[2, 4]]  # as a whole
+    with pytest.raises(ValueError, match="5 of 8 rows are missing"):
+        resumed.finish(FACTS)
+    with pytest.raises(FileNotFoundError, match="no projected gradients"):
+        open_store(folder.parent, None, "stage2.py")
+    monkeypatch.setattr(store, "FLUSH_SECONDS", 0)
+    compute(resumed, resumed.missing()[:2])
+    assert len(writer(folder, OLD).missing()) == 3  # flushed as time goes by
+    assert run(folder, OLD) == 3
+    check(folder, OLD)
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk: no process really ends."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(np.memmap, "flush", lambda array: None)
+
+
+def killed(action: Callable[[], object], at: int) -> bool:
+    """Do it, and stop before its change number `at` of the file system; whether it was stopped."""
+    changes = 0
+
+    def counted(original: Callable) -> Callable:
+        def change(*arguments: object, **options: object) -> object:
+            nonlocal changes
+            changes += 1
+            if changes == at:
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        return change
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (os, "replace"),
+            (shutil, "rmtree"),
+            (Path, "unlink"),
+            (Path, "mkdir"),
+            (np.memmap, "flush"),
+        ):
+            patch.setattr(module, name, counted(getattr(module, name)))
+        try:
+            action()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("shards", "back"), [(0, False), (0, True), (2, False)])
+@pytest.mark.usefixtures("no_sync")
+def test_killed_before_each_change_of_a_folder(shards: int, back: bool, tmp_path: Path) -> None:
+    """While a part is replaced by one of other rows: the next run, of either rows, gets there and computes no more."""
+    new = text([9, 1, 2, 3, 20, 21])
+    for at in range(1, 1000):
+        folder = tmp_path / str(at) / "step_step=1"
+        run(folder, OLD)
+        if not killed(lambda: run(folder, new, shards=shards), at):  # noqa: B023
+            break
+        if back:
+            assert run(folder, OLD) <= 4
+            check(folder, OLD, alone=False)
+        assert run(folder, new, shards=shards) <= 3
+        check(folder, new)
+    assert at > 10
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_killed_again_and_again_while_data_change(tmp_path: Path) -> None:
+    rng, folder = random.Random(0), tmp_path / "store" / "step_step=1"
+    for _ in range(40):
+        keys = text([rng.randrange(12) for _ in range(rng.randrange(4, 12))])
+        for _ in range(rng.randrange(3)):
+            killed(lambda: run(folder, keys, shards=rng.randrange(3)), rng.randrange(1, 40))  # noqa: B023
+        run(folder, keys, shards=rng.randrange(3))
+        check(folder, keys, alone=False)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_request_is_refused(finished: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "store" / "step_step=1"
+    run(folder, OLD) if finished else writer(folder, OLD)
+    with pytest.raises(ValueError, match=r"model_key: found m, expected other\. Take them again"):
+        writer(folder, OLD, model_key="other")
+
+
+def test_value_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
+    of = writer(tmp_path / "x", OLD)
+    rows, outputs, representations = values_of(OLD[:2])
+    rows[1, 2] = np.inf
+    with pytest.raises(ValueError, match="sample 2: its gradient is not finite at x"):
+        of.write(np.array([0, 2]), rows, outputs, representations)
+    assert 0 in of.missing() and 2 in of.missing()
+
+
+def test_room_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="the rows need 256 bytes") as caught:
+        writer(tmp_path / "store" / "x", OLD)
+    assert caught.value.errno == errno.ENOSPC and not list((tmp_path / "store").iterdir())
+    monkeypatch.undo()
+    path = writer(tmp_path / "store" / "x", text(range(9000))).partial / "projected.npy"
+    assert path.stat().st_blocks * 512 >= path.stat().st_size  # no holes
+
+
+def test_parts_of_other_rows_or_with_damaged_files_are_refused(tmp_path: Path) -> None:
+    for step, keys in ((1, OLD), (2, OLD[::-1])):
+        run(tmp_path / f"step_step={step}", keys)
+    with pytest.raises(ValueError, match="rows_fingerprint: found"):
+        open_store(tmp_path, None, "")
+    assert len(open_store(tmp_path, ["step_step=1.ckpt"], "")) == 1
+    for name in ("projected.npy", "outputs.npy", "samples.npz", MANIFEST):
+        folder = shutil.copytree(tmp_path / "step_step=1", tmp_path / "damaged" / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:-8])
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            open_store(folder.parent, [name], "")
+        (folder / name).unlink()
+        with pytest.raises(FileNotFoundError):
+            open_store(folder.parent, [name], "")
+
+
+def test_moments_of_other_rows_or_groups_are_made_anew(tmp_path: Path) -> None:
+    run(tmp_path / "step_step=1", OLD), run(tmp_path / "other" / "x", OLD[::-1])
+    (part,) = open_store(tmp_path, ["step_step=1"], "")
+    expected, path = part.estimation_part(), part.folder / "moments_tasks.npz"
+    damaged = path.read_bytes()[:100]
+    for spoil in (
+        lambda: shutil.copy(tmp_path / "other" / "x" / path.name, path),
+        lambda: path.write_bytes(damaged),
+        lambda: part.estimation_part(np.zeros(len(OLD), int), 1),  # under the same name
+    ):
+        spoil()
+        for name, values in vars(part.estimation_part().train).items():
+            np.testing.assert_array_equal(values, getattr(expected.train, name))
+
+
+# --- with a model ------------------------------------------------------------------------------------------------
+
+
+def sources(**rows: int) -> dict[str, list[tuple[str, str]]]:
+    return {name: [(f"{name} {'x' * (i % 5)}{i}", f"y{i}") for i in range(count)] for name, count in rows.items()}
+
+
+def collect(
+    folder: Path, model: LanguageModel, rows: dict[str, list[tuple[str, str]]], killed_after: int = 0
+) -> StoreWriter:
+    """The gradients of these sources; with KeyboardInterrupt after so many batches."""
+    pairs = [(task, *pair) for task, of_task in rows.items() for pair in of_task]
+    splits = ["validation" if i % 4 == 3 else "train" for i in range(len(pairs))]
+    data = TaskData(
+        tuple(
+            Example(i, task, split, *pair) for i, ((task, *pair), split) in enumerate(zip(pairs, splits, strict=True))
+        )
+    )
+    datamodule, indices = (
+        TaskDataModule(data, model.tokenizer, model.kind, max_tokens_per_batch=40),
+        np.arange(len(data)),
+    )
+    samples = {"task": data.task_of_sample, "target": data.target_of_sample, "target_tokens": datamodule.target_tokens}
+    samples |= {"sample_index": indices, "key": datamodule.row_keys(indices)}
+    of = StoreWriter(folder, {"dim": 16}, samples, 16, "", names={"tasks": data.tasks, "targets": data.targets})
+    if of.complete:
+        return of
+    original, written = of.write, []
+
+    def write(*values: np.ndarray) -> None:
+        original(*values)
+        written.append(1)
+        if len(written) == killed_after:
+            raise KeyboardInterrupt
+
+    of.write = write
+    collect_gradients(model, datamodule, make_projection("sketch", 16, 0), of, output_function="loss")
+    of.finish(FACTS)
+    return of
+
+
+@pytest.mark.parametrize("state", ["finished", "killed"])
+@pytest.mark.parametrize("change", ["added", "dropped", "corrected", "renamed", "none"])
+def test_a_store_of_changed_data_is_one_from_nothing(
+    change: str, state: str, model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within rounding, as batches differ; bit for bit where data did not change and a run was killed."""
+    monkeypatch.setattr(store, "FLUSH_SECONDS", 0)
+    model, rows = adapted(model_folders["llama"]), sources(a=9, b=8)
+    if state == "finished":
+        collect(tmp_path / "x", model, rows)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            collect(tmp_path / "x", model, rows, killed_after=3)
+    changed = {"added": rows | sources(c=6), "dropped": {"b": rows["b"]}, "renamed": {"z": rows["a"], "b": rows["b"]}}
+    changed |= {"corrected": {**rows, "a": [*rows["a"][:3], ("a 3", "better"), *rows["a"][4:]]}, "none": rows}
+    taken: list[int] = []
+    original = GradientCollector.__call__
+    monkeypatch.setattr(
+        GradientCollector,
+        "__call__",
+        lambda self, batch: taken.extend(batch["sample_index"].tolist()) or original(self, batch),
+    )
+    of = collect(tmp_path / "x", model, changed[change])
+    count = len(of.samples["key"])
+    if state == "finished":
+        assert len(taken) == {"added": 6, "corrected": 1}.get(change, 0) == count - of.reused
+    else:
+        assert 0 < len(taken) < count and len(set(taken)) == len(taken)
+    collect(tmp_path / "new", model, changed[change])
+    found, expected = (StoredPart(tmp_path / name, {"files": {}}) for name in ("x", "new"))
+    np.testing.assert_allclose(found.rows, expected.rows, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.outputs, expected.outputs, rtol=1e-5)
+    if change == "none":
+        np.testing.assert_array_equal(found.rows, expected.rows)
