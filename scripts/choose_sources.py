@@ -32,6 +32,7 @@ from src import cli
 from src.accuracy import linear_datamodeling_score
 from src.answer import Answer, best_fine_tuned
 from src.estimation import DEFAULT_RHO, ESTIMATORS
+from src.figures import ORANGE, plt, save_figure, scatter
 from src.paths import (
     ESTIMATES_FIGURE,
     ESTIMATES_FILE,
@@ -47,22 +48,21 @@ from src.paths import (
     slug,
     subset_file,
     tasks_label,
+    write_json,
 )
-from src.report import (
+from src.subsets import read_subsets, tasks_in_subset, write_subsets
+from src.tables import (
     ESTIMATE,
     TEST_ACCURACY,
     TEST_LOSS,
     VALIDATION_LOSS,
     columns_of,
-    estimates_figure,
     mean_over_targets,
     own_targets,
     parse_subset,
     read_table,
     subset_text,
-    write_summary,
 )
-from src.subsets import read_subsets, tasks_in_subset, write_subsets
 
 FEWEST_HALVES = 3
 """Random halves that a rank correlation needs."""
@@ -191,7 +191,7 @@ class Pipeline:
         answer = self.answer(tasks, subsets)
         summary = {"seconds": seconds, "spearman": spearman, "selected_tasks": list(selected),
                    "answer": {"tasks": list(answer.subset), "lines": answer.lines}}  # fmt: skip
-        write_summary(folder / SUMMARY_FILE, {**measured, **summary})
+        write_json(folder / SUMMARY_FILE, {**measured, **summary})
         print(
             f"\n{'trained on':<28}{'tasks':>6}"
             + "".join(f"{metric.replace('_', ' '):>15}" for metric in metrics)
@@ -220,11 +220,15 @@ class Pipeline:
         steps = read_table(folder / SELECTION_FILE)
         estimate = float(steps.loc[steps["subset"] == selected, "estimate"].iloc[0])
         value = float(mean_over_targets(truth.loc[[selected]], VALIDATION_LOSS, targets)[0])
-        estimates_figure(
-            estimated, fine_tuned, folder / ESTIMATES_FIGURE, target=", ".join(targets),
-            selected={"forward selection": (estimate, value)},
-        )  # fmt: skip
-        return linear_datamodeling_score(estimated, fine_tuned)
+        spearman = linear_datamodeling_score(estimated, fine_tuned)
+        figure, axes = plt.subplots(figsize=(5.6, 4.4))
+        scatter(axes, estimated, fine_tuned, ranks_only=False, label=f"random subset (Spearman {spearman:.2f})")
+        style = {"color": ORANGE, "marker": "*", "s": 110, "edgecolor": "black", "linewidth": 0.6}
+        axes.scatter(estimate, value, label="forward selection", **style)
+        axes.set_title(f"Validation loss of {', '.join(targets)}, {len(halves)} random subsets")
+        axes.legend(fontsize=8)
+        save_figure(figure, folder / ESTIMATES_FIGURE)
+        return spearman
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

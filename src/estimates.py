@@ -44,6 +44,7 @@ from src.estimation import (
     solver_of,
     zero_order_error,
 )
+from src.figures import affinity_figure, approximation_figure, comparison_figure, scores_figure, selection_figure
 from src.finetune import (
     TrainingPlan,
     evaluate,
@@ -85,31 +86,6 @@ from src.paths import (
     write_manifest,
 )
 from src.projection import make_projection
-from src.report import (
-    CALIBRATED,
-    ESTIMATE,
-    HIGH,
-    LOW,
-    RANKING_ONLY,
-    SCORE,
-    VALIDATION_LOSS,
-    affinity_figure,
-    approximation_figure,
-    columns_of,
-    comparison_figure,
-    estimate_prefix,
-    fine_tuned_values,
-    lower_is_better,
-    mean_over_targets,
-    names_of,
-    own_targets,
-    parse_subset,
-    read_table,
-    scores_figure,
-    selection_figure,
-    subset_text,
-    write_table,
-)
 from src.selection import METHODS, SelectionPath, random_ensemble_scores, ranking_convergence, select_by_score
 from src.stages import (
     base_fingerprint,
@@ -132,6 +108,26 @@ from src.subsets import (
     tasks_in_subset,
     write_subsets,
     write_task_weights,
+)
+from src.tables import (
+    CALIBRATED,
+    ESTIMATE,
+    HIGH,
+    LOW,
+    RANKING_ONLY,
+    SCORE,
+    VALIDATION_LOSS,
+    columns_of,
+    estimate_prefix,
+    fine_tuned_values,
+    lower_is_better,
+    mean_over_targets,
+    names_of,
+    own_targets,
+    parse_subset,
+    read_table,
+    subset_text,
+    write_table,
 )
 
 
@@ -850,7 +846,7 @@ def random_ensemble(args: argparse.Namespace) -> tuple[int, ...]:
     write_result(folder / SCORES_FILE, table.sort_values("score"), started, targets=targets)
     settling = ranking_convergence(membership, values)
     scores_figure(
-        scores, errors, selected, tasks, settling, folder / SCORES_FIGURE,
+        table, settling, folder / SCORES_FIGURE,
         target=shorten(", ".join(targets), 40), ranks_only=manifest.get("ranks_only", False),
     )  # fmt: skip
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}", tasks=tasks)

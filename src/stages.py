@@ -107,8 +107,8 @@ from src.paths import (
 )
 from src.processes import Processes, launch
 from src.projection import Projection, make_projection
-from src.report import TEST_LOSS, ResultsTable, columns_of, mean_over_targets, own_targets, subset_text, write_table
 from src.subsets import cluster_samples, read_subsets, read_task_weights
+from src.tables import TEST_LOSS, ResultsTable, columns_of, mean_over_targets, own_targets, subset_text, write_table
 
 
 def lora_shape(args: argparse.Namespace) -> LoraShape | None:
