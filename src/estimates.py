@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from src import tables
 from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
 from src.calibration import CALIBRATION_RHOS, calibrate, fit_calibration
 from src.cli import (
@@ -82,7 +83,6 @@ from src.paths import (
     shorten,
     subset_file,
     weights_file,
-    write_json,
     write_manifest,
 )
 from src.projection import make_projection
@@ -528,8 +528,7 @@ def compare(args: argparse.Namespace) -> pd.DataFrame:
 
 def write_result(path: Path, frame: pd.DataFrame, started: float, **facts: Any) -> None:
     """Write a table, and beside it as `<stem>.json` what was typed, how long it took and what else is worth knowing."""
-    write_table(path, frame)
-    write_json(path.with_suffix(".json"), {**facts, **spent(started), "command": command_typed()})
+    tables.write_result(path, frame, **facts, **spent(started), command=command_typed())
 
 
 class ModelAtPart:

@@ -64,6 +64,12 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(temporary, index=False, na_rep="nan")
 
 
+def write_result(path: Path, frame: pd.DataFrame, **facts: Any) -> None:
+    """Write a table, and beside it as `<stem>.json` what is worth knowing about it."""
+    write_table(path, frame)
+    write_json(path.with_suffix(".json"), facts)
+
+
 def read_table(path: Path, of_subsets: bool = False) -> pd.DataFrame:
     """Read a table; the column `subset` stays text.
 
