@@ -25,8 +25,9 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from src import cli
+from src.figures import BLUE, ORANGE, plt, save_figure
 from src.paths import DATA, SCORES_FILE, results_dir
-from src.report import histogram_figure, read_table
+from src.tables import read_table
 
 NAME = "noisy_addition"
 CLEAN, NOISY = "clean", "noisy"
@@ -110,9 +111,14 @@ def main(args: argparse.Namespace) -> None:
     scores = table["score"].to_numpy(float)
     auc = float(roc_auc_score(is_noisy, scores))
     figure = results_dir(NAME) / f"{NAME}.png"
-    histogram_figure(
-        {"right sum": scores[~is_noisy], "random sum": scores[is_noisy]}, f"Noisy addition, AUC {auc:.3f}", figure
-    )
+    drawn, axes = plt.subplots(figsize=(5.6, 4.0))
+    edges = np.histogram_bin_edges(scores, bins=40)
+    for label, chosen, color in (("right sum", ~is_noisy, BLUE), ("random sum", is_noisy, ORANGE)):
+        axes.hist(scores[chosen], bins=edges, color=color, alpha=0.6, label=f"{label} ({chosen.sum()})")
+    axes.set(xlabel="mean estimated loss of the subsets with the sample (nats per token)", ylabel="samples")
+    axes.set_title(f"Noisy addition, AUC {auc:.3f}")
+    axes.legend()
+    save_figure(drawn, figure)
     print(f"\nAUC of the scores, noisy against clean: {auc:.3f}\nWrote {figure}.")
 
 

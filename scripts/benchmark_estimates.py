@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,17 +33,10 @@ import torch
 from src import cli
 from src.accuracy import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
 from src.estimation import ESTIMATORS, Part, estimate
+from src.figures import BLUE, GREEN, GREY, ORANGE, plt, save_figure
 from src.paths import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
-from src.report import (
-    VALIDATION_LOSS,
-    benchmark_figure,
-    fine_tuned_values,
-    own_targets,
-    read_table,
-    subset_text,
-    write_table,
-)
 from src.subsets import load_or_draw_subsets, membership_matrix
+from src.tables import VALIDATION_LOSS, fine_tuned_values, own_targets, read_table, subset_text, write_table
 
 ATTAINABLE = ("attainable", "attainable_low", "attainable_high")
 worlds = cli.load_script("scripts/worlds.py")
@@ -108,6 +102,30 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
                 "lds": judged.loc[kind, INCLUSION]["lds"], **own[list(ATTAINABLE)],
             }  # fmt: skip
     return pd.DataFrame(list(records.values()))
+
+
+def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
+    """The score of every estimator in every world, beside the attainable maximum with its interval."""
+    worlds, estimators = (table[column].drop_duplicates().tolist() for column in ("world", "estimator"))
+    figure, axes = plt.subplots(figsize=(8.4, 1.2 + 0.62 * len(worlds)))
+    colors = (ORANGE, BLUE, GREEN, GREY, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    positions = np.arange(len(worlds))
+    for index, estimator in enumerate(estimators):
+        scores = table[table["estimator"] == estimator].set_index("world")["lds"].reindex(worlds).astype(float)
+        if scores.isna().all():  # a constant has no ranking
+            continue
+        style = {"marker": "osD^vP*X<>"[index % 10], "color": colors[index % len(colors)], "s": 46, "alpha": 0.85}
+        axes.scatter(scores, positions, label=estimator, zorder=2 + len(estimators) - index, **style)
+    best, low, high = (table.groupby("world")[name].first().reindex(worlds).astype(float) for name in ATTAINABLE)
+    axes.hlines(positions, low, high, color="black", alpha=0.4)
+    axes.scatter(best, positions, marker="|", s=160, color="black", label="attainable maximum, 90 %")
+    axes.set_yticks(positions, worlds, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.02)
+    axes.set_xlabel("linear datamodeling score (Spearman over random half-size subsets)")
+    axes.set_title("Estimators against really fine-tuned values")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save_figure(figure, path)
 
 
 def estimation_seconds(num_tasks: int = 100, num_subsets: int = 1000, num_parts: int = 3) -> float:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ import pandas as pd
 from src import cli
 from src.estimates import Estimator
 from src.estimation import Part, estimate, mixture_weights
+from src.figures import BLUE, GREY, ORANGE, plt, save_figure
 from src.paths import (
     BENCHMARK_FIGURE,
     BENCHMARK_SELECTION,
@@ -38,21 +40,14 @@ from src.paths import (
     subset_file,
     weights_file,
 )
-from src.report import (
-    TEST_LOSS,
-    VALIDATION_LOSS,
-    mean_over_targets,
-    read_table,
-    regret_figure,
-    subset_text,
-    write_table,
-)
 from src.selection import forward_selection, random_ensemble_scores, select_by_score
 from src.subsets import draw_subsets, membership_matrix, write_subsets, write_task_weights
+from src.tables import TEST_LOSS, VALIDATION_LOSS, mean_over_targets, read_table, subset_text, write_table
 
 worlds = cli.load_script("scripts/worlds.py")
 
 Subset = tuple[int, ...]
+OURS = ("forward selection", "forward selection, refined", "backward elimination", "random ensemble", "mixture weights")
 NUM_ENSEMBLE_SUBSETS, NUM_RANDOM, NUM_REFINED = 1000, 3, 5
 
 
@@ -234,6 +229,25 @@ class Selecting:
         best = losses.get("oracle", losses.min())
         table.insert(4, "regret", (table["test_loss"] - best) / (losses["all tasks"] - best))
         return table
+
+
+def regret_figure(table: pd.DataFrame, path: Path) -> None:
+    """What each method's selection costs in test loss, 0 the oracle's and 1 that of all tasks, by world."""
+    worlds, methods = (table[column].drop_duplicates().tolist() for column in ("world", "method"))
+    regrets = table.pivot(index="method", columns="world", values="regret").loc[methods, worlds]
+    figure, axes = plt.subplots(figsize=(8.4, 1.2 + 0.32 * len(methods)))
+    positions = np.arange(len(methods))
+    axes.barh(positions, regrets.mean(axis=1), color=[BLUE if m in OURS else GREY for m in methods], alpha=0.55)
+    for marker, world in zip("osD^vP*X", worlds, strict=False):
+        axes.scatter(regrets[world], positions, marker=marker, s=26, color="black", label=world, zorder=2)
+    axes.axvline(0, color=ORANGE, linewidth=1.2)
+    axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_yticks(positions, methods, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("regret in test loss: 0 = oracle (orange line), 1 = all tasks (dashed)")
+    axes.set_title("What a method's selection costs; bars are means over worlds")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save_figure(figure, path)
 
 
 def search_seconds(num_tasks: int, steps: int, try_at_most: int | None, num_parts: int = 3) -> dict[str, Any]:

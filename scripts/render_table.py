@@ -31,19 +31,18 @@ from src.paths import (
     results_dir,
     subset_file,
 )
-from src.report import (
+from src.subsets import read_subsets
+from src.tables import (
     ESTIMATE,
     TEST_ACCURACY,
     TEST_LOSS,
     columns_of,
-    markdown_table,
     mean_over_targets,
     own_targets,
     read_table,
     subset_text,
     write_table,
 )
-from src.subsets import read_subsets
 
 PUBLISHED = {
     "approximation_error": "Published: relative squared error of margins below 1 % (arXiv:2409.19458); here of losses.",
@@ -142,7 +141,11 @@ def main(args: argparse.Namespace) -> None:
     """Read, put together, write, show."""
     folder = results_dir(f"tables/{args.name}")
     table = TABLES[args.name]({name: folder / name for name in args.results})
-    text = "\n\n".join([markdown_table(table), *([PUBLISHED[args.name]] if args.name in PUBLISHED else [])])
+    lines = [[str(name) for name in table.columns], ["---"] * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
+    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = "\n\n".join([markdown, *([PUBLISHED[args.name]] if args.name in PUBLISHED else [])])
     write_table(folder / TABLE_CSV, table)
     with atomic_write(folder / TABLE_MARKDOWN) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ from src.paths import (
     atomic_write,
     read_manifest,
 )
-from src.report import (
+from src.tables import (
     TEST_ACCURACY,
     TEST_LOSS,
     columns_of,

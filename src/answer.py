@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from src.paths import RESULTS_FILE, losses_file
-from src.report import (
+from src.tables import (
     VALIDATION_LOSS,
     columns_of,
     mean_over_targets,

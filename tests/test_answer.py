@@ -12,7 +12,7 @@ from scipy.stats import ttest_rel
 
 from src.answer import best_fine_tuned
 from src.paths import losses_file
-from src.report import parse_subset
+from src.tables import parse_subset
 
 TASKS = ["law", "medicine", "poetry"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.report import ResultsTable, read_table
+from src.tables import ResultsTable, read_table
 
 GOOD = "subset,run,validation_loss/goal,seconds\n0 1,0,0.5,3\n,0,0.75,1\n"
 

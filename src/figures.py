@@ -1,0 +1,159 @@
+"""The figures of the stages, as PNG files: m subsets, n tasks, k targets; `ranks_only`: the estimates are no losses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from src.accuracy import AVERAGE, MEAN, linear_datamodeling_score
+from src.paths import atomic_write, shorten
+from src.tables import ESTIMATE, RANKING_ONLY, SCORE
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib import font_manager, ticker
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"  # Okabe-Ito: safe for colour-blind readers
+LABELS = {True: f"{RANKING_ONLY}, lower is better", False: "estimated loss (nats per token)"}  # of axes, by ranks_only
+plt.rc("figure", **{"dpi": 150, "constrained_layout.use": True})
+plt.rc("axes", **{"spines.top": False, "spines.right": False, "grid": True})
+plt.rc("grid", alpha=0.25)
+# names of tasks may be in any script; of these fonts those count that are installed
+FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Emoji"} & set(font_manager.get_font_names())
+plt.rc("font", family=["DejaVu Sans", *sorted(FONTS)])
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a PNG atomically and free the figure."""
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that no font here has: boxes
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+def scatter(axes: plt.Axes, estimates: np.ndarray, values: np.ndarray, ranks_only: bool, label: str = "") -> None:
+    """Estimates (m,) against fine-tuned losses (m,)."""
+    axes.scatter(estimates, values, color=BLUE, s=28, label=label)
+    axes.set(xlabel=LABELS[ranks_only], ylabel="loss after fine-tuning (nats per token)")
+
+
+def comparison_figure(
+    estimates: np.ndarray, fine_tuned: np.ndarray, table: pd.DataFrame, predictor: str, path: Path, *, ranks_only: bool
+) -> None:
+    """Estimates (m, k) of a `predictor` against fine-tuned values (m, k), means over targets; of several targets also the
+    score of each, with its interval and the attainable maximum, from the `table` of `accuracy.comparison`."""
+    rows = table[(table["predictor"] == predictor) & ~table["target"].isin([AVERAGE, MEAN])].sort_values("lds")
+    means, is_one = (estimates.mean(axis=1), fine_tuned.mean(axis=1)), len(rows) == 1
+    size = (5.6, 4.4) if is_one else (10.5, max(4.4, 0.19 * len(rows)))
+    figure, panels = plt.subplots(1, 2 - is_one, figsize=size, squeeze=False)
+    scatter(panels[0, 0], *means, ranks_only)
+    what = shorten(rows["target"].iloc[0], 40) if is_one else f"Mean over {len(rows)} targets"
+    panels[0, 0].set_title(f"{what}: Spearman {linear_datamodeling_score(*means):.2f} over {len(estimates)} subsets")
+    for axes in panels[0, 1:]:
+        positions, style = np.arange(len(rows)), {"fmt": "o", "color": BLUE, "ecolor": GREY, "markersize": 4}
+        interval = np.abs(rows[["lds_low", "lds_high"]].to_numpy(float).T - rows["lds"].to_numpy(float))
+        axes.errorbar(rows["lds"], positions, xerr=interval, label="score, 90 % bootstrap interval", **style)
+        if rows["attainable"].notna().any():
+            axes.hlines(positions, rows["attainable_low"], rows["attainable_high"], color=ORANGE, alpha=0.5)
+            style = {"marker": "|", "color": ORANGE, "s": 60, "label": "attainable maximum, 90 %"}
+            axes.scatter(rows["attainable"], positions, **style)
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set_yticks(positions, _names(rows["target"]), fontsize=7)
+        lowest = float(np.nanmin([rows["lds_low"].min(), rows["attainable_low"].min(), 0.0]))
+        axes.set(xlabel="linear datamodeling score (Spearman over subsets)", xlim=(lowest - 0.05, 1.05))
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
+    save_figure(figure, path)
+
+
+def _names(names: Iterable[str]) -> list[str]:
+    return [shorten(" ".join(str(name).split()), 36) for name in names]
+
+
+def selection_figure(
+    steps: pd.DataFrame, names: Sequence[str], path: Path, *, title: str, references: dict[str, float], ranks_only: bool
+) -> None:
+    """The estimate along a search, and lines at the estimates `references`. Columns of `steps`: `step`, `task` (an index of
+    `names`), `estimate` (with `ranks_only` `score`), `selected`."""
+    figure, axes = plt.subplots(figsize=(max(5.6, 0.3 * len(steps) + 1.5), 4.8))
+    value, taken, passed = SCORE if ranks_only else ESTIMATE, steps[steps["selected"]], steps[~steps["selected"]]
+    axes.plot(steps["step"], steps[value], color=GREY, zorder=1)
+    axes.scatter(taken["step"], taken[value], color=ORANGE, zorder=2, label="selected")
+    if len(passed):
+        label = "tried, no improvement"
+        axes.scatter(passed["step"], passed[value], color=GREY, marker="X", s=44, zorder=2, label=label)
+    axes.set_xticks(steps["step"], _names(names[task] for task in steps["task"]), rotation=60, ha="right", fontsize=8)
+    for (label, level), style in zip(references.items(), ("--", ":"), strict=False):
+        axes.axhline(level, color=BLUE, linestyle=style, linewidth=1, label=label)
+    axes.set(xlabel="task of each step", ylabel=LABELS[ranks_only], title=title)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def affinity_figure(
+    affinity: np.ndarray, tasks: Sequence[str], targets: Sequence[str], path: Path, *, ranks_only: bool
+) -> None:
+    """How much each task alone lowers each target's loss, (n, k), as a heat map around zero."""
+    figure, axes = plt.subplots(figsize=(max(5.0, 0.28 * len(targets) + 3.2), max(3.6, 0.2 * len(tasks) + 1.4)))
+    limit = float(np.abs(affinity).max()) or 1.0
+    image = axes.imshow(affinity, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(targets)), _names(targets), rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(tasks)), _names(tasks), fontsize=7)
+    axes.grid(visible=False)
+    axes.set(xlabel="target", ylabel="task trained on")
+    axes.set_title("What each task alone does", fontsize=10)
+    label = f"fall of the {RANKING_ONLY}" if ranks_only else "estimated fall of the loss (nats per token)"
+    figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    save_figure(figure, path)
+
+
+def scores_figure(
+    table: pd.DataFrame, convergence: tuple[np.ndarray, np.ndarray], path: Path, *, target: str, ranks_only: bool
+) -> None:
+    """Sorted scores of the random ensemble, the selected marked, and the `selection.ranking_convergence`. Columns of `table`:
+    `name`, `score`, `standard_error`, `selected`."""
+    table, positions = table.sort_values("score"), np.arange(len(table))
+    scores, errors, is_selected = (table[name].to_numpy() for name in ("score", "standard_error", "selected"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, max(3.8, 0.2 * len(table))), width_ratios=(1.5, 1))
+    left.errorbar(scores, positions, xerr=errors, fmt="none", ecolor=GREY, zorder=1, label="standard error")
+    for chosen, color, marker, label in ((is_selected, ORANGE, "o", "selected"), (~is_selected, GREY, "X", "left out")):
+        left.scatter(scores[chosen], positions[chosen], c=color, marker=marker, s=30, zorder=2, label=label)
+    left.set_yticks(positions, _names(table["name"]), fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel(f"mean over the subsets with the task: {LABELS[ranks_only]}", fontsize=9)
+    left.set_title(f"Random-ensemble scores for {target}")
+    left.legend(fontsize=8)
+    sizes, correlations = convergence
+    ticks = sizes[:: max(1, len(sizes) // 5)]
+    right.plot(sizes, correlations, color=BLUE, marker="o", markersize=4)
+    right.set(
+        xscale="log",
+        xlabel="number of subsets",
+        ylabel="Spearman with the final ranking",
+        title="How soon the ranking settles",
+    )
+    right.xaxis.set_minor_locator(ticker.NullLocator())
+    right.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    save_figure(figure, path)
+
+
+def approximation_figure(frame: pd.DataFrame, path: Path, *, title: str) -> None:
+    """Errors by distance, of every seed and the mean. Columns of `frame`: `scale`, `seed`, `first_order`, `zero_order`."""
+    means, num_seeds = frame.groupby("scale").mean(numeric_only=True), frame["seed"].nunique()
+    of = f", mean of {num_seeds} seeds" if num_seeds > 1 else ""
+    figure, axes = plt.subplots(figsize=(5.6, 4.4))
+    for column, color, marker, label in (
+        ("first_order", ORANGE, "o", f"first order: outputs(w*) + g·δ{of}"),
+        ("zero_order", GREY, "s", f"zero order: outputs(w*){of}"),
+    ):
+        axes.plot(means.index, means[column], color=color, marker=marker, label=label)
+        axes.scatter(frame["scale"], frame[column], color=color, marker=marker, s=12, alpha=0.4)
+    axes.set(yscale="log", ylabel="relative squared error of the outputs")
+    axes.set_xlabel("length of the displacement, |δ| / |w*|")
+    axes.set_title(shorten(title, 64), fontsize=10)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
