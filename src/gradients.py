@@ -94,8 +94,8 @@ class GradientCollector:
     ) -> None:
         self.model, self.projection, self.represent = model, projection, represent
         self.layout = model.layout
-        self.output_function = OUTPUT_FUNCTIONS[output_function]
-        self.sign = sign_of(output_function)
+        self.output_function = OUTPUT_FUNCTIONS[output_function].function
+        self.sign = OUTPUT_FUNCTIONS[output_function].sign
         self.autocast = autocast
 
     def __enter__(self) -> GradientCollector:
@@ -202,11 +202,6 @@ class _Projecting(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None, None]:
         ctx.project(output_gradients[0], *ctx.saved_tensors)
         return output_gradients[0], None, None
-
-
-def sign_of(output_function: str) -> float:
-    """What outputs and gradients are multiplied by on their way into a store, where lower is better: margins are not."""
-    return -1.0 if output_function == "margin" else 1.0
 
 
 # --- the store -----------------------------------------------------------------------------------------------
@@ -810,9 +805,9 @@ def outputs_of(
     """Outputs of the given samples as a store holds them (losses, or minus the margins), in their order, float64."""
     model.eval()
     outputs = np.full(len(datamodule.data), np.nan)
-    sign = sign_of(output_function)
+    output = OUTPUT_FUNCTIONS[output_function]
     for batch in datamodule.evaluation_batches(indices):
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        values = OUTPUT_FUNCTIONS[output_function](*model.target_logits(batch), len(batch["labels"]))
-        outputs[batch["sample_index"].cpu()] = sign * values.double().cpu()
+        values = output.function(*model.target_logits(batch), len(batch["labels"]))
+        outputs[batch["sample_index"].cpu()] = output.sign * values.double().cpu()
     return outputs[indices]

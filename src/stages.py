@@ -51,7 +51,6 @@ from src.finetune import (
     TrainingPlan,
     fine_tune_on_subset,
     fit,
-    make_logger,
     save_checkpoint,
 )
 from src.gradients import (
@@ -78,7 +77,6 @@ from src.models import (
     state_to_save,
 )
 from src.paths import (
-    LOGS,
     MANIFEST,
     MIXTURE_FILE,
     RESULTS_FILE,
@@ -121,9 +119,7 @@ def lora_shape(args: argparse.Namespace) -> LoraShape | None:
 
 def base_weights(args: argparse.Namespace) -> BaseWeights:
     """How the flags say that the base model's weights are held."""
-    return BaseWeights(
-        args.base_dtype, args.attn_implementation, hardware_from(args).device if args.use_qlora else None
-    )
+    return BaseWeights(args.base_dtype, hardware_from(args).device if args.use_qlora else None)
 
 
 def make_datamodule(args: argparse.Namespace, data: TaskData, model: LanguageModel) -> TaskDataModule:
@@ -395,8 +391,7 @@ def meta_train(
     callbacks = [checkpoints, FitProgress(f"meta-training, run {run_index}")]
     if data.judge is not None:
         callbacks.append(SavePredictions(partial(write_predictions, args, data)))
-    logger = make_logger(args.logger, folder)
-    fit(model, datamodule, plan, hardware, seed=run_index, callbacks=callbacks, validate=True, logger=logger)
+    fit(model, datamodule, plan, hardware, seed=run_index, callbacks=callbacks, validate=True)
     if rank_zero_only.rank:  # of several processes the first writes, and speaks for all
         return
     write_manifest(
@@ -439,7 +434,7 @@ def remove_checkpoints(folder: Path, start: Path | None) -> float:
             continue
         if path.name in earlier["checkpoints"] or (is_checkpoint_name(path.name) and not (path / MANIFEST).is_file()):
             shutil.rmtree(path)
-        elif path not in (unfinished, folder / LOGS):
+        elif path != unfinished:
             others.append(path.name)
     if others:
         say_notices([f"{folder} holds {shorten(', '.join(others))}, not written by this training; left as it is"])
@@ -805,7 +800,7 @@ class GradientPasses:
             "dim": projection.dim,
             "seed": args.run,
             "precision": self.hardware.precision,
-            "parameters": model.layout.describe(),
+            "parameters": model.layout.shapes,
             "num_rows": len(self.rows),
         }
 
