@@ -138,9 +138,9 @@ class FineTuning(pl.LightningModule):
 def _correct(data: TaskData, completions: dict[int, str]) -> np.ndarray:
     """Whether each row's completion has the right answer, (N,), NaN where there is none."""
     correct = np.full(len(data), np.nan)
-    for index, text in completions.items() if data.judge else ():
+    for index, text in completions.items():
         answer = data.examples[index].answer
-        correct[index] = answer is not None and data.judge(text, answer)["correct"]
+        correct[index] = data.judge is not None and answer is not None and data.judge(text, answer)["correct"]
     return correct
 
 
@@ -360,7 +360,7 @@ def evaluate(
     model: LanguageModel, datamodule: TaskDataModule, hardware: Hardware, plan: TrainingPlan, splits: Sequence[str]
 ) -> Evaluation:
     """Losses, and where they can be judged completions, of the rows of the given splits."""
-    losses, completions = np.full(len(datamodule.data), np.nan), {}
+    losses, completions = np.full(len(datamodule.data), np.nan), dict[int, str]()
     module = FineTuning(model, datamodule.data, plan)
     trainer = build_trainer(hardware, callbacks=[FitProgress()])
     for split in splits:

@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
             logits (K, V), labels (K,), row of the batch that each belongs to (K,), ascending.
         """
         labels = batch["labels"]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        inputs: dict[str, Tensor] = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         if self.kind == "decoder":
             if "attention_mask" in batch:
                 inputs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_(min=0)
