@@ -152,6 +152,10 @@ class FitProgress(pl.Callback):
         self.desc, self.leave = desc, leave
         self.bars: list[tqdm] = []  # the fit's below an evaluation's
 
+    def __str__(self) -> str:
+        """What stands behind the fit's bar, which asks when it is drawn: losses are read from the device only then."""
+        return "".join(f", {name}={float(value):.3f}" for name, value in self.shown.items())
+
     def _open(self, trainer: pl.Trainer, desc: str, total: float, leave: bool = False) -> None:
         if trainer.is_global_zero:
             self.bars.append(progress(desc=desc, total=int(total), unit="step", leave=leave))
@@ -160,41 +164,31 @@ class FitProgress(pl.Callback):
         if self.bars:
             self.bars.pop().close()
 
+    def _advance(self, *_: Any) -> None:
+        if self.bars:
+            self.bars[-1].update(1)
+
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        self.shown = module.shown
         self._open(trainer, self.desc, trainer.estimated_stepping_batches, self.leave)
         if self.bars:
-            self.bars[0].postfix = _Losses(module)
+            self.bars[0].postfix = self
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.bars:
             self.bars[0].update(trainer.global_step - self.bars[0].n)
 
     def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._open(trainer, "validation", sum(trainer.num_val_batches))
-
-    def on_test_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._open(trainer, "test", sum(trainer.num_test_batches))
-
-    def on_validation_batch_end(self, *_: Any) -> None:
-        if self.bars:
-            self.bars[-1].update(1)
+        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        self._open(trainer, "test" if trainer.testing else "validation", sum(batches))
 
     def on_exception(self, *_: Any) -> None:
         while self.bars:
             self._close()
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_start = on_validation_start
+    on_validation_batch_end = on_test_batch_end = _advance
     on_validation_end = on_test_end = on_train_end = _close
-
-
-class _Losses:
-    """A module's last losses, read from the device only when a bar that has them beside it is drawn."""
-
-    def __init__(self, module: FineTuning) -> None:
-        self.shown = module.shown
-
-    def __str__(self) -> str:
-        return "".join(f", {name}={float(value):.3f}" for name, value in self.shown.items())
 
 
 class Checkpoints(pl.Callback):
@@ -224,10 +218,8 @@ class Checkpoints(pl.Callback):
         names = [paths.step_checkpoint_name(step) for step in self.steps]
         names += [paths.epoch_checkpoint_name(epoch) for epoch in range(trainer.max_epochs or 0)]
         if there := [name for name in sorted(names) if (self.folder / name / paths.MANIFEST).is_file()]:
-            raise ValueError(
-                f"{self.folder / there[0]} is not of this training, which may write a checkpoint there; move it elsewhere, or "
-                "choose another --save_name"
-            )
+            found = f"{self.folder / there[0]} is not of this training, which may write a checkpoint there"
+            raise ValueError(f"{found}; move it elsewhere, or choose another --save_name")
         self._save_at(trainer, module, 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: FineTuning, *_: Any) -> None:
@@ -342,8 +334,8 @@ def fit(
     steps = plan.epochs * -(-len(datamodule.train_indices) // rows_per_step)
     if model.has_adapter and steps * plan.lr < LEAST_CHANGE:
         say_once(
-            f"note: {steps} optimizer steps at --lr {plan.lr:g} move each weight by at most about {steps * plan.lr:.2g}, which "
-            "hardly trains an adapter; with so few rows pass a smaller --batch_size (8) and a higher --lr (1e-3)"
+            f"note: {steps} optimizer steps at --lr {plan.lr:g} move a weight by at most about {steps * plan.lr:.2g} and hardly "
+            "train an adapter; with so few rows pass a smaller --batch_size (8) and a higher --lr (1e-3)"
         )
     pl.seed_everything(seed, verbose=False)
     model.train()

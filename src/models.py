@@ -276,38 +276,36 @@ def _clear_load_error(model_key: str, part: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         path = resolve_model_key(model_key)
-        if (reason := _unreadable(Path(path))) is None:
-            known = isinstance(error, (OSError, ValueError)) and str(error).strip()
-            first_line = (known or repr(error)).splitlines()[0]
-            if "ignore_mismatched_sizes" in str(error):
-                first_line = "its weights have other shapes than its config.json says"
-            reason = (
-                f"cannot load {part}{path} ({first_line}); give a local Hugging Face folder, a hub id that this machine "
-                "can reach, or make one with data/make_base_model.py"
-            )
+        known = isinstance(error, (OSError, ValueError)) and str(error).strip()
+        first_line = (known or repr(error)).splitlines()[0]
+        if "ignore_mismatched_sizes" in str(error):
+            first_line = "its weights have other shapes than its config.json says"
+        reason = _unreadable(Path(path)) or (
+            f"cannot load {part}{path} ({first_line}); give a local Hugging Face folder, a hub id that this machine can reach, "
+            "or make one with data/make_base_model.py"
+        )
         raise FileNotFoundError(f"--model_key {model_key}: {reason}") from error
 
 
 def _unreadable(path: Path) -> str | None:
     """What a file or folder holds that cannot be loaded, and what to do; None where it holds a model."""
-    if gguf := [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf")):
-        return (
-            f"{gguf[0]} is a GGUF file, for inference alone; convert it and give the folder: python data/convert_gguf.py "
-            f"{gguf[0]} FOLDER"
-        )
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
+    if gguf and path.exists():
+        file = path / gguf[0] if path.is_dir() else path
+        return f"{file} is a GGUF file, for inference alone; convert it: python data/convert_gguf.py {file} FOLDER"
     if not path.is_dir():
         return None
-    names = sorted(file.name for file in path.iterdir())
     if "config.json" not in names:
         if ADAPTER_CONFIG in names:
             return f"{path} is an adapter without its base model; give the base model here, the adapter as --load_model_dir"
         return f"{path} has no config.json; give a folder that save_pretrained wrote"
-    others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
-    if others and not any(name.endswith(".safetensors") for name in names):
-        return (
-            f"{path} has its weights in {others[0]}, and only safetensors are read, which cannot run code; load it with "
-            "transformers where you trust it, and save it with save_pretrained"
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        reason = (
+            "and only safetensors are read, which cannot run code; load it with transformers where you trust it, and"
         )
+        return f"{path} has its weights in {pickled[0]}, {reason} save it with save_pretrained"
     if not any("token" in name or "vocab" in name or name.endswith(".model") for name in names):
         return f"{path} has no tokenizer; save the model's there with its save_pretrained"
     return None
@@ -469,12 +467,12 @@ def load_checkpoint(folder: Path, model_key: str, weights: BaseWeights = FULL_PR
             f"the adapter {folder} does not fit the layers of {model_key}; pass the --model_key that it was trained on"
         ) from error
     model = LanguageModel(network, base.tokenizer, model_key)
-    if frozen := [name for name in model.trainable_state() if name not in model.layout.shapes]:
+    trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    if frozen := [name for name in trainable if name not in model.layout.shapes]:
         for name in frozen:
             network.get_parameter(name).requires_grad_(False)
-        shown = ", ".join(name.removeprefix("base_model.model.") for name in frozen[:3])
-        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
-        say_notices([f"{folder}: gradients are of its LoRA matrices alone; {shown}{more} stay as saved"])
+        named = f"{', '.join(frozen[:3])} and {len(frozen) - 3} more" if len(frozen) > 3 else ", ".join(frozen)
+        say_notices([f"{folder}: gradients are of its LoRA matrices alone; {named} stay as saved"])
     return model
 
 
