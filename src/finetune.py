@@ -1,7 +1,6 @@
 """Fine-tuning and evaluating: one Lightning module for both tracks.
 
-Meta-training, the one fine-tuning at the end and every fine-tuning for ground truth are the same call with
-other rows. What differs is kept in callbacks (checkpoints on the way) and in the caller (which rows).
+Meta-training, the one fine-tuning at the end and every fine-tuning for ground truth are the same call with other rows.
 """
 
 from __future__ import annotations
@@ -17,31 +16,20 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from src import paths
 from src.cli import Hardware, progress, say_once
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
-from src.paths import (
-    LOGS,
-    MANIFEST,
-    UNFINISHED,
-    WEIGHTS,
-    epoch_checkpoint_name,
-    files_facts,
-    os_errors,
-    step_checkpoint_name,
-    write_json,
-    write_manifest,
-)
 
+# Optimizer steps times learning rate below which training is noted: AdamW moves a weight by about the learning rate in a
+# step. SmolLM2-135M stays at its first loss at 0.0002 and learns at 0.05; the published commands are at 0.08 and above.
 LEAST_CHANGE = 0.005
-"""Optimizer steps times learning rate below which training is noted: AdamW moves a weight by about the learning rate in a
-step. SmolLM2-135M stays at its first loss at 0.0002 and learns at 0.05; the published commands are at 0.08 and above."""
+LOOK_EVERY = 50  # steps between looks at a GPU's training losses, each of which waits for it
 
 
 @dataclass(frozen=True)
@@ -61,16 +49,17 @@ class TrainingPlan:
 class FineTuning(pl.LightningModule):
     """AdamW with a constant learning rate on the mean loss of a batch.
 
-    Validation and test record the mean loss of every sample they see (`losses`, (N,), NaN where not seen) and,
-    where completions can be judged, what is generated for its prompt (`completions`, by sample index). Under
-    several processes each sample is computed by one of them and the records are joined.
+    Validation and test record the mean loss of every sample they see (`losses`, (N,), NaN where not seen) and, where
+    completions can be judged, what is generated for its prompt (`completions`, by sample index), of all processes.
+    `shown` is the last value of each loss and accuracy, for progress bars.
     """
 
     def __init__(self, model: LanguageModel, data: TaskData, plan: TrainingPlan) -> None:
         super().__init__()
         self.model, self.data, self.plan = model, data, plan
-        self.losses = np.full(len(data), np.nan)
-        self.completions: dict[int, str] = {}
+        self.shown: dict[str, Tensor | float] = {}
+        self._unseen: list[tuple[Tensor, int, Tensor]] = []  # training losses with their step and samples
+        self.on_validation_epoch_start()
 
     def configure_model(self) -> None:
         """Under `--strategy fsdp`, spread the weights over the processes."""
@@ -83,210 +72,187 @@ class FineTuning(pl.LightningModule):
             loss = per_sample_loss(logits, labels, rows, len(batch["labels"])).mean()
         else:
             loss = nn.functional.cross_entropy(logits.float(), labels)
-        if not loss.isfinite():
-            self._stop_at(batch["sample_index"], f"the training loss is {float(loss.detach())}")
-        self.log("train_loss", loss.detach())
+        self.shown["train_loss"] = loss.detach()
+        self._unseen.append((loss.detach(), self.global_step, batch["sample_index"]))
+        if not loss.is_cuda or len(self._unseen) == LOOK_EVERY:
+            self.look_at_losses()
         return loss
+
+    def look_at_losses(self) -> None:
+        """Stop at the first training loss that is not finite, of those since the last look."""
+        unseen, self._unseen = self._unseen, []
+        values = torch.stack([loss for loss, _, _ in unseen]).tolist() if unseen else []
+        for value, (_, step, samples) in zip(values, unseen, strict=True):
+            if not np.isfinite(value):
+                self._stop_at(samples, f"the training loss is {value}", step)
+
+    def on_train_end(self) -> None:
+        self.look_at_losses()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trainable, lr=self.plan.lr, weight_decay=self.plan.weight_decay)
 
     def on_validation_epoch_start(self) -> None:
-        # -inf marks "not seen here", so that a maximum joins the records of several processes
-        self._seen = torch.full((len(self.data),), float("-inf"), dtype=torch.float64)
-        self.completions = {}
+        self.look_at_losses()
+        self.losses = np.full(len(self.data), np.nan)
+        self.completions: dict[int, str] = {}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if "labels" not in batch:
-            if self.trainer.sanity_checking:  # before training only losses are wanted
-                return
-            texts = self.model.generate(batch, self.plan.max_new_tokens)
-            self.completions.update(zip(batch["sample_index"].tolist(), texts, strict=True))
+            if not self.trainer.sanity_checking:  # before training only losses are wanted
+                texts = self.model.generate(batch, self.plan.max_new_tokens)
+                self.completions.update(zip(batch["sample_index"].tolist(), texts, strict=True))
             return
-        logits, labels, rows = self.model.target_logits(batch)
-        losses = per_sample_loss(logits, labels, rows, len(batch["labels"]))
+        losses = per_sample_loss(*self.model.target_logits(batch), len(batch["labels"])).cpu()
+        samples = batch["sample_index"].cpu()
         if not losses.isfinite().all():
-            self._stop_at(batch["sample_index"][~losses.isfinite()], "a held-out loss is not finite")
-        self._seen[batch["sample_index"].cpu()] = losses.double().cpu()
+            self._stop_at(samples[~losses.isfinite()], "a held-out loss is not finite", self.global_step)
+        self.losses[samples] = losses
 
-    def _stop_at(self, sample_index: Tensor, what: str) -> None:
+    def _stop_at(self, samples: Tensor, what: str, step: int) -> None:
         """Nothing that comes after a loss that is no number is worth its time, and a mean would hide it."""
-        indices = sample_index.tolist()
-        named = ", ".join(f"{index} ({self.data.examples[index].task})" for index in indices[:20])
-        after = f" after {self.trainer.global_step} optimizer steps" if self.trainer.state.fn == "fit" else ""
-        more = f" and {len(indices) - 20} more" if len(indices) > 20 else ""
+        named = [f"{index} ({self.data.examples[index].task})" for index in samples.tolist()]
+        more = f" and {len(named) - 20} more" if len(named) > 20 else ""
+        after = f" after {step} optimizer steps" if step else ""
         raise ValueError(
-            f"{what}{after}, at samples {named}{more}; lower --lr (or --scale), pass --precision 32 or bf16 in place of 16, or "
-            "look at these rows"
+            f"{what}{after}, at samples {', '.join(named[:20])}{more}; lower --lr (or --scale), pass --precision 32 or bf16 in "
+            "place of 16, or look at these rows"
         )
 
     def on_validation_epoch_end(self) -> None:
-        seen = self.trainer.strategy.reduce(self._seen.to(self.device), reduce_op="max").cpu()
-        seen[seen == float("-inf")] = float("nan")
-        self.losses = seen.numpy()
-        self.log("val_loss", float(np.nanmean(self.losses)), rank_zero_only=True)
-        if self.data.judge is not None and not self.trainer.sanity_checking:
-            self.completions = join_completions(self.trainer, self.completions)
-            correct = [correct_of(self.data, index, text) for index, text in self.completions.items()]
-            self.log("val_accuracy", float(np.mean(correct)), rank_zero_only=True)
+        if (world := self.trainer.world_size) > 1:
+            gathered: list[Any] = [None] * world
+            torch.distributed.all_gather_object(gathered, (self.losses, self.completions))
+            self.losses = np.fmax.reduce([losses for losses, _ in gathered])
+            self.completions = {index: text for _, completions in gathered for index, text in completions.items()}
+        self.shown["val_loss"] = float(np.nanmean(self.losses))
+        if self.completions:
+            self.shown["val_accuracy"] = float(np.nanmean(_correct(self.data, self.completions)))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
 
-def correct_of(data: TaskData, sample_index: int, completion: str) -> bool:
-    """Whether a generated completion has the right answer."""
-    judge, answer = data.judge, data.examples[sample_index].answer
-    return judge is not None and answer is not None and judge(completion, answer)["correct"]
-
-
-def join_completions(trainer: pl.Trainer, completions: dict[int, str]) -> dict[int, str]:
-    """The completions of all processes."""
-    if trainer.world_size == 1:
-        return completions
-    gathered: list[dict[int, str]] = [{} for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(gathered, completions)
-    return {index: text for part in gathered for index, text in part.items()}
+def _correct(data: TaskData, completions: dict[int, str]) -> np.ndarray:
+    """Whether each row's completion has the right answer, (N,), NaN where there is none."""
+    correct = np.full(len(data), np.nan)
+    for index, text in completions.items():
+        answer = data.examples[index].answer
+        correct[index] = data.judge is not None and answer is not None and data.judge(text, answer)["correct"]
+    return correct
 
 
 class FitProgress(pl.Callback):
-    """One bar over all optimizer steps of a fit, with the last training and validation loss; `leave` it when it is done."""
+    """A bar over all optimizer steps of a fit, with the last losses; and over the batches of each evaluation, gone when it
+    is done. The fit's stays where `leave` says so."""
 
-    def __init__(self, desc: str, leave: bool = True) -> None:
+    def __init__(self, desc: str = "training", leave: bool = True) -> None:
         self.desc, self.leave = desc, leave
-        self.bar: tqdm | None = None
+        self.bars: list[tqdm] = []  # the fit's below an evaluation's
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def __str__(self) -> str:
+        """What stands behind the fit's bar, which asks when it is drawn: losses are read from the device only then."""
+        return "".join(f", {name}={float(value):.3f}" for name, value in self.shown.items())
+
+    def _open(self, trainer: pl.Trainer, desc: str, total: float, leave: bool = False) -> None:
         if trainer.is_global_zero:
-            total = int(trainer.estimated_stepping_batches)
-            self.bar = progress(desc=self.desc, total=total, unit="step", leave=self.leave)
+            self.bars.append(progress(desc=desc, total=int(total), unit="step", leave=leave))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if self.bar is not None:
-            shown = {name: f"{float(value):.3f}" for name, value in trainer.callback_metrics.items()}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(trainer.global_step - self.bar.n)
+    def _close(self, *_: Any) -> None:
+        if self.bars:
+            self.bars.pop().close()
 
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    def _advance(self, *_: Any) -> None:
+        if self.bars:
+            self.bars[-1].update(1)
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")
+    def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        self.shown = module.shown
+        self._open(trainer, self.desc, trainer.estimated_stepping_batches, self.leave)
+        if self.bars:
+            self.bars[0].postfix = self
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.bars:
+            self.bars[0].update(trainer.global_step - self.bars[0].n)
 
-class EvaluationProgress(pl.Callback):
-    """A bar over the batches of each evaluation, gone when it is done: generating answers takes its time."""
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        self._open(trainer, "test" if trainer.testing else "validation", sum(batches))
 
-    bar: tqdm | None = None
+    def on_exception(self, *_: Any) -> None:
+        while self.bars:
+            self._close()
 
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._start(trainer, trainer.num_val_batches, "validation")
-
-    def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._start(trainer, trainer.num_test_batches, "test")
-
-    def _start(self, trainer: pl.Trainer, batches: Sequence[int | float], desc: str) -> None:
-        if trainer.is_global_zero:
-            self.bar = progress(desc=desc, total=int(sum(batches)), unit="step", leave=False)
-
-    def on_validation_batch_end(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_validation_end(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    on_test_batch_end = on_validation_batch_end
-    on_test_end = on_validation_end
-    on_exception = on_validation_end
+    on_test_start = on_validation_start
+    on_validation_batch_end = on_test_batch_end = _advance
+    on_validation_end = on_test_end = on_train_end = _close
 
 
 class Checkpoints(pl.Callback):
-    """Saves the model at shares of the course and at the epoch of the best validation loss.
+    """Saves the model at `shares` of all optimizer steps and at the epoch of the best validation loss.
 
-    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last. The names of those written so far
-    stand in a file beside them, so that a training that was cut off can be told from what others put there.
-    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last. `validation_losses` says how
-    good the model was before training ("base") and at the last validation ("last", by target; "last_step"), and whether
-    that was the end of the whole training.
-
-    Args:
-        folder: Where checkpoints go.
-        shares: Shares of all optimizer steps, in [0, 1].
-        describe: What every manifest says.
-        stop_after: End the training with the last of the shares.
-        spent_before: Seconds that trainings which were cut off have taken.
+    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last that says what `describe` does.
+    The names of those written so far stand in a file beside them, so that a training that was cut off can be told from what
+    others put there; `spent_before` is the seconds that such ones have taken. `stop_after` ends the training with the last
+    share. `validation_losses` says how good the model was before training ("base") and at the last validation ("last", by
+    target; "last_step"), and whether that was the end of the whole training.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        shares: Sequence[float],
-        describe: dict[str, Any],
-        stop_after: bool = False,
-        spent_before: float = 0.0,
+        self, folder: Path, shares: Sequence[float], describe: dict, stop_after: bool = False, spent_before: float = 0.0
     ) -> None:
-        self.folder, self.shares, self.describe, self.stop_after = folder, sorted(set(shares)), describe, stop_after
+        self.folder, self.shares, self.describe, self.stop_after = folder, shares, describe, stop_after
         self.trajectory: list[str] = []
         self.best: str | None = None
         self.best_loss = float("inf")
-        self.losses: list[float] = []  # of every validation
         self.written: list[str] = []
         self.validation_losses: dict[str, Any] = {}
         self.started = time.perf_counter() - spent_before
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
-        steps = int(trainer.estimated_stepping_batches)
-        self.steps = {max(1, round(fraction * steps)) for fraction in self.shares if fraction}
-        names = [step_checkpoint_name(step) for step in (*self.steps, *([0] if 0.0 in self.shares else []))]
-        names += [epoch_checkpoint_name(epoch) for epoch in range(trainer.max_epochs or 0)]
-        if there := [name for name in sorted(names) if (self.folder / name / MANIFEST).is_file()]:
-            raise ValueError(
-                f"{self.folder / there[0]} is not of this training, which may write a checkpoint there; move it elsewhere, or "
-                "choose another --save_name"
-            )
-        if 0.0 in self.shares:
-            self._save(trainer, module, step_checkpoint_name(0), step=0)
-            self.trajectory.append(step_checkpoint_name(0))
+        total = int(trainer.estimated_stepping_batches)
+        self.steps = {max(1, round(share * total)) if share else 0 for share in self.shares}
+        names = [paths.step_checkpoint_name(step) for step in self.steps]
+        names += [paths.epoch_checkpoint_name(epoch) for epoch in range(trainer.max_epochs or 0)]
+        if there := [name for name in sorted(names) if (self.folder / name / paths.MANIFEST).is_file()]:
+            found = f"{self.folder / there[0]} is not of this training, which may write a checkpoint there"
+            raise ValueError(f"{found}; move it elsewhere, or choose another --save_name")
+        self._save_at(trainer, module, 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: FineTuning, *_: Any) -> None:
-        step = trainer.global_step
-        if step in self.steps:
-            self.steps.remove(step)
-            name = step_checkpoint_name(step)
-            self._save(trainer, module, name, step=step)
-            self.trajectory.append(name)
+        self._save_at(trainer, module, trainer.global_step)
         if self.stop_after and not self.steps:
             trainer.should_stop = True
+
+    def _save_at(self, trainer: pl.Trainer, module: FineTuning, step: int) -> None:
+        if step in self.steps:
+            self.steps.remove(step)
+            self.trajectory.append(paths.step_checkpoint_name(step))
+            self._save(trainer, module, self.trajectory[-1], step=step)
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
         loss, by_target = float(np.nanmean(module.losses)), target_losses(module.data, module.losses)
         if trainer.sanity_checking:
             self.validation_losses["base"] = by_target
             return
-        if trainer.state.fn != "fit":
-            return
-        self.losses.append(loss)
-        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
-        self.validation_losses |= {"last": by_target, "last_step": step, "whole": step >= steps}
-        if loss >= self.best_loss:
-            return
-        replaced, self.best = self.best, epoch_checkpoint_name(trainer.current_epoch)
-        self.best_loss = loss
-        self._save(trainer, module, self.best, epoch=trainer.current_epoch, validation_loss=loss)
-        if replaced and trainer.is_global_zero:
-            shutil.rmtree(self.folder / replaced, ignore_errors=True)
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        self.validation_losses |= {"last": by_target, "last_step": step, "whole": step >= total}
+        if loss < self.best_loss:
+            replaced, self.best, self.best_loss = self.best, paths.epoch_checkpoint_name(trainer.current_epoch), loss
+            self._save(trainer, module, self.best, epoch=trainer.current_epoch, validation_loss=loss)
+            if replaced and trainer.is_global_zero:
+                shutil.rmtree(self.folder / replaced, ignore_errors=True)
 
     def _save(self, trainer: pl.Trainer, module: FineTuning, name: str, **facts: Any) -> None:
+        module.look_at_losses()
         state = state_to_save(module.model) if module.device_mesh is not None else None
         if trainer.is_global_zero:
             self.written.append(name)
-            seconds = time.perf_counter() - self.started
-            write_json(self.folder / UNFINISHED, {"checkpoints": self.written, "seconds": seconds})
+            spent = {"checkpoints": self.written, "seconds": time.perf_counter() - self.started}
+            paths.write_json(self.folder / paths.UNFINISHED, spent)
             save_checkpoint(module.model, self.folder / name, {**self.describe, **facts}, state)
         trainer.strategy.barrier()
 
@@ -305,74 +271,39 @@ class SavePredictions(pl.Callback):
 def save_checkpoint(
     model: LanguageModel, folder: Path, facts: dict[str, Any], state: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a checkpoint folder anew, its manifest last with the weights' checksums; `state` as in `save_model`."""
+    """Write a checkpoint folder anew, its manifest last with the weights' sizes; `state` as in `save_model`."""
     shutil.rmtree(folder, ignore_errors=True)
-    with os_errors(folder):
+    with paths.os_errors(folder):
         save_model(model, folder, state)
-    files = files_facts(folder, sorted(path.name for path in folder.glob(WEIGHTS)))
-    write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
-
-
-def strategy_of(hardware: Hardware) -> str | Strategy:
-    """Lightning's strategy: "fsdp" is its FSDP2, which also runs on the CPU."""
-    if hardware.strategy != "fsdp":
-        return hardware.strategy
-    backend = {"process_group_backend": "gloo"} if hardware.accelerator == "cpu" else {}
-    return ModelParallelStrategy(data_parallel_size=hardware.num_processes, tensor_parallel_size=1, **backend)
-
-
-def make_logger(kind: str, folder: Path) -> Logger | None:
-    """Lightning's logger of a kind ("none", "csv", "tensorboard", "wandb") for a run's folder.
-
-    Raises:
-        ValueError: the package that it needs is not installed.
-    """
-    make = {
-        "none": lambda: None,
-        "csv": lambda: CSVLogger(folder, name=LOGS, version=""),
-        "tensorboard": lambda: TensorBoardLogger(folder, name=LOGS, version=""),
-        "wandb": lambda: WandbLogger(project="gradex", name=folder.name, save_dir=folder),
-    }
-    try:
-        return make[kind]()
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--logger {kind}: its package is not installed; pip install {kind}, or take csv") from error
+    files = paths.files_facts(folder, sorted(path.name for path in folder.glob(paths.WEIGHTS)))
+    paths.write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
 
 
 def build_trainer(
-    hardware: Hardware,
-    plan: TrainingPlan | None = None,
-    callbacks: Sequence[pl.Callback] = (),
-    validate: bool = False,
-    logger: Logger | None = None,
+    hardware: Hardware, plan: TrainingPlan | None = None, callbacks: Sequence[pl.Callback] = (), validate: bool = False
 ) -> pl.Trainer:
-    """A Trainer that writes nothing of its own: checkpoints and bars are callbacks of ours.
-
-    Args:
-        hardware: Resolved hardware flags.
-        plan: The training; None for evaluation only.
-        callbacks: What else happens on the way.
-        validate: Whether training begins, and every epoch ends, with a validation.
-        logger: Where losses are logged, if anywhere.
-    """
+    """A Trainer that writes nothing of its own: checkpoints and bars are callbacks of ours. Without a plan it evaluates;
+    `validate` says whether training begins, and every epoch ends, with a validation."""
+    strategy: str | Strategy = hardware.strategy
+    if strategy == "fsdp":  # as FSDP2, which also runs on the CPU
+        backend = {"process_group_backend": "gloo"} if hardware.accelerator == "cpu" else {}
+        strategy = ModelParallelStrategy(data_parallel_size=hardware.num_processes, tensor_parallel_size=1, **backend)
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
-        strategy=strategy_of(hardware),
+        strategy=strategy,
         precision=hardware.precision,
         num_nodes=hardware.num_nodes,
         max_epochs=plan.epochs if plan else 1,
         accumulate_grad_batches=plan.accumulate if plan else 1,
-        callbacks=[*callbacks, EvaluationProgress()],
+        callbacks=list(callbacks),
         limit_val_batches=1.0 if validate or plan is None else 0,
         num_sanity_val_steps=-1 if validate else 0,
         use_distributed_sampler=False,
+        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=logger or False,
-        # a step count in checkpoint names and bars is worth more than a log line every 50 steps
-        log_every_n_steps=1,
     )
 
 
@@ -396,7 +327,6 @@ def fit(
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
     validate: bool = False,
-    logger: Logger | None = None,
 ) -> None:
     """Train the model's trainable parameters in place on the data module's training rows; a training that cannot teach an
     adapter much is noted before it starts."""
@@ -404,39 +334,34 @@ def fit(
     steps = plan.epochs * -(-len(datamodule.train_indices) // rows_per_step)
     if model.has_adapter and steps * plan.lr < LEAST_CHANGE:
         say_once(
-            f"note: {steps} optimizer steps at --lr {plan.lr:g} move each weight by at most about {steps * plan.lr:.2g}, which "
-            "hardly trains an adapter; with so few rows pass a smaller --batch_size (8) and a higher --lr (1e-3)"
+            f"note: {steps} optimizer steps at --lr {plan.lr:g} move a weight by at most about {steps * plan.lr:.2g} and hardly "
+            "train an adapter; with so few rows pass a smaller --batch_size (8) and a higher --lr (1e-3)"
         )
     pl.seed_everything(seed, verbose=False)
     model.train()
-    trainer = build_trainer(hardware, plan, callbacks, validate, logger)
+    trainer = build_trainer(hardware, plan, callbacks, validate)
     with _interruptible(trainer):
         trainer.fit(FineTuning(model, datamodule.data, plan), datamodule=datamodule)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model does on the held-out rows: `losses` (N,), NaN for training rows; `completions` by sample index."""
-
-    losses: np.ndarray
-    completions: dict[int, str]
+Evaluation = tuple[np.ndarray, dict[int, str]]
+"""What a model does on held-out rows: losses (N,), NaN for other rows; and completions by sample index."""
 
 
 def evaluate(
     model: LanguageModel, datamodule: TaskDataModule, hardware: Hardware, plan: TrainingPlan, splits: Sequence[str]
 ) -> Evaluation:
     """Losses, and where they can be judged completions, of the rows of the given splits."""
-    losses = np.full(len(datamodule.data), np.nan)
-    completions: dict[int, str] = {}
+    losses, completions = np.full(len(datamodule.data), np.nan), dict[int, str]()
     module = FineTuning(model, datamodule.data, plan)
-    trainer = build_trainer(hardware)
-    runs = {"validation": trainer.validate, "test": trainer.test}
+    trainer = build_trainer(hardware, callbacks=[FitProgress()])
     for split in splits:
+        run = trainer.validate if split == "validation" else trainer.test
         with _interruptible(trainer):
-            runs[split](module, datamodule=datamodule, verbose=False)
+            run(module, datamodule=datamodule, verbose=False)
         losses = np.fmax(losses, module.losses)
         completions |= module.completions
-    return Evaluation(losses, completions)
+    return losses, completions
 
 
 def target_losses(data: TaskData, losses: np.ndarray, split: str = "validation") -> dict[str, float]:
@@ -447,19 +372,15 @@ def target_losses(data: TaskData, losses: np.ndarray, split: str = "validation")
 
 
 def target_metrics(data: TaskData, evaluation: Evaluation, splits: Sequence[str]) -> dict[str, float]:
-    """Mean loss of each target, `<split>_loss/<target>`, and where completions are judged its accuracy,
-    `<split>_accuracy/<target>`."""
-    metrics = {}
-    for split in splits:
-        for target, loss in target_losses(data, evaluation.losses, split).items():
-            metrics[f"{split}_loss/{target}"] = loss
-        if data.judge is not None:
-            correct = np.full(len(data), np.nan)
-            for index in data.indices(split).tolist():
-                correct[index] = correct_of(data, index, evaluation.completions[index])
-            for target, accuracy in target_losses(data, correct, split).items():
-                metrics[f"{split}_accuracy/{target}"] = accuracy
-    return metrics
+    """`<split>_loss/<target>`, the mean loss of each target, and where completions are judged `<split>_accuracy/<target>`."""
+    losses, completions = evaluation
+    values = {"loss": losses, **({"accuracy": _correct(data, completions)} if data.judge else {})}
+    return {
+        f"{split}_{kind}/{target}": mean
+        for split in splits
+        for kind, of_row in values.items()
+        for target, mean in target_losses(data, of_row, split).items()
+    }
 
 
 def fine_tune_on_subset(
@@ -474,18 +395,11 @@ def fine_tune_on_subset(
     task_shares: np.ndarray | None = None,
     callbacks: Sequence[pl.Callback] = (),
 ) -> tuple[dict[str, float], np.ndarray]:
-    """The fine-tuned value of a subset: train from `start` on its tasks, then evaluate.
+    """The fine-tuned value of a subset: train `model` from the trainable state `start` on its tasks' rows, then evaluate.
 
     Args:
-        model: Any model of this shape; its trainable parameters are overwritten.
-        start: Trainable state to begin with (`LanguageModel.trainable_state`).
-        datamodule: All rows; its training rows are set to the subset's.
         subset: Task ids; empty means the base model as it is.
-        plan: The training.
-        hardware: Where it runs.
-        seed: Seed of order and dropout.
         task_shares: Share of the rows to draw from each task (n,); None = every row of the subset once an epoch.
-        callbacks: Of this one fit.
 
     Returns:
         `num_rows` and the columns of `target_metrics` on validation and test rows; and the loss of every held-out row,
@@ -503,4 +417,4 @@ def fine_tune_on_subset(
         fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks)
     splits = ("validation", "test")
     evaluation = evaluate(model, datamodule, hardware, plan, splits)
-    return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}, evaluation.losses
+    return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}, evaluation[0]

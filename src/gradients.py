@@ -56,7 +56,7 @@ class GradientCollector:
         represent: bool = False,
     ) -> None:
         self.model, self.projection, self.represent = model, projection, represent
-        self.output_function, self.sign = OUTPUT_FUNCTIONS[output_function], sign_of(output_function)
+        self.output_function = OUTPUT_FUNCTIONS[output_function]
         self.autocast = autocast
         self.matrices = model.layout.matrices  # a layout is of trainable parameters
 
@@ -132,7 +132,7 @@ class GradientCollector:
         with torch.enable_grad():
             with mixed:
                 logits, labels, self._target_rows = self.model.target_logits(batch)
-            outputs = self.output_function(logits, labels, self._target_rows, num_rows)
+            outputs = self.output_function.function(logits, labels, self._target_rows, num_rows)
             outputs.sum().backward()
         return self._rows, outputs.detach()
 
@@ -163,11 +163,6 @@ class _Projecting(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None, None]:
         ctx.project(output_gradients[0], *ctx.saved_tensors)
         return output_gradients[0], None, None
-
-
-def sign_of(output_function: str) -> float:
-    """What outputs and gradients are multiplied by on their way into a store, where lower is better: margins are not."""
-    return -1.0 if output_function == "margin" else 1.0
 
 
 def collect_gradients(
@@ -241,7 +236,7 @@ def _collect(
                 )
                 bar.total = bar.n + datamodule.padded_tokens(waiting)
                 continue
-            values = [collector.sign * value for value in taken]
+            values = [collector.output_function.sign * value for value in taken]
             values += [collector.representations] if collector.represent else []
             store.write(indices, *(value.cpu().numpy() for value in values))
             bar.update(datamodule.padded_tokens([indices]))
@@ -265,9 +260,9 @@ def outputs_of(
 ) -> np.ndarray:
     """Outputs of the given samples as a store holds them (losses, or minus the margins), in their order, float64."""
     model.eval()
-    outputs = np.full(len(datamodule.data), np.nan)
+    outputs, kind = np.full(len(datamodule.data), np.nan), OUTPUT_FUNCTIONS[output_function]
     for batch in datamodule.evaluation_batches(indices):
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        values = OUTPUT_FUNCTIONS[output_function](*model.target_logits(batch), len(batch["labels"]))
-        outputs[batch["sample_index"].cpu()] = sign_of(output_function) * values.double().cpu()
+        values = kind.function(*model.target_logits(batch), len(batch["labels"]))
+        outputs[batch["sample_index"].cpu()] = kind.sign * values.double().cpu()
     return outputs[indices]

@@ -30,7 +30,7 @@ def oracle(model: LanguageModel, datamodule, index: int, output: str) -> tuple[n
     """The gradient (p,) and output of one sample: a batch of one, one backward, flattened in layout order."""
     model.eval()
     model.zero_grad()
-    value = OUTPUT_FUNCTIONS[output](*model.target_logits(datamodule.collate([index])), 1)
+    value = OUTPUT_FUNCTIONS[output].function(*model.target_logits(datamodule.collate([index])), 1)
     value.sum().backward()
     parameters = dict(model.network.named_parameters())
     pieces = [
@@ -227,7 +227,7 @@ def test_checkpointing_lets_layer_inputs_go(
                 if type(found) is torch.Tensor and id(found) not in before:
                     note(found)
             held.pop(logits.untyped_storage().data_ptr(), None)
-            return OUTPUT_FUNCTIONS["loss"](logits, *others)
+            return OUTPUT_FUNCTIONS["loss"].function(logits, *others)
 
         earlier = [found for found in gc.get_objects() if type(found) is torch.Tensor]
         with GradientCollector(model, make_projection("sketch", 16, 0)) as collect:

@@ -14,14 +14,10 @@ from src import gradients
 from src.cli import run_stage
 from src.gradients import GradientCollector, StoreWriter, collect_gradients, fitting_budget
 from src.projection import make_projection
-from tests.commands import run_script
 from tests.conftest import write_sources
 from tests.faults import Stages
 from tests.test_models import adapted, make_datamodule
-from tests.test_stages import here, track
 
-__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
-STAGE_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs"]
 ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"),
@@ -68,7 +64,8 @@ def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str],
 def test_a_batch_that_ends_the_memory_is_halved(
     error: Exception, collecting: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rows fit, more do not: the same rows as with memory for all; one that does not fit alone is named."""
+    """Three rows fit, more do not: the same rows as with memory for all. One that does not fit alone is named, and errors
+    of other kinds are not hidden."""
     expected = collecting("all")
     monkeypatch.setattr(gradients, "GradientCollector", small := fitting(3, error))
     np.testing.assert_allclose(collecting("three"), expected, rtol=1e-4, atol=1e-6)
@@ -78,12 +75,9 @@ def test_a_batch_that_ends_the_memory_is_halved(
         ValueError, match=r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing"
     ):
         collecting("none")
-
-
-def test_other_errors_of_a_batch_are_not_hidden(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "GradientCollector", fitting(3, RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        collecting("store")
+        collecting("other")
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -117,40 +111,14 @@ def test_auto_doubles_the_budget_while_a_batch_fits(rows: int, model_folders: di
 def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stages, workspace: Path) -> None:
     """A process that may take 100 MB more: a batch of gradients is halved, a training step ends in one line."""
     write_sources(workspace / "sources.jsonl", {f"{name} {'long ' * 30}": 200 for name in ("up", "down")})
-    flags = [
-        "--data_files",
-        "sources.jsonl",
-        "--data_key",
-        "long",
-        "--model_key",
-        model_folders["llama"],
-        "--train_lora",
-    ]
+    flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora"]
     training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
     outcome = stages.run(workspace, [*training, "--batch_size", "320", "--save_name", "large"], memory=100 << 20)
     assert outcome.status == 1 and "Traceback" not in outcome.output, outcome.output
     assert "error: out of memory (asked for " in outcome.output.splitlines()[-1]
     assert stages.run(workspace, [*training, "--batch_size", "8"]).status == 0
-    gradients = [*STAGE_2, *flags, "--project_dim", "16", "--max_tokens_per_batch"]
-    outcome = stages.run(workspace, [*gradients, "80000"], memory=100 << 20)
+    stage_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags]
+    outcome = stages.run(
+        workspace, [*stage_2, "--project_dim", "16", "--max_tokens_per_batch", "80000"], memory=100 << 20
+    )
     assert outcome.status == 0 and "batches are halved" in outcome.output, outcome.output
-
-
-def test_rows_of_half_precision(here: list[str], tmp_path: Path) -> None:
-    """Half the room, near the same rows, estimates from them; a gradient too large for it is refused."""
-    run_script(*STAGE_2, *here, "--project_dim", "32", "--run", "0", "--row_dtype", "float32")
-    run_script(*STAGE_2, *here, "--project_dim", "48", "--row_dtype", "float16")
-    run_script(*STAGE_2, *here, "--project_dim", "48", "--row_dtype", "float32", "--max_tokens_per_batch", "auto", "--run", "0",
-               "--output_function", "margin")  # fmt: skip
-    (half,) = Path("gradients").glob("*dim_48_run_0")
-    rows = np.load(half / "step_step=8" / "projected.npy")
-    assert rows.dtype == np.float16
-    run_script("fast_estimate_linear_regression_alpaca.py", *here, "--project_dim", "48", "--number_of_subsets", "4",
-               "--save_name", "half")  # fmt: skip
-    with pytest.raises(ValueError, match="row_dtype: found float16, expected float32"):
-        run_script(*STAGE_2, *here, "--project_dim", "48", "--row_dtype", "float32")
-    samples = {"sample_index": np.arange(2), "task": np.zeros(2, int), "target": np.full(2, -1)}
-    for size in (1e6, 1e-9):
-        store = StoreWriter(tmp_path / "store", {}, samples, 4, "", row_dtype="float16")
-        with pytest.raises(ValueError, match=r"does not fit into float16.*--row_dtype float32"):
-            store.write(np.arange(2), np.full((2, 4), size, np.float32), np.zeros(2, np.float32))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +14,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
+from src.gradients import GradientCollector
 from src.instruction import load_instruction
 from src.models import (
     OUTPUT_FUNCTIONS,
     LanguageModel,
     LoraShape,
     displaced,
+    load_base_model,
     load_checkpoint,
     load_model,
     load_tokenizer,
     resolve_model_key,
     save_model,
 )
-from src.stages import check_base, check_vocabulary, folder_fingerprint, lora_shape
-from tests.commands import load_script
+from src.projection import make_projection
+from src.stages import check_base, check_vocabulary, folder_fingerprint
 from tests.conftest import write_sources
 
 KINDS = ("llama", "t5", "gpt2")
@@ -86,22 +90,12 @@ def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[st
     assert len(labels) == int((batch["labels"] != IGNORED).sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_target_tokens_are_those_that_the_loss_counts(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
-    model = load_model(model_folders[kind], None)
-    data = TaskData(tuple(Example(i, "a", "train", "xyz"[:i], "bcd") for i in range(4)))  # the first has no prompt
-    for loss_on_prompt in (False, True):
-        datamodule = TaskDataModule(data, model.tokenizer, model.kind, loss_on_prompt=loss_on_prompt)
-        with torch.no_grad():
-            _, _, rows = model.target_logits(datamodule.collate(np.arange(4)))
-        np.testing.assert_array_equal(datamodule.target_tokens, torch.bincount(rows, minlength=4))
-
-
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) -> None:
     """Every row once; padded tokens within the budget unless a row alone is longer; a decoder's batches are full."""
     tokenizer = load_tokenizer(model_folders[kind])
     model_kind = "encoder_decoder" if kind == "t5" else "decoder"
+    names = ("input_ids", "labels") if kind == "t5" else ("input_ids",)
     sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
     @settings(max_examples=40, deadline=None)
@@ -109,20 +103,17 @@ def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) 
     def check(rows: list[tuple[int, int]], budget: int) -> None:
         examples = [Example(i, "a", "train", "p" * p, "c" * c) for i, (p, c) in enumerate(rows)]
         datamodule = TaskDataModule(TaskData(tuple(examples)), tokenizer, model_kind)
+
+        def padded(batch: np.ndarray) -> int:
+            return sum(datamodule.collate(batch)[name].numel() for name in names)
+
         batches = datamodule.budgeted(np.arange(len(rows)), budget)
         assert sorted(np.concatenate(batches).tolist()) == list(range(len(rows)))
-        padded = [_padded_tokens(datamodule, batch) for batch in batches]
-        assert all(tokens <= budget or len(batch) == 1 for tokens, batch in zip(padded, batches, strict=True))
+        assert all(padded(batch) <= budget or len(batch) == 1 for batch in batches)
         for batch, following in itertools.pairwise(batches):
-            assert _padded_tokens(datamodule, np.append(batch, following[0])) > budget
+            assert padded(np.append(batch, following[0])) > budget
 
     check()
-
-
-def _padded_tokens(datamodule: TaskDataModule, rows: np.ndarray) -> int:
-    batch = datamodule.collate(rows)
-    names = ("input_ids",) if datamodule.kind == "decoder" else ("input_ids", "labels")
-    return sum(batch[name].numel() for name in names)
 
 
 @pytest.mark.parametrize("output", OUTPUT_FUNCTIONS)
@@ -137,7 +128,7 @@ def test_outputs_do_not_depend_on_padding(
     def values(indices: np.ndarray, left: bool) -> torch.Tensor:
         batch = datamodule.collate(indices, pad_left=left)
         with torch.no_grad():
-            return OUTPUT_FUNCTIONS[output](*model.target_logits(batch), len(indices))
+            return OUTPUT_FUNCTIONS[output].function(*model.target_logits(batch), len(indices))
 
     alone = torch.cat([values(np.array([index]), False) for index in range(9)])
     assert alone.std() > 0.01
@@ -148,7 +139,7 @@ def test_outputs_do_not_depend_on_padding(
 def test_margin_is_exact_for_an_improbable_token() -> None:
     """For p = 1e-9 the margin is log(p / (1 - p)) and its gradient still pulls the token up."""
     logits = torch.tensor([[0.0, 20.0, -1.0]], requires_grad=True)
-    margin = OUTPUT_FUNCTIONS["margin"](logits, torch.tensor([0]), torch.tensor([0]), 1)
+    margin = OUTPUT_FUNCTIONS["margin"].function(logits, torch.tensor([0]), torch.tensor([0]), 1)
     expected = torch.log_softmax(logits.double(), 1)[0, 0]
     expected = expected - torch.log1p(-expected.exp())
     torch.testing.assert_close(margin[0].double(), expected, rtol=1e-6, atol=1e-6)
@@ -185,10 +176,11 @@ def test_displaced_adds_and_takes_back(kind: str, model_folders: dict[str, str])
 
 
 def test_adapter_start_depends_on_the_seed_alone(model_folders: dict[str, str]) -> None:
-    states = [load_model(model_folders["llama"], LoraShape(4, 8), seed=seed).trainable_state() for seed in (0, 0, 1)]
-    name = next(name for name in states[0] if "lora_A" in name)
-    assert torch.equal(states[0][name], states[1][name])
-    assert not torch.equal(states[0][name], states[2][name])
+    first, again, other = (
+        torch.cat([value.flatten() for value in load_model(model_folders["llama"], LoraShape(4, 8), seed=seed)
+                   .trainable_state().values()]) for seed in (0, 0, 1)
+    )  # fmt: skip
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders: dict[str, str], tmp_path: Path) -> None:
@@ -231,9 +223,7 @@ def layers(model: LanguageModel) -> set[str]:
 def test_layers_of_the_adapter_are_named_as_in_peft(
     kind: str, named: list[str], expected: set[str], model_folders: dict[str, str]
 ) -> None:
-    flags = ["--model_key", model_folders[kind], "--train_lora", "--lora_target_modules", *named]
-    args = load_script("custom_train_alpaca.py").parse_args(flags)
-    assert layers(load_model(args.model_key, lora_shape(args))) == expected
+    assert layers(load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))) == expected
 
 
 @pytest.mark.parametrize(
@@ -289,7 +279,7 @@ def test_an_adapter_of_another_model_is_refused(
         manifest["base_fingerprint"] = folder_fingerprint(Path(manifest["base_fingerprint"]))
     name = config and config.format(**paths)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
-    args = load_script("custom_train_alpaca.py").parse_args(["--model_key", model_key.format(**paths)])
+    args = Namespace(model_key=model_key.format(**paths))
     if not refused:
         check_base(args, tmp_path, manifest)
         return
@@ -298,19 +288,85 @@ def test_an_adapter_of_another_model_is_refused(
     assert all(part[-20:] in str(caught.value) for part in (manifest.get("model_key") or name, args.model_key))
 
 
-def test_an_adapter_that_fits_no_layer_is_one_clear_error(model_folders: dict[str, str], tmp_path: Path) -> None:
-    save_model(adapted(model_folders["llama"]), tmp_path)
-    for other in ("gpt2", "opt"):  # other names, other shapes
-        with pytest.raises(ValueError, match=r"does not fit the layers of .*; pass the --model_key"):
-            load_checkpoint(tmp_path, model_folders[other])
+def of_peft(folder: str, path: Path, **options: object) -> LanguageModel:
+    """A model with an adapter that peft made and saved, away from its start."""
+    base = load_base_model(folder)
+    shape = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    network = get_peft_model(base.network, LoraConfig(**(shape | options)))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    network.save_pretrained(path)
+    return LanguageModel(network, base.tokenizer, folder).eval()
 
 
-def test_model_keys(tmp_path: Path) -> None:
-    assert resolve_model_key("flan_t5_base") == "google/flan-t5-base"
-    assert resolve_model_key("t5_small") == "t5-small"
-    assert resolve_model_key("gpt2_medium") == "gpt2-medium"
-    assert resolve_model_key("TinyLlama/TinyLlama-1.1B") == "TinyLlama/TinyLlama-1.1B"
-    assert resolve_model_key(str(tmp_path)) == str(tmp_path)
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        ({"use_rslora": True}, None),
+        ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 32}}, None),
+        ({"layers_to_transform": [1]}, None),
+        ({"lora_bias": True}, r"layers.0.self_attn.q_proj.lora_B.default.bias, .* and 1 more"),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, r"embed_tokens.modules_to_save.*lm_head.modules_to_save"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head.lora_A.default.weight, lm_head.lora_B.default.weight"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(
+    options: dict, frozen: str | None, model_folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What else it has counts in outputs, is named, does not train, and is saved with it again."""
+    theirs = of_peft(model_folders["llama"], tmp_path / "theirs", **options)
+    batch = make_datamodule(theirs, tmp_path).collate([3])
+    save_model(load_checkpoint(tmp_path / "theirs", theirs.key), tmp_path / "again")
+    said = capsys.readouterr().out
+    assert re.search(frozen, said) if frozen else not said
+    for name in ("theirs", "again"):
+        model = load_checkpoint(tmp_path / name, theirs.key).eval()
+        assert {n for n, p in model.network.named_parameters() if p.requires_grad} == set(model.layout.shapes)
+        with GradientCollector(model, make_projection("none", None, 0, shapes=model.layout.shapes)) as collect:
+            rows, outputs = collect(batch)
+        loss = OUTPUT_FUNCTIONS["loss"].function(*theirs.target_logits(batch), 1).sum()
+        weights = [theirs.network.get_parameter(name) for name in model.layout.shapes]
+        expected = torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, weights)])
+        torch.testing.assert_close(outputs[0], loss.detach())
+        torch.testing.assert_close(rows[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders: dict[str, str], tmp_path: Path) -> None:
+    llama = model_folders["llama"]
+    of_peft(llama, tmp_path / "dora", use_dora=True)
+    get_peft_model(load_base_model(llama).network, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
+    for name in ("lora", "damaged", "pickled"):
+        of_peft(llama, tmp_path / name)
+    (tmp_path / "damaged" / "adapter_config.json").write_text("{")
+    (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
+    for name, key, message in (
+        ("dora", llama, "an adapter with use_dora, expected plain LoRA"),
+        ("ia3", llama, "an adapter with .*IA3, expected plain LoRA"),
+        ("damaged", llama, "adapter_config.json cannot be read"),
+        ("pickled", llama, "has no adapter_model.safetensors"),
+        ("lora", model_folders["gpt2"], r"does not fit the layers of .*; pass the --model_key"),  # other names
+        ("lora", model_folders["opt"], r"does not fit the layers of .*; pass the --model_key"),  # other shapes
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / name, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "resolved"),
+    [
+        ("flan_t5_base", "google/flan-t5-base"),
+        ("gpt2_medium", "gpt2-medium"),
+        ("TinyLlama/TinyLlama-1.1B", "TinyLlama/TinyLlama-1.1B"),
+        ("a_folder", "a_folder"),
+    ],
+)
+def test_model_keys(key: str, resolved: str, workspace: Path) -> None:
+    (workspace / "a_folder").mkdir()
+    assert resolve_model_key(key) == resolved
 
 
 def test_unreachable_model_is_one_clear_error() -> None:

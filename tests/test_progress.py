@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
 from src import cli
+from src.finetune import FineTuning, FitProgress, TrainingPlan, fit
+from tests.test_models import adapted, make_datamodule
 
 
 @pytest.fixture
@@ -59,3 +64,32 @@ def test_work_without_steps_says_what_it_is(capsys: pytest.CaptureFixture, monke
         pass
     time.sleep(0.7)
     assert said + capsys.readouterr().err == "clustering …\n"
+
+
+def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(
+    model_folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SHOWN_AFTER_SECONDS", "LOG_INTERVAL_SECONDS"):
+        monkeypatch.setattr(cli, name, 0)
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path, batch_size=4)
+    steps = -(-len(datamodule.data.indices("train")) // 4)
+    hardware = cli.Hardware("cpu", 1, "auto", "32-true", 1)
+    fit(model, datamodule, TrainingPlan(2, 1e-3), hardware, seed=0, callbacks=[FitProgress("fit")], validate=True)
+    said = capsys.readouterr().err
+    losses = r"val_loss=\d\.\d{3}, train_loss=\d\.\d{3}"
+    assert re.search(rf"fit: 50 %, {steps} of {2 * steps} \[.*<.*, {losses}\]", said), said
+    assert said.count("validation: 100 %, 1 of 1 [") == 3, said  # before training, and after each epoch
+
+
+def test_losses_that_are_looked_at_later_are_named_all_the_same(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """As on a GPU, where a look at each step's would wait for it."""
+    model = adapted(model_folders["llama"])
+    module = FineTuning(model, make_datamodule(model, tmp_path).data, TrainingPlan(1, 1e-3))
+    samples = [torch.tensor(pair) for pair in ((0, 1), (2, 5), (3, 4))]
+    losses = torch.tensor([1.0, float("nan"), float("inf")])
+    module._unseen = list(zip(losses, (7, 8, 9), samples, strict=True))
+    with pytest.raises(
+        ValueError, match=r"training loss is nan after 8 optimizer steps, at samples 2 \(a\), 5 \(a\); lower"
+    ):
+        module.look_at_losses()
