@@ -197,7 +197,6 @@ def load_data(args: argparse.Namespace) -> TaskData:
         saved_dir=args.saved_dir,
         split_key=args.split_key,
         keep_incorrect=args.keep_incorrect,
-        letters=args.letters,
         task_column=args.task_column,
         **held_out,
     )
