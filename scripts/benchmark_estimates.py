@@ -30,8 +30,8 @@ import pandas as pd
 import torch
 
 from src import cli
-from src.accuracy import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
 from src.estimation import ESTIMATORS, Part, estimate
+from src.evaluation import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
 from src.paths import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
 from src.report import (
     VALIDATION_LOSS,

@@ -120,7 +120,7 @@ class Selecting:
 
     def refined(self) -> tuple[list[Subset], int]:
         """The subsets on forward selection's way with the best estimates, the best of them by real fine-tuning."""
-        steps = forward_selection(self.estimates("ridge"), self.num_tasks, patience=2).steps
+        steps = forward_selection(self.estimates("ridge"), self.num_tasks, past_best=3).steps
         candidates = [step.subset for step in sorted(steps, key=lambda step: step.estimate)[:NUM_REFINED]]
         values = self.fine_tuned(candidates, VALIDATION_LOSS)
         cost = self.estimation_passes + self.passes(candidates) * self.args.runs
@@ -179,7 +179,7 @@ class Selecting:
                 total += ((means - goal) ** 2).sum(axis=1) / (goal @ goal)
             return total
 
-        path = forward_selection(distance, self.num_tasks, max_tasks=k, patience=self.num_tasks)
+        path = forward_selection(distance, self.num_tasks, max_tasks=k, past_best=self.num_tasks)
         return [path.steps[k - 1].subset], self.estimation_passes
 
     def oracle(self) -> tuple[list[Subset], int]:
@@ -242,7 +242,7 @@ def search_seconds(num_tasks: int, steps: int, try_at_most: int | None, num_part
     parts = [Part(worlds.random_moments(num_tasks, 2 + part), target) for part in range(num_parts)]
     started = time.perf_counter()
     path = forward_selection(
-        lambda membership: estimate(parts, membership)[:, 0], num_tasks, max_tasks=steps, patience=num_tasks,
+        lambda membership: estimate(parts, membership)[:, 0], num_tasks, max_tasks=steps, past_best=num_tasks,
         try_at_most=try_at_most, progress=cli.progress,
     )  # fmt: skip
     seconds = round(time.perf_counter() - started, 1)

@@ -29,9 +29,8 @@ import numpy as np
 import pandas as pd
 
 from src import cli
-from src.accuracy import linear_datamodeling_score
-from src.answer import Answer, best_fine_tuned
 from src.estimation import DEFAULT_RHO, ESTIMATORS
+from src.evaluation import Answer, best_fine_tuned, linear_datamodeling_score
 from src.paths import (
     ESTIMATES_FIGURE,
     ESTIMATES_FILE,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from src import cli
-from src.accuracy import AVERAGE, MEAN
+from src.evaluation import AVERAGE, MEAN
 from src.paths import (
     APPROXIMATION_FILE,
     COMPARISON_FILE,

@@ -22,9 +22,8 @@ from pathlib import Path
 import pandas as pd
 
 from src import cli
-from src.accuracy import AVERAGE, MEAN
-from src.answer import best_fine_tuned
 from src.estimates import results_folder
+from src.evaluation import AVERAGE, MEAN, best_fine_tuned
 from src.paths import (
     AFFINITY_FIGURE,
     COMPARISON_FIGURE,

@@ -20,8 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src.accuracy import AVERAGE, MEAN, comparison, own_inclusion
-from src.calibration import CALIBRATION_RHOS, calibrate, fit_calibration
 from src.cli import (
     command_typed,
     counted,
@@ -43,6 +41,15 @@ from src.estimation import (
     solutions,
     solver_of,
     zero_order_error,
+)
+from src.evaluation import (
+    AVERAGE,
+    CALIBRATION_RHOS,
+    MEAN,
+    calibrate,
+    comparison,
+    fit_calibration,
+    own_inclusion,
 )
 from src.finetune import (
     TrainingPlan,
@@ -651,8 +658,7 @@ def search(args: argparse.Namespace, estimator: Estimator, columns: Sequence[int
         max_tasks=args.max_tasks,
         budget_rows=args.budget_rows,
         rows_of_task=rows_of_task,
-        tolerance=args.tolerance,
-        patience=max(args.patience, 2) if args.refine else args.patience,
+        past_best=3 if args.refine else 1,
         try_at_most=args.try_at_most,
         progress=progress,
     )

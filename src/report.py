@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from src.accuracy import AVERAGE, MEAN, linear_datamodeling_score
+from src.evaluation import AVERAGE, MEAN, linear_datamodeling_score
 from src.paths import atomic_write, check_manifest, shorten, write_json
 
 matplotlib.use("Agg")
@@ -309,7 +309,7 @@ def comparison_figure(
     Args:
         estimates: (m, k).
         fine_tuned: (m, k), same unit.
-        table: What `accuracy.comparison` gives.
+        table: What `evaluation.comparison` gives.
         predictor: Which of its predictors the estimates are.
         path: The PNG.
         ranks_only: The estimates are no losses.

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from src.answer import best_fine_tuned
+from src.evaluation import best_fine_tuned
 from src.paths import losses_file
 from src.report import parse_subset
 
