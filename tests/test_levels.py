@@ -78,7 +78,7 @@ def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
             shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6
         )
     paths = [
-        forward_selection(values, 4, patience=4)
+        forward_selection(values, 4, past_best=5)
         for values in (
             lambda tried: estimate(estimator.parts, tried).mean(axis=1),
             lambda tried: estimator(tried).mean(axis=1),
