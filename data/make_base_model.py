@@ -32,11 +32,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from src import cli
+from src import config, console
 from src.data import TaskData, require_file
 from src.datamodule import TaskDataModule
 from src.instruction import Columns, files_of, load_instruction
-from src.paths import MANIFEST, file_fingerprint, whole_folder, write_manifest
+from src.artifacts import MANIFEST, file_fingerprint, whole_folder, write_manifest
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CHAT_TEMPLATE = (  # a line for each turn, so that data of conversations can be tried too
@@ -178,7 +178,7 @@ def pretrain(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / max(1, num_steps)))
     )
     model.train()
-    progress = cli.progress(range(num_steps), desc="pretraining the base model", unit="step")
+    progress = console.progress(range(num_steps), desc="pretraining the base model", unit="step")
     for _ in progress:
         loss = model(**next(batches)).loss
         optimizer.zero_grad()
@@ -318,17 +318,17 @@ def add_base_model(
     """How large the model is and how long it is pretrained; the defaults are the script's."""
     group = parser.add_argument_group("base model")
     for flag, kind, default, meaning in (
-        ("--hidden_size", cli.positive_int, hidden_size, "width, a multiple of twice --num_heads"),
-        ("--num_layers", cli.positive_int, num_layers, "layers; T5: of the encoder, and as many of the decoder"),
-        ("--num_heads", cli.positive_int, num_heads, "attention heads"),
+        ("--hidden_size", config.COUNT, hidden_size, "width, a multiple of twice --num_heads"),
+        ("--num_layers", config.COUNT, num_layers, "layers; T5: of the encoder, and as many of the decoder"),
+        ("--num_heads", config.COUNT, num_heads, "attention heads"),
         (
             "--pretrain_steps",
-            cli.not_negative_int,
+            config.number(int, 0),
             pretrain_steps,
             "optimizer steps of pretraining; 0 keeps random weights",
         ),
-        ("--pretrain_batch_size", cli.positive_int, batch_size, "rows per step"),
-        ("--pretrain_lr", cli.positive_float, lr, "highest learning rate"),
+        ("--pretrain_batch_size", config.COUNT, batch_size, "rows per step"),
+        ("--pretrain_lr", config.POSITIVE, lr, "highest learning rate"),
     ):
         group.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: %(default)s)")
 
@@ -340,16 +340,16 @@ def content_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     add_output(parser, "data/base_model")
     group = parser.add_argument_group("text")
     group.add_argument("--data_files", nargs="+", required=True, metavar="SOURCE", help="instruction data to learn the "
                        "text of, as custom_train_alpaca.py takes them (required)")  # fmt: skip
     cli.add_columns(group)
     group.add_argument(
-        "--vocab_size", type=cli.positive_int, default=2048, help="tokens, at most (default: %(default)s)"
+        "--vocab_size", type=config.COUNT, default=2048, help="tokens, at most (default: %(default)s)"
     )
-    group.add_argument("--window", type=cli.positive_int, default=128, help="length of a row in pretraining, in tokens "
+    group.add_argument("--window", type=config.COUNT, default=128, help="length of a row in pretraining, in tokens "
                        "(default: %(default)s)")  # fmt: skip
     group.add_argument("--pretrain_on", choices=("text", "completions"), default="text", help="windows of the running text, "
                        "every token predicted; or whole rows, where only completions count (default: %(default)s)")  # fmt: skip
@@ -393,4 +393,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -22,8 +22,8 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from src import cli
-from src.paths import atomic_write
+from src import config, console
+from src.artifacts import atomic_write
 
 SOURCES = {
     "danish": "da", "swedish": "sv", "german": "de", "dutch": "nl",
@@ -98,13 +98,13 @@ def write_world(folder: Path, num_rows: int, num_target_rows: int, seed: int) ->
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     group = parser.add_argument_group("world")
     group.add_argument(
         "--output_dir", default="data/calendar", metavar="FOLDER", help="where to (default: data/calendar)"
     )
-    group.add_argument("--rows", type=cli.positive_int, default=16, help="rows of each source (default: 16)")
-    group.add_argument("--target_rows", type=cli.positive_int, default=64, help="rows of the target (default: 64)")
+    group.add_argument("--rows", type=config.COUNT, default=16, help="rows of each source (default: 16)")
+    group.add_argument("--target_rows", type=config.COUNT, default=64, help="rows of the target (default: 64)")
     group.add_argument("--seed", type=int, default=0, help="which days (default: 0)")
     return parser.parse_args(argv)
 
@@ -121,4 +121,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -16,10 +16,10 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from src import cli
+from src import config, console
 from src.frames import read_pickle
 
-calendar = cli.load_script("data/make_calendar.py")
+calendar = console.load_script("data/make_calendar.py")
 
 FLAN_SOURCES = (
     "common_gen_Example_prompt",
@@ -81,17 +81,17 @@ def write_world(args: argparse.Namespace) -> tuple[int, int]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     group = parser.add_argument_group("world")
     group.add_argument("--flan_file", required=True, metavar="JSONL", help="FLAN rows (required)")
     group.add_argument("--alpaca_file", required=True, metavar="PKL", help="pickled Alpaca frame (required)")
     group.add_argument(
         "--output_dir", default="data/flan_world", metavar="FOLDER", help="where to (default: data/flan_world)"
     )
-    group.add_argument("--rows", type=cli.positive_int, default=24, help="rows of each source (default: 24)")
-    group.add_argument("--target_rows", type=cli.positive_int, default=48, help="rows of each target (default: 48)")
+    group.add_argument("--rows", type=config.COUNT, default=24, help="rows of each source (default: 24)")
+    group.add_argument("--target_rows", type=config.COUNT, default=48, help="rows of each target (default: 48)")
     group.add_argument(
-        "--max_characters", type=cli.positive_int, default=220, help="longer rows are left out (default: 220)"
+        "--max_characters", type=config.COUNT, default=220, help="longer rows are left out (default: 220)"
     )
     group.add_argument("--seed", type=int, default=0, help="of the shuffled answers (default: 0)")
     return parser.parse_args(argv)
@@ -106,4 +106,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

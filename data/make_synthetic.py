@@ -36,9 +36,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from src import cli
+from src import config, console
 
-base = cli.load_script("data/make_base_model.py")
+base = console.load_script("data/make_base_model.py")
 
 TARGET = "target"
 LETTERS = string.ascii_lowercase
@@ -291,23 +291,23 @@ def pretraining_batches(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     base.add_output(parser, "data/synthetic")
     group = parser.add_argument_group("sources and target")
-    group.add_argument("--num_tasks", type=cli.positive_int, default=20, help="sources (default: 20)")
-    group.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="rows of each source (default: 80)")
-    group.add_argument("--noise", type=cli.share, nargs="+", default=[0.0, 0.5, 1.0], metavar="SHARE", help="shares of "
+    group.add_argument("--num_tasks", type=config.COUNT, default=20, help="sources (default: 20)")
+    group.add_argument("--rows_per_task", type=config.COUNT, default=80, help="rows of each source (default: 80)")
+    group.add_argument("--noise", type=config.SHARE, nargs="+", default=[0.0, 0.5, 1.0], metavar="SHARE", help="shares of "
                        "wrong answers; the sources of a skill take one after the other (default: 0 0.5 1)")  # fmt: skip
-    group.add_argument("--joined", type=cli.positive_int, default=1, metavar="WORDS", help="every other source asks for so "
+    group.add_argument("--joined", type=config.COUNT, default=1, metavar="WORDS", help="every other source asks for so "
                        "many words in a row, so that answers differ in length (default: 1)")  # fmt: skip
     group.add_argument(
-        "--num_target_skills", type=cli.positive_int, default=3, help="skills of the target (default: 3)"
+        "--num_target_skills", type=config.COUNT, default=3, help="skills of the target (default: 3)"
     )
-    group.add_argument("--target_rows", type=cli.positive_int, default=150, help="the target's rows for validation, and "
+    group.add_argument("--target_rows", type=config.COUNT, default=150, help="the target's rows for validation, and "
                        "again for test (default: 150)")  # fmt: skip
     base.add_base_model(parser, hidden_size=64, num_layers=3, num_heads=4, pretrain_steps=1500, batch_size=64, lr=3e-3)
     text = parser.add_argument_group("base model's text")
-    text.add_argument("--typo_rows", type=cli.share, default=0.6, help="share of the base model's pretraining rows that "
+    text.add_argument("--typo_rows", type=config.SHARE, default=0.6, help="share of the base model's pretraining rows that "
                       "are full of typing errors; more make it less sure (default: 0.6)")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -353,4 +353,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -32,12 +32,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from src import cli
+from src import config, console
 from src.cot import TEACHER
 from src.datamodule import IGNORED
-from src.paths import write_json
+from src.artifacts import write_json
 
-base = cli.load_script("data/make_base_model.py")
+base = console.load_script("data/make_base_model.py")
 
 DATASET_KEY = "addsub"  # an existing key, as it decides how answers are read
 NUM_DIGITS = 3  # of both numbers, always, so that all questions have the same length
@@ -227,16 +227,16 @@ def pretraining_batches(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     base.add_output(parser, "data/synthetic_cot")
     group = parser.add_argument_group("questions and teachers")
-    group.add_argument("--num_questions", type=cli.positive_int, default=400, help="additions, a quarter of them for "
+    group.add_argument("--num_questions", type=config.COUNT, default=400, help="additions, a quarter of them for "
                        "test (default: 400)")  # fmt: skip
     group.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS), help="who completes each "
                        "question, in this order; held-out questions are labelled by the first (default: all)")  # fmt: skip
     base.add_base_model(parser, hidden_size=64, num_layers=2, num_heads=4, pretrain_steps=1400, batch_size=64, lr=5e-3)
     text = parser.add_argument_group("base model's text")
-    text.add_argument("--careless_rows", type=cli.share, default=0.9, help="share of the base model's later pretraining "
+    text.add_argument("--careless_rows", type=config.SHARE, default=0.9, help="share of the base model's later pretraining "
                       "rows that forget to carry (default: 0.9)")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -272,4 +272,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from src import cli
+from src import config, console
 from src.figures import BLUE, ORANGE, plt, save_figure
-from src.paths import DATA, SCORES_FILE, results_dir
+from src.artifacts import DATA, SCORES_FILE, results_dir
 from src.tables import read_table
 
 NAME = "noisy_addition"
@@ -36,14 +36,14 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     group = parser.add_argument_group("samples and model")
     for flag, default, meaning in (
         ("--num_clean", 300, "samples with the right sum"),
         ("--num_noisy", 200, "samples with a random sum"),
         ("--pretrain_steps", 1500, "optimizer steps of the model's pretraining"),
     ):
-        group.add_argument(flag, type=cli.positive_int, default=default, help=f"{meaning} (default: {default})")
+        group.add_argument(flag, type=config.COUNT, default=default, help=f"{meaning} (default: {default})")
     group.add_argument(
         "--seed", type=int, default=0, help="seed of the additions and of the model's pretraining (default: 0)"
     )
@@ -123,4 +123,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

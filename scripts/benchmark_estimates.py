@@ -30,16 +30,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from src import cli
-from src.accuracy import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
+from src import config, console
+from src.evaluation import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
 from src.estimation import ESTIMATORS, Part, estimate
 from src.figures import BLUE, GREEN, GREY, ORANGE, plt, save_figure
-from src.paths import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
+from src.artifacts import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
 from src.subsets import load_or_draw_subsets, membership_matrix
 from src.tables import VALIDATION_LOSS, fine_tuned_values, own_targets, read_table, subset_text, write_table
 
 ATTAINABLE = ("attainable", "attainable_low", "attainable_high")
-worlds = cli.load_script("scripts/worlds.py")
+worlds = console.load_script("scripts/worlds.py")
 
 
 def make_world(world: Any, args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], np.ndarray]:
@@ -53,7 +53,7 @@ def make_world(world: Any, args: argparse.Namespace) -> tuple[pd.DataFrame, list
     name = world.save_name(BENCHMARK_ESTIMATES)
     count = args.subsets + args.calibration_subsets
     subsets = load_or_draw_subsets(subset_file(name), count, num_tasks, 0.5, seed=0)[:count]
-    cli.run_command(
+    console.run_command(
         f"{worlds.fine_tuning(world, args, BENCHMARK_ESTIMATES)} --runs {args.runs} --subset_file {subset_file(name)}"
     )
     texts = [subset_text(subset) for subset in subsets]
@@ -148,11 +148,11 @@ def estimation_seconds(num_tasks: int = 100, num_subsets: int = 1000, num_parts:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     worlds.add_flags(parser)
     group = parser.add_argument_group("subsets")
-    group.add_argument("--subsets", type=cli.positive_int, default=40, help="random halves to judge by (default: 40)")
-    group.add_argument("--calibration_subsets", type=cli.not_negative_int, default=6, help="more of them, for "
+    group.add_argument("--subsets", type=config.COUNT, default=40, help="random halves to judge by (default: 40)")
+    group.add_argument("--calibration_subsets", type=config.number(int, 0), default=6, help="more of them, for "
                        "calibration; 0 calibrates each on all others (default: 6)")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -188,4 +188,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

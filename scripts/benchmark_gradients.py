@@ -34,7 +34,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from src import cli
+from src import config, console
 from src.datamodule import TaskDataModule
 from src.gradients import GradientCollector, StoreWriter, collect_gradients
 from src.instruction import load_instruction
@@ -246,7 +246,7 @@ def resident_bytes() -> int:
 
 
 def _peak_in_this_process(way: str, arguments: tuple) -> int:
-    cli.quiet_libraries()
+    console.quiet_libraries()
     torch.set_num_threads(2)
     bench = Bench(*arguments)
     every, bench.batches = bench.batches, bench.batches[-1:]
@@ -272,16 +272,16 @@ def _peak_in_this_process(way: str, arguments: tuple) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     group = parser.add_argument_group("what is measured")
     group.add_argument("--model", choices=("llama", "t5"), default="llama", help="architecture (default: llama)")
-    group.add_argument("--dim", type=cli.positive_int, default=100, help="projection dimension d (default: 100)")
-    group.add_argument("--samples", type=cli.positive_int, default=256, help="rows of a pass (default: 256)")
-    group.add_argument("--stage_samples", type=cli.positive_int, default=2000, help="rows of the whole stage "
+    group.add_argument("--dim", type=config.COUNT, default=100, help="projection dimension d (default: 100)")
+    group.add_argument("--samples", type=config.COUNT, default=256, help="rows of a pass (default: 256)")
+    group.add_argument("--stage_samples", type=config.COUNT, default=2000, help="rows of the whole stage "
                        "(default: 2000)")  # fmt: skip
-    group.add_argument("--max_tokens", type=cli.positive_int, default=2048, help="token budget of a batch; on 2 cores "
+    group.add_argument("--max_tokens", type=config.COUNT, default=2048, help="token budget of a batch; on 2 cores "
                        "a training step is about its fastest at the default (default: 2048)")  # fmt: skip
-    group.add_argument("--repeats", type=cli.positive_int, default=5, help="timed rounds (default: 5)")
+    group.add_argument("--repeats", type=config.COUNT, default=5, help="timed rounds (default: 5)")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where; on cuda with the shape of "
                        "TinyLlama, in bfloat16 (default: cpu)")  # fmt: skip
     group.add_argument("--quick", action="store_true", help="only the floor, the engine and their memory (default: also "

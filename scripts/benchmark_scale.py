@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from src import cli
+from src import config, console
 from src.estimation import estimate
 from src.gradients import StoredPart, StoreWriter
-from src.paths import read_manifest
+from src.artifacts import read_manifest
 
 
 def anonymous_bytes() -> int:
@@ -66,7 +66,7 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
     writer = StoreWriter(folder, {"dim": args.dim, "output_function": "loss"}, samples, args.dim, "", groups=groups)
     means = rng.standard_normal((args.tasks, args.dim), np.float32)
     order = rng.permutation(args.rows)
-    for start in cli.progress(range(0, args.rows, 4096), desc="rows", unit="batch"):
+    for start in console.progress(range(0, args.rows, 4096), desc="rows", unit="batch"):
         index = np.sort(order[start : start + 4096])
         rows = rng.standard_normal((len(index), args.dim), np.float32) + means[tasks[index]]
         writer.write(index, rows, rng.random(len(index), np.float32))
@@ -76,7 +76,7 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     group = parser.add_argument_group("size")
     for flag, default, meaning in (
         ("--rows", 5_000_000, "projected gradients of the store"),
@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("--targets", 10, "targets"),
         ("--subsets", 1000, "subsets to estimate"),
     ):
-        group.add_argument(flag, type=cli.positive_int, default=default, help=f"{meaning} (default: {default:,})")
+        group.add_argument(flag, type=config.COUNT, default=default, help=f"{meaning} (default: {default:,})")
     return parser.parse_args(argv)
 
 
@@ -113,4 +113,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

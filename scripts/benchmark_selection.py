@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src import cli
+from src import config, console
 from src.estimates import Estimator
 from src.estimation import Part, estimate, mixture_weights
 from src.figures import BLUE, GREY, ORANGE, plt, save_figure
-from src.paths import (
+from src.artifacts import (
     BENCHMARK_FIGURE,
     BENCHMARK_SELECTION,
     BENCHMARK_TABLE,
@@ -44,7 +44,7 @@ from src.selection import forward_selection, random_ensemble_scores, select_by_s
 from src.subsets import draw_subsets, membership_matrix, write_subsets, write_task_weights
 from src.tables import TEST_LOSS, VALIDATION_LOSS, mean_over_targets, read_table, subset_text, write_table
 
-worlds = cli.load_script("scripts/worlds.py")
+worlds = console.load_script("scripts/worlds.py")
 
 Subset = tuple[int, ...]
 OURS = ("forward selection", "forward selection, refined", "backward elimination", "random ensemble", "mixture weights")
@@ -83,9 +83,9 @@ class Selecting:
         if wanted:
             file = subset_file(self.name)
             write_subsets(file, wanted)
-            cli.run_command(f"{command} --runs {self.args.runs} --subset_file {file}")
+            console.run_command(f"{command} --runs {self.args.runs} --subset_file {file}")
         if () in subsets:
-            cli.run_command(f"{command} --runs {self.args.runs} --task_idxes")
+            console.run_command(f"{command} --runs {self.args.runs} --task_idxes")
         table = read_table(results_dir(self.name) / RESULTS_FILE)
         table["mean"] = mean_over_targets(table, metric, self.targets)
         means = table.groupby("subset")["mean"].mean()
@@ -115,7 +115,7 @@ class Selecting:
 
     def refined(self) -> tuple[list[Subset], int]:
         """The subsets on forward selection's way with the best estimates, the best of them by real fine-tuning."""
-        steps = forward_selection(self.estimates("ridge"), self.num_tasks, patience=2).steps
+        steps = forward_selection(self.estimates("ridge"), self.num_tasks, past_best=3).steps
         candidates = [step.subset for step in sorted(steps, key=lambda step: step.estimate)[:NUM_REFINED]]
         values = self.fine_tuned(candidates, VALIDATION_LOSS)
         cost = self.estimation_passes + self.passes(candidates) * self.args.runs
@@ -129,7 +129,7 @@ class Selecting:
         file = weights_file(self.name)
         write_task_weights(file, self.estimator.tasks, shares)
         command = worlds.fine_tuning(self.world, self.args, f"{BENCHMARK_SELECTION}_mixture")
-        cli.run_command(f"{command} --runs {self.args.runs} --task_weights {file}")
+        console.run_command(f"{command} --runs {self.args.runs} --task_weights {file}")
         name = self.world.save_name(f"{BENCHMARK_SELECTION}_mixture")
         table = read_table(results_dir(name) / RESULTS_FILE)
         drawn = 1 / np.sum(shares**2 / np.maximum(self.rows_of_task, 1))
@@ -174,7 +174,7 @@ class Selecting:
                 total += ((means - goal) ** 2).sum(axis=1) / (goal @ goal)
             return total
 
-        path = forward_selection(distance, self.num_tasks, max_tasks=k, patience=self.num_tasks)
+        path = forward_selection(distance, self.num_tasks, max_tasks=k, past_best=self.num_tasks)
         return [path.steps[k - 1].subset], self.estimation_passes
 
     def oracle(self) -> tuple[list[Subset], int]:
@@ -256,8 +256,8 @@ def search_seconds(num_tasks: int, steps: int, try_at_most: int | None, num_part
     parts = [Part(worlds.random_moments(num_tasks, 2 + part), target) for part in range(num_parts)]
     started = time.perf_counter()
     path = forward_selection(
-        lambda membership: estimate(parts, membership)[:, 0], num_tasks, max_tasks=steps, patience=num_tasks,
-        try_at_most=try_at_most, progress=cli.progress,
+        lambda membership: estimate(parts, membership)[:, 0], num_tasks, max_tasks=steps, past_best=num_tasks,
+        try_at_most=try_at_most, progress=console.progress,
     )  # fmt: skip
     seconds = round(time.perf_counter() - started, 1)
     return {"tasks": num_tasks, "try_at_most": try_at_most, "steps": len(path.steps), "seconds": seconds}
@@ -265,17 +265,17 @@ def search_seconds(num_tasks: int, steps: int, try_at_most: int | None, num_part
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__)
+    parser = console.Parser(__doc__)
     worlds.add_flags(parser)
     group = parser.add_argument_group("methods")
     group.add_argument("--no_oracle", action="store_true", help="leave the oracle out; regret is then to the best method "
                        "(default: run it, which takes most of the time)")  # fmt: skip
     group = parser.add_argument_group("time of a search")
-    group.add_argument("--search_tasks", type=cli.positive_int, help="instead of worlds, time forward selection over so "
+    group.add_argument("--search_tasks", type=config.COUNT, help="instead of worlds, time forward selection over so "
                        "many random tasks (default: worlds)")  # fmt: skip
-    group.add_argument("--search_steps", type=cli.positive_int, default=50, help="steps of it, whether they improve or "
+    group.add_argument("--search_steps", type=config.COUNT, default=50, help="steps of it, whether they improve or "
                        "not (default: 50)")  # fmt: skip
-    group.add_argument("--try_at_most", type=cli.positive_int, help="as in fast_estimate_forward_selection.py, for "
+    group.add_argument("--try_at_most", type=config.COUNT, help="as in fast_estimate_forward_selection.py, for "
                        "--search_tasks (default: all)")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -305,4 +305,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from src import cli
-from src.accuracy import AVERAGE, MEAN
-from src.paths import (
+from src import console
+from src.evaluation import AVERAGE, MEAN
+from src.artifacts import (
     APPROXIMATION_FILE,
     COMPARISON_FILE,
     ESTIMATES_FILE,
@@ -129,7 +129,7 @@ TABLES = {table.__name__: table for table in (approximation_error, correlation, 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__, "TABLE")
+    parser = console.Parser(__doc__, "TABLE")
     parser.add_argument("name", choices=tuple(TABLES), help="which table")
     group = parser.add_argument_group("data sets")
     group.add_argument("--results", nargs="+", required=True, metavar="SET", help="data sets, folders below "
@@ -153,4 +153,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from src import cli
-from src.accuracy import AVERAGE, MEAN
-from src.answer import best_fine_tuned
+from src import console
 from src.estimates import results_folder
-from src.paths import (
+from src.evaluation import AVERAGE, MEAN, best_fine_tuned
+from src.artifacts import (
     AFFINITY_FIGURE,
     COMPARISON_FIGURE,
     COMPARISON_FILE,
@@ -193,7 +192,7 @@ def page(folder: Path) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
-    parser = cli.Parser(__doc__, "RESULTS …")
+    parser = console.Parser(__doc__, "RESULTS …")
     cli.add_results(parser, several=True)
     cli.add_dry_run(parser)
     return parser.parse_args(argv)
@@ -211,4 +210,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_stage(main, parse_args())
+    console.run_stage(main, parse_args())

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from src import cli
+from src import config, console
 from src.estimates import Estimator
 from src.estimation import ESTIMATORS, TaskMoments
-from src.paths import BENCHMARK_DATA, clusters_file, slug
+from src.artifacts import BENCHMARK_DATA, clusters_file, slug
 from src.stages import store_dir
 
 SUITE = (
@@ -138,12 +138,12 @@ def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
     """Run the stages up to the gradients where they are missing: of losses, with representations, and of margins."""
     train, gradients, _ = world.scripts
     if world.made_by:
-        cli.run_command(world.made_by)
-    cli.run_command(f"{train} {world.data} {world.training}")
+        console.run_command(world.made_by)
+    console.run_command(f"{train} {world.data} {world.training}")
     stage_2 = f"{gradients} {world.data} --project_dim {args.project_dim}"
-    cli.run_command(f"{stage_2} --representations")
+    console.run_command(f"{stage_2} --representations")
     if margins:
-        cli.run_command(f"{stage_2} --output_function margin")
+        console.run_command(f"{stage_2} --output_function margin")
         share_clusters(world, args)
 
 
@@ -157,7 +157,7 @@ def regression_args(world: World, args: argparse.Namespace, estimator: str) -> a
     """Stage 3's arguments for an estimator."""
     function = ESTIMATORS[estimator].output_function or "loss"
     flags = f"{world.data} {world.tasks} --project_dim {args.project_dim} --estimator {estimator} --output_function {function}"
-    return cli.load_script(world.scripts[2]).parse_args(flags.split())
+    return console.load_script(world.scripts[2]).parse_args(flags.split())
 
 
 def estimator_of(world: World, args: argparse.Namespace, estimator: str) -> Estimator:
@@ -195,20 +195,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_key", metavar="MODEL", help="base model of real:flan or a .jsonl world (default: none)")
     group.add_argument("--flan_file", metavar="JSONL", help="FLAN rows of real:flan (default: none)")
     group.add_argument("--alpaca_file", metavar="PKL", help="Alpaca frame of real:flan (default: none)")
-    group.add_argument("--rows_per_task", type=cli.positive_int, default=80, help="rows of each task of a .jsonl world "
+    group.add_argument("--rows_per_task", type=config.COUNT, default=80, help="rows of each task of a .jsonl world "
                        "(default: 80)")  # fmt: skip
-    group.add_argument("--max_characters", type=cli.positive_int, default=450, help="longer rows of a .jsonl world are "
+    group.add_argument("--max_characters", type=config.COUNT, default=450, help="longer rows of a .jsonl world are "
                        "left out (default: 450)")  # fmt: skip
-    group.add_argument("--num_clusters", type=cli.positive_int, default=20, help="tasks of a cot world (default: 20)")
+    group.add_argument("--num_clusters", type=config.COUNT, default=20, help="tasks of a cot world (default: 20)")
     group = parser.add_argument_group("training and gradients")
-    group.add_argument("--runs", type=cli.positive_int, default=2, help="fine-tunings of each subset, with other seeds; "
+    group.add_argument("--runs", type=config.COUNT, default=2, help="fine-tunings of each subset, with other seeds; "
                        "the truth is their mean (default: 2)")  # fmt: skip
-    group.add_argument("--epochs", type=cli.positive_int, default=4, help="passes of every fine-tuning over its rows "
+    group.add_argument("--epochs", type=config.COUNT, default=4, help="passes of every fine-tuning over its rows "
                        "(default: 4)")  # fmt: skip
-    group.add_argument("--lr", type=cli.positive_float, default=2e-3, help="learning rate (default: 0.002)")
-    group.add_argument("--batch_size", type=cli.positive_int, default=16, help="rows of a batch (default: 16)")
+    group.add_argument("--lr", type=config.POSITIVE, default=2e-3, help="learning rate (default: 0.002)")
+    group.add_argument("--batch_size", type=config.COUNT, default=16, help="rows of a batch (default: 16)")
     group.add_argument(
-        "--project_dim", type=cli.positive_int, default=400, help="projection dimension d (default: 400)"
+        "--project_dim", type=config.COUNT, default=400, help="projection dimension d (default: 400)"
     )
     cli.add_hardware(parser)
     group = parser.add_argument_group("output")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data import Example, TaskData, require_file, stable_split, text_field
-from src.paths import DATA, SAVED, shorten, write_json
+from src.artifacts import DATA, SAVED, shorten, write_json
 
 TEACHER = "text-davinci-002"
 

@@ -27,7 +27,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from src.paths import shorten
+from src.artifacts import shorten
 
 HELD_OUT = ("validation", "test")
 SPLITS = ("train", *HELD_OUT)

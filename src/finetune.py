@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import paths
-from src.cli import Hardware, progress, say_once
+from src.console import progress, say_once
+from src.distributed import Hardware
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
@@ -275,7 +276,7 @@ def save_checkpoint(
     shutil.rmtree(folder, ignore_errors=True)
     with paths.os_errors(folder):
         save_model(model, folder, state)
-    files = paths.files_facts(folder, sorted(path.name for path in folder.glob(paths.WEIGHTS)))
+    files = paths.file_sizes(folder, sorted(path.name for path in folder.glob(paths.WEIGHTS)))
     paths.write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.cli import is_out_of_memory, progress, say_once
+from src.console import is_out_of_memory, progress, say_once
 from src.datamodule import Batch, TaskDataModule
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
-from src.processes import Processes
+from src.distributed import Processes
 from src.projection import Projection
 from src.store import StoreWriter
 

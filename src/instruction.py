@@ -26,7 +26,7 @@ import datasets
 import pandas as pd
 import pyarrow.parquet as pq
 
-from src.cli import progress
+from src.console import progress
 from src.data import (
     HELD_OUT,
     LEFT_OUT,
@@ -43,7 +43,7 @@ from src.data import (
     text_field,
 )
 from src.frames import read_pickle
-from src.paths import MANIFEST, shorten, source_names
+from src.artifacts import MANIFEST, shorten, source_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

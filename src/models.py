@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from src.cli import say_notices, waiting_for
+from src.console import say_notices, waiting_for
 from src.datamodule import IGNORED, Batch
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neo", "opt")

@@ -22,10 +22,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from src.cli import progress
+from src.console import progress
 from src.datamodule import read_arrays, write_arrays
 from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
-from src.paths import MANIFEST, atomic_write, check_file, check_manifest, files_facts, read_manifest, write_manifest
+from src.artifacts import MANIFEST, atomic_write, check_file, check_manifest, file_sizes, read_manifest, write_manifest
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -244,7 +244,7 @@ class StoreWriter:
             _copy_rows(array, copies, array, self._first[copies])
         self.flush()
         manifest = {**self.request, **self.names, FINGERPRINT: self.fingerprint, "num_rows": len(self._first), **facts}
-        manifest["files"] = files_facts(self.partial, [*self._arrays, SAMPLES])
+        manifest["files"] = file_sizes(self.partial, [*self._arrays, SAMPLES])
         part, outers = StoredPart(self.partial, manifest), not kernel_is_smaller(*self.rows.shape)
         for kind, names in self.names.items():
             if names:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.paths import atomic_write, check_manifest, shorten, write_json
+from src.artifacts import atomic_write, check_manifest, shorten, write_json
 
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
 # what takes the place of ESTIMATE in columns, and in tables and figures, where estimates are no losses

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.cli import ROOT, load_script, quiet_libraries, run_stage
+from src.console import ROOT, load_script, quiet_libraries, run_stage
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.truncate"}
 """Audit events of changes to folders: between two of them lie the moments at which a kill could tear them apart."""

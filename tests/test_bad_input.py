@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM
 
-from src.cli import run_stage
+from src.console import run_stage
 from tests.commands import ROOT, load_script
 from tests.test_stages import track
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.cli import load_script
+from src.console import load_script
 from src.estimation import ESTIMATORS
 from tests.commands import run_script
 

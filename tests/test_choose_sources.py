@@ -10,7 +10,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from src.cli import flags_of
+from src.console import flags_of
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 

@@ -22,7 +22,7 @@ import torch
 
 from src import gradients
 from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store
-from src.paths import ARTIFACT_VERSION, MANIFEST, atomic_write, locked, write_json
+from src.artifacts import ARTIFACT_VERSION, MANIFEST, atomic_write, locked, write_json
 from src.projection import make_projection
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from src.data import TaskData
 from src.instruction import Columns, load_instruction
 from src.models import load_tokenizer
-from src.paths import Run, slug, subset_file
+from src.artifacts import Run, slug, subset_file
 from tests.commands import run_script
 from tests.conftest import character_tokenizer, write_sources
 

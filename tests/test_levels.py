@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,6 @@ import pytest
 
 from src.estimates import Estimator, reference_estimates
 from src.estimation import estimate
-from src.store import open_store
 from src.selection import forward_selection
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
@@ -77,16 +78,10 @@ def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
         np.testing.assert_allclose(
             shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6
         )
-    paths = [
-        forward_selection(values, 4, patience=4)
-        for values in (
-            lambda tried: estimate(estimator.parts, tried).mean(axis=1),
-            lambda tried: estimator(tried).mean(axis=1),
-            lambda tried: np.where(tried.any(axis=1), estimator(tried).mean(axis=1), -100.0),
-        )
-    ]
-    assert len({tuple(step.task for step in path.steps) for path in paths}) == 1
-    assert len({path.selected for path in paths}) == 1
+    values = (lambda tried: estimate(estimator.parts, tried).mean(axis=1), lambda tried: estimator(tried).mean(axis=1))
+    plain, shifted = (forward_selection(of, 4, past_best=5) for of in values)
+    assert [step.task for step in plain.steps] == [step.task for step in shifted.steps]
+    assert plain.selected == shifted.selected
 
 
 def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -95,7 +90,7 @@ def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytes
     assert estimator.levels.names == ("base model (measured)", "all tasks (estimated)")
     assert estimator.levels.step == 5 and not estimator.levels.whole
     np.testing.assert_allclose(estimator.levels.base, estimator_of(*flags).levels.base, rtol=1e-5)
-    last = open_store(next(Path("gradients").glob("*cut*_dim_32_run_0")), None, "")[-1]
+    last = estimator.stored[-1]
     goal = last.samples["target"] == last.targets.index("goal")
     assert estimator.levels.all_tasks[last.targets.index("goal")] == pytest.approx(last.outputs[goal].mean(), rel=1e-4)
     run_script(STAGE_3, *cut, *DIM)
@@ -107,23 +102,29 @@ def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytes
     assert " base model (measured), " in said and " all tasks (estimated).\n" in said
 
 
+@contextmanager
+def training_says(change: Callable[[dict[str, Any]], Any]) -> Iterator[Path]:
+    """The folder of the training, whose manifest is changed for a while."""
+    (training,) = (path for path in Path("external_lightning_logs").iterdir() if "cut" not in path.name)
+    text = (training / "manifest.json").read_text()
+    known = json.loads(text)
+    change(known)
+    try:
+        (training / "manifest.json").write_text(json.dumps(known))
+        yield training
+    finally:
+        (training / "manifest.json").write_text(text)
+
+
 def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None:
     """A folder of checkpoints whose training is not known: the losses of the rows at the first and the last of them."""
     whole = estimator_of(*flags)
-    (training,) = (path for path in Path("external_lightning_logs").iterdir() if "cut" not in path.name)
-    manifest = training / "manifest.json"
-    text = manifest.read_text()
-    try:
-        known = json.loads(text)
-        del known["validation_losses"]
-        manifest.write_text(json.dumps(known))
+    with training_says(lambda known: known.pop("validation_losses")) as training:
         levels = estimator_of(*flags).levels
         np.testing.assert_allclose(levels.base, whole.levels.base, rtol=1e-4)
         assert levels.step == 5 and not levels.whole
         alone = estimator_of(*flags, "--load_model_dir", f"{training.name}/step_step=5")
         assert alone.levels is None and alone.ranks_only
-    finally:
-        manifest.write_text(text)
 
 
 def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -136,26 +137,18 @@ def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.Capt
     said = capsys.readouterr().out
     assert "Score (ranking only): " in said and "measured" not in said
     assert "score" in pd.read_csv("results/scored/selection.csv").columns
-    table["subset"].to_frame().assign(run=0, **{"validation_loss/goal": 1.0 + np.arange(len(table))}).to_csv(
-        "truth.csv", index=False
-    )
+    truth = {"subset": table["subset"], "run": 0, "validation_loss/goal": 1.0 + np.arange(len(table))}
+    pd.DataFrame(truth).to_csv("truth.csv", index=False)
     run_script("notebook/compare_estimates.py", "results/scored/estimates.csv", "truth.csv")
     compared = pd.read_csv("results/scored/comparison.csv").set_index("predictor")
     assert np.isnan(compared.loc["score (ranking only)", "relative_error"])
 
 
-def test_a_selection_that_is_not_below_the_base_model_is_named(
-    flags: list[str], capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_selection_that_is_not_below_the_base_model_is_named(flags: list[str], capsys: pytest.CaptureFixture) -> None:
     """The same gradients after a training that made everything worse."""
     named = [*flags, *DIM, "--target_task", "goal", "--save_name", "worse"]
     run_script(STAGE_4, *named)
     assert "No selection is estimated to beat" not in capsys.readouterr().out
-    shutil.copytree(Path.cwd(), tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    (training,) = (path for path in Path("external_lightning_logs").iterdir() if "cut" not in path.name)
-    known = json.loads((training / "manifest.json").read_text())
-    known["validation_losses"]["base"]["goal"] = 0.01
-    (training / "manifest.json").write_text(json.dumps(known))
-    run_script(STAGE_4, *named)
+    with training_says(lambda known: known["validation_losses"]["base"].update(goal=0.01)):
+        run_script(STAGE_4, *named)
     assert "No selection is estimated to beat the base model: its measured loss, 0.01, " in capsys.readouterr().out

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from src.gradients import GradientCollector, StoreWriter, collect_gradients
-from src.processes import Processes
+from src.distributed import Processes
 from src.projection import make_projection
 from src.stages import placed
 from tests.commands import ROOT

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import cli
+from src import console
 from src.finetune import FineTuning, FitProgress, TrainingPlan, fit
 from tests.test_models import adapted, make_datamodule
 
@@ -29,16 +29,16 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def test_a_log_file_gets_a_line_now_and_then(wait: Callable[[float], None], capsys: pytest.CaptureFixture) -> None:
     """Whole lines with share, pace and remaining time, no control characters, far fewer than steps; none for short work."""
-    with cli.progress(desc="gradients", total=60, initial=20, unit="sample") as bar:
+    with console.progress(desc="gradients", total=60, initial=20, unit="sample") as bar:
         for _ in range(40):
             wait(1)
             bar.update(1)
-    for _ in cli.progress(iter(range(30)), desc="reading", unit="row"):
+    for _ in console.progress(iter(range(30)), desc="reading", unit="row"):
         wait(1)
-    for _ in cli.progress(range(3), desc="short"):
+    for _ in console.progress(range(3), desc="short"):
         wait(0.5)
-    for _ in cli.progress(range(4), desc="reading outside", unit="file"):
-        for _ in cli.progress(range(4), desc="reading inside", unit="row", leave=False):
+    for _ in console.progress(range(4), desc="reading outside", unit="file"):
+        for _ in console.progress(range(4), desc="reading inside", unit="row", leave=False):
             wait(8)
     lines = capsys.readouterr().err.splitlines()
     counted, uncounted = ([line for line in lines if line.startswith(name)] for name in ("gradients: ", "reading: "))
@@ -56,11 +56,11 @@ def test_a_log_file_gets_a_line_now_and_then(wait: Callable[[float], None], caps
 def test_work_without_steps_says_what_it_is(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "SHOWN_AFTER_SECONDS", 0.5)
     said, ends = "", time.monotonic() + 30
-    with cli.waiting_for("clustering"):
+    with console.waiting_for("clustering"):
         while not said and time.monotonic() < ends:
             said = capsys.readouterr().err
             time.sleep(0.01)
-    with cli.waiting_for("nothing"):
+    with console.waiting_for("nothing"):
         pass
     time.sleep(0.7)
     assert said + capsys.readouterr().err == "clustering …\n"

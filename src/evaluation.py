@@ -1,0 +1,300 @@
+"""Judges estimates against values that were really fine-tuned, calibrates them, and picks the best of what was fine-tuned.
+
+The score is the linear datamodeling score (LDS, arXiv:2303.14186): Spearman's correlation over subsets.
+Shapes: m subsets, c fine-tuned subsets, k targets, r runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import t as student
+
+from src.artifacts import RESULTS_FILE, losses_file
+
+CONSTANT, INCLUSION = "constant", "own task in the subset"
+AVERAGE, MEAN = "(average)", "(mean over targets)"
+CALIBRATION_RHOS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+CLEARLY = 0.5
+"""Another ridge strength is taken where it at least halves the leave-one-out error. Taking the smallest error whatever the
+difference made calibrated estimates worse on all five worlds of the benchmark (mean relative error 0.156 against 0.143)."""
+MIN_SUBSETS = 4
+"""With fewer, a line through them says nothing about its own error."""
+
+
+def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
+    """Spearman's correlation of estimates (m,) and fine-tuned values (m,); nan where either does not vary."""
+    if np.ptp(estimates) == 0 or np.ptp(fine_tuned) == 0:
+        return float("nan")
+    return float(spearmanr(estimates, fine_tuned).statistic)
+
+
+def _rank_correlation(values: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of the columns of (..., m, r), the mean over their pairs: (...); nan where one does not vary."""
+    runs = values.shape[-1]
+    ranks = rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2
+    with np.errstate(invalid="ignore"):
+        scaled = ranks / np.sqrt((ranks**2).sum(axis=-2, keepdims=True))
+    return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / (runs * (runs - 1))
+
+
+def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """Where the mean rank correlation of the columns of values (m, r) falls in 90 % of the draws of m subsets with
+    replacement (percentile bootstrap)."""
+    samples = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    scores = _rank_correlation(values[samples])
+    if np.isnan(scores).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(scores, [0.05, 0.95])
+    return float(low), float(high)
+
+
+def attainable_maximum(fine_tuned_by_run: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
+    """The highest score against the mean of the runs that is to be expected of any estimate, as far as runs (m, r) differ,
+    and its 90 % bootstrap interval; nan for a single run.
+
+    With q the mean of Spearman's correlation over pairs of runs, the mean of r runs has the reliability
+    r q / (1 + (r - 1) q) (Spearman-Brown), and what all runs have in common correlates with it by its root.
+    """
+    runs = fine_tuned_by_run.shape[1]
+    if runs < 2:
+        return float("nan"), float("nan"), float("nan")
+    found = _rank_correlation(fine_tuned_by_run), *bootstrap_interval(fine_tuned_by_run, draws)
+    q = np.maximum(np.array(found, float), 0.0)  # keeps nan
+    maximum, low, high = np.sqrt(runs * q / (1 + (runs - 1) * q)).tolist()
+    return maximum, low, high
+
+
+def given_inclusion(values: np.ndarray, is_in: np.ndarray) -> np.ndarray:
+    """Values (m,) minus the mean of the subsets that `is_in` (m,) marks, or of the others: what is left to explain
+    once it is known whether the target's own task is in the subset."""
+    values, is_in = np.asarray(values, float), np.asarray(is_in, bool)
+    return values - pd.Series(values).groupby(is_in).transform("mean").to_numpy()
+
+
+def own_inclusion(membership: np.ndarray, targets: Sequence[str], tasks: Sequence[str]) -> np.ndarray | None:
+    """Whether each target's own task is in each subset, (m, k) bool, from membership (m, n); None where a target is no
+    task."""
+    if not set(targets) <= set(tasks):
+        return None
+    return membership[:, [list(tasks).index(name) for name in targets]] > 0
+
+
+def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
+    """Every figure for estimates (m,) of one target.
+
+    Returns:
+        `lds` with its 90 % bootstrap interval `lds_low`, `lds_high`; `lds_top_quarter`, the same of the quarter of the
+        subsets with the lowest fine-tuned values (nan for fewer than 3 of them); `regret`, the fine-tuned value of the
+        subset that is estimated best minus the lowest (nan where estimates are equal); `pearson`; `relative_error`, the mean
+        of |estimate - true| / |true|; and `squared_relative_error`, |estimates - true|^2 / |true|^2 as in the paper.
+    """
+    estimates, fine_tuned = np.asarray(estimates, float), np.asarray(fine_tuned, float)
+    lds = linear_datamodeling_score(estimates, fine_tuned)
+    varies = np.isfinite(lds)
+    low, high = bootstrap_interval(np.stack([estimates, fine_tuned], axis=1)) if varies else (lds, lds)
+    best = np.argsort(fine_tuned, kind="stable")[: round(len(fine_tuned) / 4)]
+    return {
+        "lds": lds,
+        "lds_low": low,
+        "lds_high": high,
+        "lds_top_quarter": linear_datamodeling_score(estimates[best], fine_tuned[best]) if len(best) >= 3 else np.nan,
+        "regret": float(fine_tuned[estimates.argmin()] - fine_tuned.min()) if varies else np.nan,
+        "pearson": float(pearsonr(estimates, fine_tuned).statistic) if varies else np.nan,
+        "relative_error": float(np.mean(np.abs(estimates - fine_tuned) / np.abs(fine_tuned))),
+        "squared_relative_error": float(np.sum((estimates - fine_tuned) ** 2) / np.sum(fine_tuned**2)),
+    }
+
+
+def comparison(
+    predictions: Mapping[str, np.ndarray],
+    fine_tuned: np.ndarray,
+    targets: Sequence[str],
+    inclusion: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Every figure of every predictor for every target, beside the attainable maximum and two predictors that know little.
+
+    Args:
+        predictions: Name -> (m, k).
+        fine_tuned: (m, k, r); the truth is the mean over runs.
+        targets: Names of the targets (k,).
+        inclusion: Whether a target's own task is in the subset, (m, k) bool; None where targets are no tasks.
+
+    Returns:
+        A row for each target and predictor: `target`, `predictor`, the figures of `judge`, `attainable` with its 90 %
+        interval `attainable_low`, `attainable_high`, and with `inclusion` `lds_given_inclusion` and
+        `attainable_given_inclusion`, the same after `given_inclusion`. Predictor "constant" is the mean of the truth, "own
+        task in the subset" knows nothing but that. With several targets, target "(average)" has the mean of the targets'
+        figures, "(mean over targets)" those of the mean value.
+    """
+
+    def attainable(by_run: np.ndarray) -> dict[str, float]:
+        return dict(zip(("attainable", "attainable_low", "attainable_high"), attainable_maximum(by_run), strict=True))
+
+    truth = fine_tuned.mean(axis=2)
+    predictors = {**predictions, CONSTANT: np.broadcast_to(truth.mean(axis=0), truth.shape)}
+    if inclusion is not None:
+        rests = np.stack([given_inclusion(*of) for of in zip(truth.T, inclusion.T, strict=True)], axis=1)
+        predictors[INCLUSION] = truth - rests
+    records = []
+    for k, target in enumerate(targets):
+        shared = attainable(fine_tuned[:, k])
+        if inclusion is not None:
+            by_run = np.stack([given_inclusion(run, inclusion[:, k]) for run in fine_tuned[:, k].T], axis=1)
+            shared["attainable_given_inclusion"] = attainable_maximum(by_run)[0]
+        for name, values in predictors.items():
+            record = {"target": target, "predictor": name, **judge(values[:, k], truth[:, k]), **shared}
+            if inclusion is not None:
+                given = np.zeros(len(truth)) if name == INCLUSION else given_inclusion(values[:, k], inclusion[:, k])
+                record["lds_given_inclusion"] = linear_datamodeling_score(given, rests[:, k])
+            records.append(record)
+    frame = pd.DataFrame(records)
+    if len(targets) == 1:
+        return frame
+    average = frame.groupby("predictor", sort=False).mean(numeric_only=True).reset_index()
+    average.insert(0, "target", AVERAGE)
+    shared = attainable(fine_tuned.mean(axis=1))
+    means = [
+        {"target": MEAN, "predictor": name, **judge(values.mean(axis=1), truth.mean(axis=1)), **shared}
+        for name, values in predictors.items()
+    ]
+    return pd.concat([average, pd.DataFrame(means), frame], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An affine map for each target from estimates to fine-tuned values: estimates rank, their level is off."""
+
+    slopes: np.ndarray  # (k,), not negative: a map that turned the ranking round would be noise
+    centers: np.ndarray  # mean estimate (k,) of the fine-tuned subsets, where the map passes through
+    levels: np.ndarray  # their mean fine-tuned value (k,)
+    spreads: np.ndarray  # sum of squared deviations of the estimates from their center (k,)
+    errors: np.ndarray  # residual standard deviation (k,), c - 2 degrees of freedom
+    num_subsets: int  # c
+
+    def __call__(self, estimates: np.ndarray, share: float = 0.9) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Calibrated estimates (m, k), and the ends (m, k) of intervals that hold this share of fine-tuned values if
+        residuals are normal."""
+        deviations = np.asarray(estimates, float) - self.centers
+        values = self.levels + self.slopes * deviations
+        leverage = deviations**2 / np.where(self.spreads > 0, self.spreads, 1.0)
+        quantile = student.ppf((1 + share) / 2, self.num_subsets - 2)
+        half = quantile * self.errors * np.sqrt(1 + 1 / self.num_subsets + leverage)
+        return values, values - half, values + half
+
+
+def fit_calibration(estimates: np.ndarray, fine_tuned: np.ndarray) -> Calibration:
+    """Least squares for each target, of estimates (c, k) and fine-tuned values (c, k)."""
+    centers, levels = estimates.mean(axis=0), fine_tuned.mean(axis=0)
+    deviations = estimates - centers
+    spreads = (deviations**2).sum(axis=0)
+    slopes = (deviations * (fine_tuned - levels)).sum(axis=0) / np.where(spreads > 0, spreads, 1.0)
+    slopes = np.maximum(slopes, 0.0)
+    residuals = fine_tuned - levels - slopes * deviations
+    errors = np.sqrt((residuals**2).sum(axis=0) / (len(estimates) - 2))
+    return Calibration(slopes, centers, levels, spreads, errors, len(estimates))
+
+
+def leave_one_out_error(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
+    """Squared error of each fine-tuned value against the map fitted without it, relative to the values' variance; mean over
+    subsets and targets. Arguments as in `fit_calibration`."""
+    errors = np.zeros_like(fine_tuned)
+    for left_out in range(len(fine_tuned)):
+        others = np.arange(len(fine_tuned)) != left_out
+        values, _, _ = fit_calibration(estimates[others], fine_tuned[others])(estimates[left_out])
+        errors[left_out] = values - fine_tuned[left_out]
+    variances = fine_tuned.var(axis=0)
+    return float(((errors**2).mean(axis=0) / np.where(variances > 0, variances, 1.0)).mean())
+
+
+def calibrate(
+    estimates_by_rho: Mapping[float, np.ndarray], fine_tuned: np.ndarray, default: float
+) -> tuple[float, Calibration]:
+    """A ridge strength, the default or one that is better by `CLEARLY`, and the map fitted to its estimates (c, k).
+
+    Refuses (ValueError) fewer than `MIN_SUBSETS` + 1 subsets.
+    """
+    if len(fine_tuned) <= MIN_SUBSETS:
+        raise ValueError(f"--calibrate needs at least {MIN_SUBSETS + 1} fine-tuned subsets, found {len(fine_tuned)}")
+    errors = {rho: leave_one_out_error(estimates, fine_tuned) for rho, estimates in estimates_by_rho.items()}
+    best = min(errors, key=errors.__getitem__)
+    rho = best if errors[best] < CLEARLY * errors[default] else default
+    return rho, fit_calibration(estimates_by_rho[rho], fine_tuned)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best of what was fine-tuned: `subset` (empty is the base model), and what to say about it, a line each."""
+
+    subset: tuple[int, ...]
+    lines: tuple[str, ...]
+
+
+def best_fine_tuned(folder: Path, tasks: Sequence[str], chosen_by: Mapping[str, str] | None = None) -> Answer:
+    """The subset with the lowest validation loss in `results/<name>`, of equals the smallest, and how sure that is.
+
+    `tasks` are the names of the tasks; `chosen_by` says what chose a subset, by its text.
+    """
+    from src import report  # its figures need this module
+
+    truth = report.read_table(folder / RESULTS_FILE, of_subsets=True)
+    targets = report.own_targets(report.columns_of(truth, report.VALIDATION_LOSS), tasks)
+    truth["loss"] = report.mean_over_targets(truth, report.VALIDATION_LOSS, targets)
+    means = truth.groupby("subset")["loss"].mean()
+    ranked = sorted(means.index, key=lambda text: (means[text], len(report.parse_subset(text))))
+    best, everything = ranked[0], report.subset_text(range(len(tasks)))
+    called = {"": "the base model", everything: f"all {len(tasks)} sources"}
+    rest = [text for text in ranked[1:] if text not in called][:1]
+    rivals = rest if best == "" and rest else [text for text in called if text in ranked[1:]] + rest
+    basis: list[str] = []
+    said = [f"Validation loss {means[best]:.3f}, the lowest of {len(means)} subsets that were tried"]
+    if "" not in means.index:
+        said[0] += " (the base model is not among them: --task_idxes without ids evaluates it)"
+    for text in rivals:
+        name = called.get(text) or report.names_of(report.parse_subset(text), tasks, 6)
+        found, *basis = _difference(folder, truth, best, text, targets, name)
+        said.append(found)
+    ids = report.parse_subset(best)
+    by = f", by {chosen_by[best]}" if chosen_by and best in chosen_by else ""
+    headline = "Nothing here helps: keep the base model."
+    if best:
+        headline = f"Train on: {report.names_of(ids, tasks)} ({len(ids)} of {len(tasks)} sources{by})."
+    return Answer(ids, (headline, f"{'; '.join(said)}.", *basis))
+
+
+def _difference(
+    folder: Path, truth: pd.DataFrame, best: str, other: str, targets: Sequence[str], name: str
+) -> tuple[str, str]:
+    """How much lower the best's loss is than another's, in words, and what that rests on: the variance of the difference is
+    that of paired validation rows, where both have them, plus that of the seeds, where there are several."""
+    by_run = truth.pivot_table(index="run", columns="subset", values="loss")
+    of_runs = (by_run[other] - by_run[best]).dropna()
+    gap = float(of_runs.mean() if len(of_runs) else by_run[other].mean() - by_run[best].mean())
+    parts, basis = [], []  # variances of the difference, with their degrees of freedom
+    subsets = [tuple(map(int, text.split())) for text in (best, other)]
+    files = [[losses_file(folder, subset, run) for run in of_runs.index] for subset in subsets]
+    if len(of_runs) and all(path.is_file() for of_subset in files for path in of_subset):
+        losses = [pd.concat(map(pd.read_csv, of)).groupby(["target", "sample_index"])["loss"].mean() for of in files]
+        rows = (losses[1] - losses[0]).groupby("target").agg(["var", "count"]).loc[list(targets)]
+        if rows["count"].min() > 1:
+            variance = float((rows["var"] / rows["count"]).sum()) / len(rows) ** 2
+            parts.append((variance, int(rows["count"].sum()) - len(rows)))
+            basis.append(f"{rows['count'].sum():,} validation rows")
+    if len(of_runs) > 1:
+        parts.append((float(of_runs.var() / len(of_runs)), len(of_runs) - 1))
+        basis.append(f"{len(of_runs)} seeds")
+    if not parts:
+        return f"{gap:.3f} above it: {name}", "How sure this is cannot be said of one seed; --runs 2 or more shows it."
+    total = sum(variance for variance, _ in parts)
+    freedom = total**2 / max(sum(variance**2 / degrees for variance, degrees in parts), np.finfo(float).tiny)
+    half = float(student.ppf(0.95, max(freedom, 1))) * math.sqrt(total)
+    found = f"lower than that of {name} by" if gap > half else f"no difference from {name} is shown:"
+    alone = "" if len(of_runs) > 1 else "; what another seed would change is not in them (--runs 2 or more shows it)"
+    interval = f"{gap:.3f} (90 % interval {gap - half:.3f} to {gap + half:.3f})"
+    return f"{found} {interval}", f"Intervals are over {' and '.join(basis)}{alone}."
