@@ -1,9 +1,5 @@
-"""Where the instruction track's examples come from.
-
-A source is a file, the shards of a data set, a folder that `datasets` saved, or a data set on the hub: `FORMATS` says how
-files are read, record by record. A record's columns say how it becomes a prompt and a completion: `LAYOUTS`. Pickled
-frames are read by `src.frames`.
-"""
+"""Where the instruction track's examples come from: `FORMATS` says how a source is read, record by record, and `LAYOUTS`
+how a record's columns become a prompt and a completion."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import codecs
 import contextlib
 import csv
 import datetime
+import functools
 import gzip
 import io
 import itertools
@@ -19,11 +16,13 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import datasets
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from src.console import progress
@@ -31,15 +30,15 @@ from src.data import (
     HELD_OUT,
     LEFT_OUT,
     SPLITS,
+    TEXT,
     StoredExamples,
     TaskData,
     heldout_quotas,
     is_missing,
     key_digest,
     require_file,
-    require_unicode,
     stable_sides,
-    store_texts,
+    store_rows,
     text_field,
 )
 from src.frames import read_pickle
@@ -50,11 +49,14 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 TASK_COLUMNS = ("_task_name", "skill", "task")
-"""Columns that name a row's task where `Columns.task` does not, in the order in which they are looked for."""
+"""Columns that name a row's task where `Columns.task` does not; the first that is there."""
 HINTED_COLUMNS = ("source", "dataset", "category", "subset", "domain", "subject", "topic", "config")
-"""Columns that are said to be there where a source is read as one task: few values in them may well be tasks."""
+"""Columns that are pointed out where a source is read as one task: few values in them may well be tasks."""
 HALVED = "validation or test"
 """In place of a row's split: held out; half of a task's distinct keys validate, half test."""
+ROWS = pa.schema([*((name, TEXT) for name in ("prompt", "completion", "task", "split", "where")), ("key", pa.binary())])
+"""Rows as they are stored: `split` is what the row says itself, HALVED, or null; `where` is its file and line, for
+messages; rows of equal `key` are on one side."""
 
 
 class Columns(NamedTuple):
@@ -65,28 +67,18 @@ class Columns(NamedTuple):
     completion: str | None = None
 
 
-class _Row(NamedTuple):
-    """What is kept of a row beside its texts."""
-
-    where: str  # file and line or row, for messages
-    task: str
-    key: bytes  # decides the split: rows with equal keys are on one side
-    split: str | None  # None: to be chosen; or HALVED
-    is_target: bool
-
-
 # --- conversations -------------------------------------------------------------------------------------------
 
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-         "observation": "tool"}  # fmt: skip
+ROLES = {"human": "user", "prompter": "user", "observation": "tool"} | dict.fromkeys(
+    ("gpt", "chatgpt", "model"), "assistant"
+)
 """Names that roles have in published conversations -> what chat templates call them."""
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 """What templates take for today, so that rows are the same on any day."""
 
 
 def _plain(value: Any, name: str = "") -> Any:
-    """JSON without the nulls that columnar files put where rows have different keys. Messages, tools and the arguments of
-    a call may be JSON in a text."""
+    """JSON without the nulls of columnar files, and with what stands there as JSON in a text."""
     if isinstance(value, str) and name in ("messages", "tools", "arguments"):
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
@@ -95,78 +87,63 @@ def _plain(value: Any, name: str = "") -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _turn(turn: Any, where: str, may_be_empty: bool) -> dict[str, Any]:
+def _turn(turn: Any, where: str, is_last: bool) -> dict[str, Any]:
     """A turn with `role` and `content` as chat templates take them, and with what else it has."""
-    more = dict(turn) if isinstance(turn, dict) else {}
-    role, content = more.pop("role", more.pop("from", None)), more.pop("content", more.pop("value", None))
+    turn = dict(turn) if isinstance(turn, dict) else {"": turn}
+    role, content = turn.pop("role", turn.pop("from", None)), turn.pop("content", turn.pop("value", None))
     if not isinstance(role, str):
         raise ValueError(f"{where} is {shorten(turn)}, expected an object with role and content, or from and value")
-    role = ROLES.get(role, role)
+    role, calls = ROLES.get(role, role), bool(turn.get("tool_calls"))
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
-    is_call = bool(more.get("tool_calls"))
-    if is_call and content is None:
-        return {"role": role, **more}
-    if not isinstance(content, str) or not (content.strip() or may_be_empty or role == "system" or is_call):
+    if calls and content is None:
+        return {"role": role, **turn}
+    if not isinstance(content, str) or not (content.strip() or calls or is_last or role == "system"):
         raise ValueError(f"{where} ({role}) has content {shorten(json.dumps(content, default=str))}, expected text")
-    return {"role": role, "content": content, **more}
+    return {"role": role, "content": content, **turn}
 
 
 class Chat:
-    """Conversations as a prompt and a completion, by a tokenizer's chat template.
-
-    Args:
-        load_tokenizer: Called for the first conversation only.
-    """
+    """Conversations as a prompt and a completion, by the chat template of a tokenizer, loaded for the first of them."""
 
     def __init__(self, load_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
-        self._load = load_tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer = functools.cache(load_tokenizer)
         self.notices: dict[str, None] = {}
 
     def texts(self, messages: Any, where: str, tools: Any = None) -> tuple[str, str, str]:
-        """Everything up to the last turn, and that turn, which must be the assistant's; and what identifies the prompt
-        whatever the template: its turns and tools. An empty answer is an empty completion.
-
-        Raises:
-            ValueError: no such conversation, or no template that takes it.
-        """
+        """Everything up to the last turn; that turn, which must be the assistant's; and what identifies the prompt
+        whatever the template: its turns and tools. ValueError: no such conversation, or no template that takes it."""
         given = _plain({"messages": messages, "tools": tools})
         messages, tools = given.get("messages"), given.get("tools") or None
         if not isinstance(messages, list) or len(messages) < 2:
             raise ValueError(
                 f"{where}: messages is {shorten(messages)}, expected two or more turns of role and content"
             )
-        *before, last = turns = [
-            _turn(turn, f"{where}: turn {number}", number == len(messages)) for number, turn in enumerate(messages, 1)
-        ]
+        turns = [_turn(turn, f"{where}: turn {n}", n == len(messages)) for n, turn in enumerate(messages, 1)]
+        *before, last = turns
         if last["role"] != "assistant":
             raise ValueError(f"{where}: the last of its messages is by {last['role']!r}, expected 'assistant'")
         is_question = len(before) == 1 and not tools and before[0]["role"] == "user"
         key = before[0].get("content", "") if is_question else json.dumps([before, tools], sort_keys=True)
         if not last.get("content", "").strip() and not last.get("tool_calls"):
             return "", "", key
-        tokenizer = self._tokenizer = self._tokenizer or self._load()
-        prompt, whole = (self._render(part, tools, where, part is before) for part in (before, turns))
+        prompt, whole = self._render(before, tools, where, True), self._render(turns, tools, where, False)
         if not whole.startswith(prompt):  # a template that opens the assistant's turn in another way
             whole = prompt + text_field(last, "content", where)
+        tokenizer = self._tokenizer()
         completion = whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token or "")
-        begin = tokenizer.bos_token or ""
-        if begin and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:  # the tokenizer puts it there itself
-            prompt = prompt.removeprefix(begin)
-        require_unicode(prompt + completion, f"{where}: the conversation")
+        if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:  # it adds one itself
+            prompt = prompt.removeprefix(tokenizer.bos_token)
+        text_field({"the conversation": prompt + completion}, "the conversation", where)
         return prompt, completion, key
 
     def _render(self, turns: list[dict], tools: list | None, where: str, opened: bool) -> str:
-        """The turns in the tokenizer's template, on the same date every day."""
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        tokenizer = cast("PreTrainedTokenizerBase", self._tokenizer)
+        tokenizer = self._tokenizer()
+        whose = f"{where}: the tokenizer of {tokenizer.name_or_path}"
         if not tokenizer.chat_template:
-            raise ValueError(
-                f"{where}: the tokenizer of {tokenizer.name_or_path} has no chat template, so that messages cannot become "
-                "a prompt; take a chat model, or give columns prompt and completion"
-            )
+            raise ValueError(f"{whose} has no chat template; take a chat model, or give columns prompt and completion")
         try:
             template = tokenizer.get_chat_template(tools=tools)
             if "tool_calls" not in template and any(turn.get("tool_calls") for turn in turns):
@@ -179,8 +156,8 @@ class Chat:
         except Exception as error:  # a template is a program: it can raise anything
             raise ValueError(
                 f"{where}: the chat template of {tokenizer.name_or_path} does not take this conversation "
-                f"({_first_line(error)}); correct the row or leave it out (a system text can stand in front of the first "
-                "user turn's), or take a model whose template does"
+                f"({_first_line(error)}); correct the row (a system text can stand in front of the first user turn's) or "
+                "leave it out, or take a model whose template does"
             ) from error
 
     def _date(self, pattern: str) -> str:
@@ -191,66 +168,57 @@ class Chat:
 # --- layouts -------------------------------------------------------------------------------------------------
 
 LAYOUTS: tuple[tuple[str, ...], ...] = (
-    ("inputs", "targets"),
-    ("prompt", "completion"),
-    ("messages",),
-    ("conversations",),
-    ("conversation",),
-    ("skill", "text"),
-    ("instruction", "output"),
-    ("instruction", "response"),
+    *(("inputs", "targets"), ("prompt", "completion"), ("messages",), ("conversations",), ("conversation",)),
+    *(("skill", "text"), ("instruction", "output"), ("instruction", "response")),
 )
 """Columns that a source has, as `_texts` makes a prompt and a completion of them; the first that fits."""
 
 
-def _texts(layout: tuple[str, ...], record: Record, where: str, chat: Chat) -> tuple[str, ...]:
-    """Prompt, completion (empty: the row is left out), and a key for the split where that is not the prompt."""
-
-    def text(field: str) -> str:
-        is_null = field in record and is_missing(record[field])
-        return "" if is_null and field != prompt_column else text_field(record, field, where, allow_empty=True)
-
-    prompt_column, answer = layout[0], layout[-1]
-    match layout:
-        case ("inputs", "targets"):  # FLAN: the prompt is ended so that the answer can follow
-            prompt = text(prompt_column)
-            is_ended = prompt.endswith("\n") or prompt.rstrip().endswith(":")
-            return prompt if is_ended else f"{prompt}\n", text(answer)
-        case ("skill", "text"):  # the published frames: a text that ends with the output, if there is one
-            whole, output = text_field(record, "text", where), text("output") if "output" in record else None
-            prompt = whole.removesuffix(output) if output and whole.endswith(output) else ""
-            return prompt, "" if output is not None and not output.strip() else whole[len(prompt) :]
-        case ("instruction", _):  # Alpaca and Dolly: a line for the instruction, and one for what is given with it
-            name = "input" if answer == "output" else "context"
-            given = record.get(name)
-            given = "" if is_missing(given) else str(given) if isinstance(given, (int, float)) else text(name)
-            return "".join(f"{part}\n" for part in (text(prompt_column), given) if part), text(answer)
-        case (column,):
-            return chat.texts(record.get(column), where, record.get("tools"))
-    return text(prompt_column), text(answer)
-
-
 def _layout_of(record: Record, where: str, columns: Columns) -> tuple[str, ...]:
-    """The layout of a source by its first record. A source without the columns that the user named is read by those that
-    it has."""
+    """The layout of a source by its first record; a source without the columns that the user named has its own."""
     if {columns.prompt, columns.completion} & set(record):
         named = (columns.prompt or "prompt", columns.completion or "completion")
         return named[:1] if isinstance(record.get(named[0]), list) else named
     # a record that lacks one of the columns is told so by the layout it comes nearest to
     layout = max(LAYOUTS, key=lambda names: 9 if set(names) <= set(record) else len(set(names) & set(record)))
     if not set(layout) & set(record):
-        raise ValueError(
-            f"{where} has the columns {shorten(', '.join(map(str, record)))}; expected {'; '.join(map(' and '.join, LAYOUTS))}, "
-            "or name yours with --prompt_column and --completion_column"
+        expected = (
+            f"{'; '.join(map(' and '.join, LAYOUTS))}, or name yours with --prompt_column and --completion_column"
         )
+        raise ValueError(f"{where} has the columns {shorten(', '.join(map(str, record)))}; expected {expected}")
     return layout
+
+
+def _texts(layout: tuple[str, ...], record: Record, where: str, chat: Chat) -> tuple[str, str, str]:
+    """Prompt, completion (empty: the row is left out), and the key that decides the split: mostly the prompt."""
+
+    def text(field: str) -> str:
+        is_null = field in record and is_missing(record[field])
+        return "" if is_null and field != layout[0] else text_field(record, field, where, allow_empty=True)
+
+    match layout:
+        case (column,):
+            return chat.texts(record.get(column), where, record.get("tools"))
+        case ("skill", "text"):  # the published frames: a text that ends with the output, if there is one
+            whole, output = text_field(record, "text", where), text("output") if "output" in record else None
+            prompt = whole.removesuffix(output) if output and whole.endswith(output) else ""
+            completion = whole[len(prompt) :] if output is None or output.strip() else ""
+        case ("instruction", answer):  # Alpaca and Dolly: a line for the instruction, and one for what is given with it
+            name = "input" if answer == "output" else "context"
+            given = record.get(name)
+            given = "" if is_missing(given) else str(given) if isinstance(given, (int, float)) else text(name)
+            prompt, completion = "".join(f"{part}\n" for part in (text("instruction"), given) if part), text(answer)
+        case (question, answer):
+            prompt, completion = text(question), text(answer)
+            if question == "inputs" and not (prompt.endswith("\n") or prompt.rstrip().endswith(":")):
+                prompt += "\n"  # FLAN: the prompt is ended so that the answer can follow
+    return prompt, completion, prompt if prompt.strip() else completion
 
 
 # --- files ---------------------------------------------------------------------------------------------------
 
 
 def _opened(source: str) -> io.BufferedReader:
-    """The bytes of a file, unpacked."""
     unpacked = gzip.open if source.lower().endswith(".gz") else open
     return cast(io.BufferedReader, unpacked(require_file(Path(source)), "rb"))
 
@@ -259,16 +227,22 @@ def _numbered(source: str, records: Iterable[Any], place: str = "row") -> Iterat
     return ((f"{source}, {place} {number}", record) for number, record in enumerate(records, start=1))
 
 
+def _json_value(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        expected = "an object per line, or an array of objects"
+        raise ValueError(f"{where} is not JSON in UTF-8 ({error}); expected {expected}") from error
+
+
 def _json_records(source: str) -> Iterator[tuple[str, Record]]:
     """An object per line, or one array of objects."""
     with _opened(source) as file:
-        start = file.peek(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-        is_array = start.startswith(b"[")
-        if is_array or re.match(rb"\{\s*\n", start):
+        if re.match(rb"\[|\{\s*\n", file.peek(4096).removeprefix(codecs.BOM_UTF8).lstrip()):
             whole = _json_value(file.read(), source)
-            if not is_array:
+            if not isinstance(whole, list):
                 raise ValueError(
-                    f"{source} holds one object, expected rows: an object per line, or one array of objects"
+                    f"{source} holds one object, expected rows: an object per line, or an array of objects"
                 )
             values = _numbered(source, whole)
         else:
@@ -278,15 +252,6 @@ def _json_records(source: str) -> Iterator[tuple[str, Record]]:
             if not isinstance(record, dict):
                 raise ValueError(f"{where} holds {shorten(record)}, expected an object with a field for each column")
             yield where, record
-
-
-def _json_value(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{where} is not JSON in UTF-8 ({error}); expected an object per line, or an array of objects"
-        ) from error
 
 
 def _csv_records(source: str) -> Iterator[tuple[str, Record]]:
@@ -302,10 +267,9 @@ def _csv_records(source: str) -> Iterator[tuple[str, Record]]:
             raise ValueError(f"{source} names a column twice: {', '.join(header)}; rename one of them")
         for where, fields in _numbered(source, filter(None, rows)):
             if len(fields) < len(header) or any(fields[len(header) :]):
-                raise ValueError(
-                    f"{where} has {len(fields)} fields, and the first line names {len(header)} columns ({', '.join(header)}); "
-                    "give each row as many, with quotation marks around a text that holds the separator"
-                )
+                expected = f"the first line names {len(header)} columns ({', '.join(header)})"
+                cure = "give each row as many, with quotation marks around a text that holds the separator"
+                raise ValueError(f"{where} has {len(fields)} fields, and {expected}; {cure}")
             yield where, dict(zip(header, fields, strict=False))
 
 
@@ -316,44 +280,35 @@ def _parquet_records(source: str) -> Iterator[tuple[str, Record]]:
 
 def _pickle_records(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
     """Rows of a pickled frame, with the splits of its dev split map if there is one."""
-    frame = read_pickle(require_file(Path(source)))
+    frame = read_pickle(source)
     if isinstance(frame, dict):
         raise ValueError(f"{source} holds no columns, expected a DataFrame with the columns skill and text")
-    splits = _dev_map_splits(Path(source), frame) if use_dev_map else None
+    splits = _dev_map_splits(Path(source), frame) if use_dev_map else {}
     for (where, record), label in zip(_numbered(source, frame.to_dict("records")), frame.index, strict=True):
         yield f"{where} (index label {label!r})", record | ({"_split": splits[label]} if splits else {})
 
 
-def _dev_map_splits(path: Path, frame: pd.DataFrame) -> dict[Any, str] | None:
-    """Index label -> split, from a dev split map beside the file; None where there is none.
+def _dev_map_splits(path: Path, frame: pd.DataFrame) -> dict[Any, str]:
+    """Index label -> split, from a dev split map beside the file; empty where there is none.
 
     The map alone decides: a training row may repeat the prompt of a held-out one, as in the published files.
     """
-    stems = (path.stem, path.stem.removesuffix("_final"))
-    maps = [path.with_name(f"{stem}_dev_split_map.pkl") for stem in stems]
+    maps = (path.with_name(f"{stem}_dev_split_map.pkl") for stem in (path.stem, path.stem.removesuffix("_final")))
     map_path = next((candidate for candidate in maps if candidate.is_file()), None)
     if map_path is None:
-        return None
+        return {}
     dev_map, splits = read_pickle(map_path), dict.fromkeys(frame.index, "train")
     if not isinstance(dev_map, dict) or len(splits) < len(frame) or "_split" in frame or "skill" not in frame:
         raise ValueError(
             f"{map_path} must hold a dict from skill to index labels, and {path} a column skill, index labels that do not "
             "repeat and no column _split; correct them, or remove the map to have the rows split by their prompts"
         )
-    for skill, labels in dev_map.items():
-        for label in labels:
-            if label not in splits or frame["skill"].at[label] != skill:
-                raise ValueError(
-                    f"{map_path} holds out row {label!r} of skill {skill!r}, but {path} has no such row of that "
-                    "skill; the map belongs to another file: replace it, or remove it to split by prompts"
-                )
-        splits |= dict.fromkeys(labels, HALVED)
+    for skill, label in ((skill, label) for skill, labels in dev_map.items() for label in labels):
+        if label not in splits or frame["skill"].at[label] != skill:
+            found = f"{map_path} holds out row {label!r} of skill {skill!r}, but {path} has no such row of that skill"
+            raise ValueError(f"{found}; give the map of this file, or remove it to split by prompts")
+        splits[label] = HALVED
     return splits
-
-
-def _saved_records(source: str) -> Iterator[tuple[str, Record]]:
-    """A folder that `save_to_disk` wrote."""
-    return _numbered(source, cast(datasets.Dataset, datasets.load_from_disk(source)).with_format(None))
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
@@ -362,9 +317,8 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
     try:
         stream = datasets.load_dataset(name, split=split or "train", streaming=True)
     except Exception as error:  # whatever the network, the hub or the data set's own files raise
-        raise FileNotFoundError(
-            f"{source}: no such file or folder, and as a data set on the hub it cannot be opened ({_first_line(error)})"
-        ) from error
+        found = f"no such file or folder, and as a data set on the hub it cannot be opened ({_first_line(error)})"
+        raise FileNotFoundError(f"{source}: {found}") from error
     yield from _numbered(source, stream)
 
 
@@ -373,8 +327,7 @@ FORMATS: dict[str, Callable[[str], Iterator[tuple[str, Record]]]] = {
     **dict.fromkeys((".csv", ".tsv"), _csv_records),
     ".parquet": _parquet_records,
 }
-"""How a file's name ends, in small letters and but for .gz -> its records, each with where it stands, for
-messages. To add a format, write a function of a few lines and name it here."""
+"""How a file's name ends, but for .gz -> its records, each with where it stands. A new format is a function named here."""
 
 
 def _format_of(name: str) -> str:
@@ -385,7 +338,7 @@ def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
     """Records of a source, each with where it stands; whatever a damaged file raises in the libraries is one error."""
     try:
         if Path(source).is_dir():
-            yield from _saved_records(source)
+            yield from _numbered(source, cast(datasets.Dataset, datasets.load_from_disk(source)).with_format(None))
         elif _format_of(source) == ".pkl":
             yield from _pickle_records(source, use_dev_map)
         elif reader := FORMATS.get(_format_of(source)):
@@ -393,10 +346,10 @@ def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
         elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+)?(:\w+)?", source):  # not named like a file
             yield from _hub_records(source)
         else:
-            raise ValueError(
-                f"{source}: instruction data are files that end in {', '.join(FORMATS)} or .pkl, folders of them or of "
-                "`save_to_disk`, and hub ids"
+            expected = (
+                f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of `save_to_disk`, and hub ids"
             )
+            raise ValueError(f"{source}: instruction data are {expected}")
     except Exception as error:
         if type(error) in (ValueError, FileNotFoundError):  # our own
             raise
@@ -410,165 +363,145 @@ def _first_line(error: Exception) -> str:
 
 # --- folders -------------------------------------------------------------------------------------------------
 
+_ABOUT_DATA = rf"(?i)\..*|(readme|licen[sc]e).*|.*\.(md|py)|.*_dev_split_map\.pkl|dataset_(infos|dict)\.json|{MANIFEST}"
+"""Names of files that belong to data and hold none."""
+
 
 def files_of(source: str, without: Sequence[str] = (), notices: list[str] | None = None) -> list[str]:
     """The data files of a folder, sorted, but for some; any other source is itself.
 
     A folder without data files of its own is read as its sub-folders are. What is not read is named in `notices`: other
-    endings, sub-folders beside data files, and a data set's test and validation splits.
-
-    Raises:
-        ValueError: a folder that has none and that `datasets` did not save.
+    endings, sub-folders beside data files, and a data set's test and validation splits. ValueError: no data files.
     """
     if not Path(source).is_dir():
         return [source]
     unread: list[str] = []
     found = _files_below(Path(source), {Path(file).resolve() for file in without}, unread)
     if not found:
-        raise ValueError(
-            f"{source} is a folder without data files; expected files that end in {', '.join(FORMATS)} or .pkl in it, or "
-            "what the save_to_disk of datasets writes"
-        )
+        expected = f"files that end in {', '.join(FORMATS)} or .pkl in it, or what the save_to_disk of datasets writes"
+        raise ValueError(f"{source} is a folder without data files; expected {expected}")
     if notices is not None and unread:
         notices.append(f"in the folder {source} these are not read: {shorten(', '.join(unread), 300)}")
     return found
 
 
-_ABOUT_DATA = re.compile(
-    rf"(?i)\..*|(readme|licen[sc]e).*|.*\.(md|py)|.*_dev_split_map\.pkl|dataset_(infos|dict)\.json|{MANIFEST}"
-)
-"""Names of files that belong to data and hold none."""
-
-
 def _files_below(folder: Path, without: set[Path], unread: list[str]) -> list[str]:
     if (folder / "dataset_info.json").is_file():
         return [str(folder)]
-    there = [path for path in sorted(folder.iterdir()) if not _ABOUT_DATA.fullmatch(path.name)]
+    there = [path for path in sorted(folder.iterdir()) if not re.fullmatch(_ABOUT_DATA, path.name)]
     folders = [path for path in there if path.is_dir() and not (path / "config.json").is_file()]  # that is a model
     files = [path for path in there if path.is_file() and _format_of(path.name) in (*FORMATS, ".pkl")]
     others = {Path(path) for path in _other_splits(map(str, files + folders), in_folder=True)}
     kept = [str(path) for path in files if path not in others and path.resolve() not in without]
-    below = [path for path in folders if path not in others and kept and _files_below(path, without, [])]
+    folders = [path for path in folders if path not in others]
     unknown = [path for path in there if path.is_file() and path not in files]
+    below = [path for path in folders if kept and _files_below(path, without, [])]
     unread += [str(path) for path in [*unknown, *sorted(others), *below] if path.resolve() not in without]
-    return kept or [file for path in folders if path not in others for file in _files_below(path, without, unread)]
+    return kept or [file for path in folders for file in _files_below(path, without, unread)]
 
 
 def _other_splits(paths: Iterable[str], in_folder: bool = False) -> list[str]:
     """Those of some files or folders that are test or validation splits of a data set whose training rows are among them;
     in a folder also `test` by itself, beside other files."""
     stems = {path: re.sub(r"-\d+-of-\d+.*|(\.\w+){1,2}$", "", os.path.abspath(path)).lower() for path in paths}
-    pattern = r"(?P<head>.*[-_./])(test|testing|validation|valid|val|dev|eval)(?P<tail>[-_][^/]*)?"
-    named = {path: match for path, stem in stems.items() if (match := re.fullmatch(pattern, stem))}
+    pattern = re.compile(r"(.*[-_./])(?:test|testing|validation|valid|val|dev|eval)([-_][^/]*)?")
+    named = {path: match for path, stem in stems.items() if (match := pattern.fullmatch(stem))}
     rest = {stem for path, stem in stems.items() if path not in named}
-    others = []
-    for path, match in named.items():
-        head, tail = match["head"], match["tail"] or ""
+
+    def is_other(head: str, tail: str) -> bool:
         is_alone = in_folder and head.endswith("/") and not tail and rest
-        if is_alone or rest & {f"{head}train{tail}", head.rstrip("-_.") + tail}:
-            others.append(path)
-    return others
+        return bool(is_alone or rest & {f"{head}train{tail}", head.rstrip("-_.") + tail})
+
+    return [path for path, match in named.items() if is_other(match[1], match[2] or "")]
 
 
 # --- all sources together ------------------------------------------------------------------------------------
 
 
+@dataclass
 class _Reader:
-    """Reads sources and keeps what there is to say about them.
+    """Reads sources and collects what there is to say of them."""
 
-    Args:
-        columns: Names of columns that are not the usual ones.
-        chat: Turns conversations into texts.
-        notices: Where to say it.
-    """
+    columns: Columns
+    chat: Chat
+    names: Mapping[str, str]  # of sources
+    notices: list[str]
+    columns_used: set[str | None] = field(default_factory=set)
 
-    def __init__(self, columns: Columns, chat: Chat, notices: list[str]) -> None:
-        self.columns, self.chat, self.notices = columns, chat, notices
-        self.rows: list[_Row] = []
-        self.columns_used: set[str] = set()
+    def table(self, sources: Sequence[str], is_target: bool) -> pa.Table:
+        """Rows of sources, as `ROWS` says, in their order."""
+        rows = ((source, self.rows(source, is_target)) for source in sources)
+        bars = (progress(found, desc=f"reading {shorten(source, 40)}", unit="row") for source, found in rows)
+        return store_rows(itertools.chain.from_iterable(bars), ROWS)
 
-    def texts(self, training: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Prompt and completion of every row, in the order of the sources; what else is known of it goes into `rows`."""
-        names = source_names([*training, *targets])
-        for source, is_target in [*((file, False) for file in training), *((file, True) for file in targets)]:
-            before, found = len(self.rows), self._rows(source, names[source], is_target)
-            for prompt, completion, row in progress(found, desc=f"reading {shorten(source, 40)}", unit="row"):
-                self.rows.append(row)
-                yield prompt, completion
-            if len(self.rows) == before:
-                raise ValueError(f"{source} is empty: no row could be taken from it")
-
-    def _rows(self, source: str, name: str, is_target: bool) -> Iterator[tuple[str, str, _Row]]:
-        """Rows of a source; its first record says which layout it has and which column names the task."""
-        records = _records_of(source, use_dev_map=not is_target)
-        first = next(records, None)
-        if first is None:
-            return
-        layout = _layout_of(first[1], first[0], self.columns)
-        self.columns_used |= {column for column in self.columns if column and column in first[1]}
-        task_column = next((column for column in (self.columns.task, *TASK_COLUMNS) if column in first[1]), None)
-        # published files name tasks in _task_name: there a row without one is a fault, not a source of its own
-        task_column = task_column or (TASK_COLUMNS[0] if layout == ("inputs", "targets") else None)
+    def rows(self, source: str, is_target: bool) -> Iterator[tuple]:
+        """The first record decides which layout the source has and which column names the task."""
         counts, hinted = Counter[str](), defaultdict[str, set[str]](set)
-        for where, record in itertools.chain([first], records):
-            prompt, completion, *key = _texts(layout, record, where, self.chat)
+        empty = "an empty output and are left out"
+        bare = "no prompt apart from the answer; there the loss is on the whole text"
+        for where, record in _records_of(source, use_dev_map=not is_target):
+            if not counts:
+                layout = _layout_of(record, where, self.columns)
+                self.columns_used.update(set(self.columns) & set(record))
+                task_column = next((name for name in (self.columns.task, *TASK_COLUMNS) if name in record), None)
+                if layout == ("inputs", "targets"):  # published files name tasks in each row
+                    task_column = task_column or TASK_COLUMNS[0]
+            prompt, completion, key = _texts(layout, record, where, self.chat)
             counts["all"] += 1
             if not completion.strip():
-                counts["an empty output and are left out"] += 1
+                counts[empty] += 1
                 continue
-            counts["no prompt apart from the answer; there the loss is on the whole text"] += not prompt
-            task = text_field(record, task_column, where) if task_column else name
+            counts[bare] += not prompt
+            task = text_field(record, task_column, where) if task_column else self.names[source]
             for column in () if task_column or is_target else HINTED_COLUMNS:
                 if isinstance(value := record.get(column), str) and len(hinted[column]) <= 100:
                     hinted[column].add(value)
-            digest = key_digest(key[0] if key else prompt if prompt.strip() else completion)
-            yield prompt, completion, _Row(where, task, digest, _split_of(record, where, is_target), is_target)
-        total = counts.pop("all")
-        self.notices += [f"{source}: {n:,} of {total:,} rows have {what}" for what, n in counts.items() if n]
-        self.notices += [
-            f"{source} is read as one task; --task_column {column} would make {len(values)} of it"
-            for column, values in hinted.items()
-            if 2 <= len(values) <= min(100, total / 2)
-        ]
+            split = record.get("_split")
+            if is_missing(split):
+                split = HALVED if is_target else None
+            elif split not in (*SPLITS, HALVED):
+                raise ValueError(f"{where}: _split is {split!r}, expected one of {', '.join(SPLITS)}")
+            yield prompt, completion, task, split, where, key_digest(key)
+        if counts["all"] == counts[empty]:
+            raise ValueError(f"{source} is empty: no row could be taken from it")
+        for what in (bare, empty):
+            if counts[what]:
+                self.notices.append(f"{source}: {counts[what]:,} of {counts['all']:,} rows have {what}")
+        for column, values in hinted.items():
+            if 2 <= len(values) <= min(100, counts["all"] / 2):
+                made = f"--task_column {column} would make {len(values)} of it"
+                self.notices.append(f"{source} is read as one task; {made}")
 
 
-def _split_of(record: Record, where: str, for_target: bool) -> str | None:
-    split = record.get("_split")
-    if is_missing(split):
-        return HALVED if for_target else None
-    if split not in (*SPLITS, HALVED):
-        raise ValueError(f"{where}: _split is {split!r}, expected one of {', '.join(SPLITS)}")
-    return split
-
-
-def _split_rows(rows: Sequence[_Row], quotas: Callable[[int], tuple[int, int]], most: int) -> list[str]:
+def _split_rows(rows: pa.Table, quotas: Callable[[int], tuple[int, int]], most: int) -> list[str]:
     """A split for every row: its own, or the one of its key, which is the same in all tasks."""
-    given = {row.task: row.where for row in reversed(rows) if row.split}  # where its first row with a split stands
-    halved, bare = defaultdict[str, set[bytes]](set), defaultdict[str, set[bytes]](set)
-    for row in rows:
-        if not row.split and row.task in given:
-            raise ValueError(
-                f"task {row.task!r}: {row.where} has no split of its own, but {given[row.task]} has one (a field _split or "
-                "a dev split map); give one to all rows of a task, or to none"
-            )
-        if row.split in (None, HALVED):
-            (halved if row.split else bare)[row.task].add(row.key)
+    tasks, given, keys = (rows[name].to_pylist() for name in ("task", "split", "key"))
+    where = {task: rows["where"][row] for row, task in reversed([*enumerate(tasks)]) if given[row]}
+    bare, halved = defaultdict[str, set[bytes]](set), defaultdict[str, set[bytes]](set)
+    for row, (task, split, key) in enumerate(zip(tasks, given, keys, strict=True)):
+        if not split and task in where:
+            found = f"{rows['where'][row]} has no split of its own, but {where[task]} has one"
+            cure = "give one (a field _split, a dev split map) to all rows of a task, or to none"
+            raise ValueError(f"task {task!r}: {found}; {cure}")
+        if split in (None, HALVED):
+            (halved if split else bare)[task].add(key)
     halves = stable_sides(halved, lambda n: ((n + 1) // 2, n))
-    splits = [halves[row.key] if row.split == HALVED else row.split or "" for row in rows]
-    sides = stable_sides(
-        bare, quotas, {row.key: side for row, side in zip(rows, splits, strict=True) if side in HELD_OUT}
+    splits = [halves[key] if split == HALVED else split for split, key in zip(given, keys, strict=True)]
+    tested, validated = (
+        {t for t, split in zip(tasks, splits, strict=True) if split == side} for side in ("test", "validation")
     )
+    for task in sorted(tested - validated):
+        raise ValueError(f"task {task!r} ({where[task]}) has test rows but no validation rows")
+    decided = {key: split for key, split in zip(keys, splits, strict=True) if split in HELD_OUT}
+    side_of = stable_sides(bare, quotas, decided)
     # keys that other tasks hold out may be more than a task wants: the rest is neither trained on nor evaluated
     kept: dict[str, set[bytes]] = {}
-    for task, keys in bare.items():
-        of_side = {side: sorted(key for key in keys if sides[key] == side) for side in SPLITS}
-        heldout = (of_side[side][:most] for side in HELD_OUT if of_side["validation"])
-        kept[task] = {*of_side["train"], *itertools.chain(*heldout)}
-    tested, validated = ({row.task for row, split in zip(rows, splits, strict=True) if split == side} for side in ("test", "validation"))  # fmt: skip
-    if only := sorted(tested - validated):
-        raise ValueError(f"task {only[0]!r} ({given[only[0]]}) has test rows but no validation rows")
-    chosen = (sides[row.key] if not split and row.key in kept[row.task] else split for row, split in zip(rows, splits, strict=True))  # fmt: skip
-    return [split or LEFT_OUT for split in chosen]
+    for task, own in bare.items():
+        of_side = {side: sorted(key for key in own if side_of[key] == side) for side in SPLITS}
+        wanted = (of_side[side][:most] for side in HELD_OUT if of_side["validation"])
+        kept[task] = {*of_side["train"], *itertools.chain(*wanted)}
+    rated = zip(tasks, keys, splits, strict=True)
+    return [split or (side_of[key] if key in kept[task] else LEFT_OUT) for task, key, split in rated]
 
 
 def load_instruction(
@@ -587,8 +520,8 @@ def load_instruction(
     those files are not consulted. Without a column that names tasks, a source is a task by its name (`source_names`).
 
     Args:
-        data_files: Training sources.
-        target_files: Sources of targets; one that lies in a folder of `data_files` is a target only.
+        data_files: Training sources; what `target_files` names too is a target only.
+        target_files: Sources of targets.
         heldout_share: Share of a task's prompts that validates, and that tests; by default 0.1, with target files 0.
         max_heldout: At most so many of them.
         columns: Names of columns that are not the usual ones.
@@ -598,11 +531,11 @@ def load_instruction(
         FileNotFoundError: a file does not exist.
         ValueError: with file and line or row, what was found and what was expected.
     """
-    notices: list[str] = []
 
     def no_tokenizer() -> PreTrainedTokenizerBase:
         raise ValueError("these data hold messages, which only a model's tokenizer can turn into prompts")
 
+    notices: list[str] = []
     share = heldout_share if heldout_share is not None else 0.0 if target_files else 0.1
     quotas = heldout_quotas(share, max_heldout)
     targets = [file for source in target_files for file in files_of(str(source), notices=notices)]
@@ -610,41 +543,36 @@ def load_instruction(
     if others := _other_splits(files):
         notices.append(f"test and validation splits of sources are left out: {shorten(', '.join(others), 300)}")
     training = list({os.path.abspath(file): file for file in files if file not in others}.values())
-    reader = _Reader(columns, Chat(load_tokenizer or no_tokenizer), notices)
-    table = store_texts(reader.texts(training, targets))
+    chat = Chat(load_tokenizer or no_tokenizer)
+    reader = _Reader(columns, chat, source_names([*training, *targets]), notices)
+    rows, target_rows = reader.table(training, False), reader.table(targets, True)
     for flag, name in zip(("--task_column", "--prompt_column", "--completion_column"), columns, strict=True):
         if name and name not in reader.columns_used:
             listed = shorten(", ".join([*training, *targets]), 200)
             raise ValueError(f"{flag} {name}: none of {listed} has such a column")
-    rows, target_rows = ([row for row in reader.rows if row.is_target == side] for side in (False, True))
-    sources = {row.task for row in rows}
-    for row in target_rows:
-        if row.task in sources or row.split == "train":
-            reason = "is a task of the training data too" if row.task in sources else "has _split train"
-            raise ValueError(
-                f"{row.where}: target {row.task!r} {reason}; tasks of target files are never trained on: leave its rows out "
-                "of --data_files, or give them another task"
-            )
+    sources = set(rows["task"].to_pylist())
+    for row, (task, split) in enumerate(zip(*(target_rows[c].to_pylist() for c in ("task", "split")), strict=True)):
+        if task in sources or split == "train":
+            reason = "is a task of the training data too" if task in sources else "has _split train"
+            cure = "tasks of target files are never trained on: leave its rows out of --data_files, or give them another task"
+            raise ValueError(f"{target_rows['where'][row]}: target {task!r} {reason}; {cure}")
     splits = [*_split_rows(rows, quotas, max_heldout), *_split_rows(target_rows, quotas, max_heldout)]
     if "train" not in splits:
         raise ValueError(f"no training rows in {', '.join(map(str, data_files)) or 'an empty list of data files'}")
-    notices += _about_splits(reader.rows, splits, share)
-    examples = StoredExamples(table, [row.task for row in reader.rows], splits)
-    return TaskData(examples, (*notices, *reader.chat.notices))
+    table = pa.concat_tables([rows, target_rows])
 
-
-def _about_splits(rows: Sequence[_Row], splits: Sequence[str], share: float) -> Iterator[str]:
-    """What a user should know of who is trained on and who is held out."""
-    keys = {side: {row.key for row, split in zip(rows, splits, strict=True) if split == side} for side in SPLITS}
-    held_out = keys["validation"] | keys["test"]
-    if overlap := len(held_out & keys["train"]):
-        yield f"{overlap:,} of {len(held_out):,} held-out prompts are trained on too: losses on them say little of new ones"
+    found = list(zip(table["task"].to_pylist(), table["key"].to_pylist(), splits, strict=True))
+    heldout = {key for _, key, split in found if split in HELD_OUT}
+    if overlap := len(heldout & {key for _, key, split in found if split == "train"}):
+        what = "held-out prompts are trained on too: losses on them say little of new ones"
+        notices.append(f"{overlap:,} of {len(heldout):,} {what}")
     if left_out := splits.count(LEFT_OUT):
-        yield f"{left_out:,} rows are left out: other tasks hold out their prompts, and their own task has enough of them"
-    sources = {row.task for row in rows if not row.is_target}
-    bare = sorted(sources - {row.task for row, split in zip(rows, splits, strict=True) if split == "validation"})
-    if share and bare:
-        yield (
-            f"{len(bare)} of {len(sources)} tasks have no held-out rows (too few distinct prompts, or nothing in "
-            f"the dev split map) and are no targets: {shorten(', '.join(bare), 200)}"
+        what = "rows are left out: other tasks hold out their prompts, and their own task has enough of them"
+        notices.append(f"{left_out:,} {what}")
+    if share and (bare := sorted(sources - {task for task, _, split in found if split == "validation"})):
+        what = (
+            "tasks have no held-out rows (too few distinct prompts, or nothing in the dev split map) and are no targets"
         )
+        notices.append(f"{len(bare)} of {len(sources)} {what}: {shorten(', '.join(bare), 200)}")
+    examples = StoredExamples(table.select(["prompt", "completion", "task"])).with_columns(split=splits)
+    return TaskData(examples, (*notices, *chat.notices))

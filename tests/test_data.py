@@ -266,7 +266,7 @@ def test_object_arrays_cannot_be_made_from_bytes(tmp_path):
     frame, path = pd.DataFrame({"a": [1, 2]}), tmp_path / "frame.pkl"
     frame.to_pickle(path, protocol=4)
     path.write_bytes(path.read_bytes().replace(b"\x8c\x02i8", b"\x8c\x02O8"))
-    with pytest.raises(ValueError, match="numpy type O8"):
+    with pytest.raises(ValueError, match="cannot be read"):
         read_pickle(path)
 
 
@@ -341,7 +341,7 @@ def test_flan_prompts_end_as_in_the_recipe(tmp_path, inputs, prompt):
     data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", inputs)])])
     assert texts_of(data, "train") == [("t", prompt, "out")]
     frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
-    assert load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples == data.examples
+    assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
 
 
 def test_instruction_rows_keep_their_order_and_split_by_prompt(tmp_path):
@@ -404,7 +404,7 @@ def test_split_field_decides(tmp_path):
     data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
     assert [e.split for e in data.examples[:4]] == sides
     frame = [{"skill": r["_task_name"], "text": "x", "_split": None, **r} for r in records]
-    assert load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples == data.examples
+    assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
     write_jsonl(tmp_path / "a.jsonl", [flan("t", "q", _split="train"), flan("t", "r")])
     with pytest.raises(ValueError, match=r"task 't': .*line 2 has no split of its own, but .*line 1 has"):
         load_instruction([tmp_path / "a.jsonl"])
