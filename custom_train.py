@@ -25,7 +25,7 @@ SHOWN = (
     config.MetaTrainingConfig, config.ChosenTasks, config.StartConfig, config.RunsConfig, config.ClustersConfig, config.NameConfig,
     config.HardwareConfig,
 )  # fmt: skip
-DEFAULTS = {"model_key": "flan_t5_base", "lr": 3e-4, "batch_size": 8, "epochs": 20}
+DEFAULTS: dict[str, Any] = {"model_key": "flan_t5_base", "lr": 3e-4, "batch_size": 8, "epochs": 20}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:

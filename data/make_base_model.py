@@ -83,8 +83,6 @@ def nothing_to_do(args: argparse.Namespace, more: Mapping[str, Any] | None = Non
         more: What else the folder depends on.
     """
     output_dir = Path(args.output_dir)
-    if cli.is_dry_run(args, getattr(args, "data_files", ()), [output_dir]):
-        return True
     if is_made(output_dir, content_arguments(args) | dict(more or {}), args.overwrite):
         print(f"{output_dir} is complete and was made with these arguments: nothing to do")
         return True
@@ -302,7 +300,6 @@ def add_output(parser: argparse.ArgumentParser, output_dir: str) -> None:
     )
     group.add_argument("--overwrite", action="store_true", help="replace an older folder made by this script (default: "
                        "refuse to)")  # fmt: skip
-    cli.add_dry_run(parser)
 
 
 def add_base_model(
@@ -345,7 +342,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("text")
     group.add_argument("--data_files", nargs="+", required=True, metavar="SOURCE", help="instruction data to learn the "
                        "text of, as custom_train_alpaca.py takes them (required)")  # fmt: skip
-    cli.add_columns(group)
+    for name, meaning in (("prompt", "prompts"), ("completion", "completions")):
+        group.add_argument(f"--{name}_column", metavar="NAME", help=f"column of the {meaning} (default: the usual names)")
     group.add_argument(
         "--vocab_size", type=config.COUNT, default=2048, help="tokens, at most (default: %(default)s)"
     )

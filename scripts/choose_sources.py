@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src import artifacts, config, console, tables
+from src import artifacts, config, console, figures, tables
 from src.evaluation import Answer, best_fine_tuned, linear_datamodeling_score
-from src.figures import scatter_figure
 from src.subsets import read_subsets, tasks_in_subset, write_subsets
 
 FEWEST_HALVES = 3
@@ -182,11 +181,16 @@ class Pipeline:
         steps = tables.read_table(folder / artifacts.SELECTION_FILE)
         estimate = float(steps.loc[steps["subset"] == selected, "estimate"].iloc[0])
         value = float(tables.mean_over_targets(truth.loc[[selected]], tables.VALIDATION_LOSS, targets)[0])
-        estimates_figure(
-            estimated, fine_tuned, folder / artifacts.ESTIMATES_FIGURE, target=", ".join(targets),
-            selected={"forward selection": (estimate, value)},
-        )  # fmt: skip
-        return linear_datamodeling_score(estimated, fine_tuned)
+        spearman = linear_datamodeling_score(estimated, fine_tuned)
+        figure, axes = figures.plt.subplots(figsize=(5.6, 4.4))
+        label = f"random subset (Spearman {spearman:.2f})"
+        figures.scatter(axes, estimated, fine_tuned, ranks_only=False, label=label)
+        style = {"color": figures.ORANGE, "marker": "*", "s": 110, "edgecolor": "black", "linewidth": 0.6}
+        axes.scatter(estimate, value, label="forward selection", **style)
+        axes.set_title(f"Validation loss of {', '.join(targets)}, {len(halves)} random subsets")
+        axes.legend(fontsize=8)
+        figures.save_figure(figure, folder / artifacts.ESTIMATES_FIGURE)
+        return spearman
 
 
 SHOWN = (

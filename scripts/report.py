@@ -22,7 +22,6 @@ from pathlib import Path
 import pandas as pd
 
 from src import console
-from src.estimates import results_folder
 from src.evaluation import AVERAGE, MEAN, best_fine_tuned
 from src.artifacts import (
     AFFINITY_FIGURE,
@@ -38,6 +37,7 @@ from src.artifacts import (
     SELECTION_FILE,
     atomic_write,
     read_manifest,
+    results_dir,
 )
 from src.tables import (
     TEST_ACCURACY,
@@ -193,17 +193,14 @@ def page(folder: Path) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = console.Parser(__doc__, "RESULTS …")
-    cli.add_results(parser, several=True)
-    cli.add_dry_run(parser)
+    parser.add_argument("results", metavar="RESULTS", nargs="+", help="folders of stage 3's estimates, results/<name>")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """A page for each."""
     for name in args.results:
-        folder = results_folder(name)
-        if cli.is_dry_run(args, [folder], [folder / REPORT_FILE]):
-            continue
+        folder = results_dir(str(Path(name).parent if Path(name).is_file() else name))
         with atomic_write(folder / REPORT_FILE) as temporary:
             temporary.write_text(page(folder), encoding="utf-8")
         print(f"Wrote {folder / REPORT_FILE}. Open it in a browser.")

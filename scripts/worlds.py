@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +97,16 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl --model_key {args.model_key}"
         files = f"--flan_file {args.flan_file} --alpaca_file {args.alpaca_file}"
         command = f"data/make_flan_world.py {files} --output_dir {folder} {made}"
-        hardware = shlex.join(cli.flags_of(args, cli.add_hardware))
+        typed = [(f.name, getattr(args, f.name)) for f in fields(config.HardwareConfig)]
+        hardware = shlex.join(word for name, value in typed for word in console.as_typed(name, value))
         hardware += " --base_dtype bfloat16" if args.precision == "bf16" else ""
-        data = f"{data} --data_key {key} --max_length 128 --train_lora {hardware}"
+        data = f"{data} --save_name {key} --max_length 128 --train_lora {hardware}"
         return World(name, folder, data, flags, made_by=command)
     if Path(first).suffix == ".jsonl" and args.model_key:
         folder.mkdir(parents=True, exist_ok=True)
         rows = shorten(Path(first), folder / "flan.jsonl", args.rows_per_task, args.max_characters)
         print(f"{first}: {rows} rows of at most {args.max_characters} characters")
-        data = f"--data_files {folder}/flan.jsonl --model_key {args.model_key} --data_key {key} --heldout_share 0.2"
+        data = f"--data_files {folder}/flan.jsonl --model_key {args.model_key} --save_name {key} --heldout_share 0.2"
         return World(name, folder, f"{data} --max_length 256 --train_lora", flags)
     raise ValueError(
         f"--world {name}: expected synthetic:SEED, cot:SEED, real:flan with --model_key, --flan_file and --alpaca_file, or a "
@@ -210,7 +211,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--project_dim", type=config.COUNT, default=400, help="projection dimension d (default: 400)"
     )
-    cli.add_hardware(parser)
+    config.add_flags(parser, config.HardwareConfig)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print only the lines of JSON (default: the commands and the "
                        "table too)")  # fmt: skip

@@ -208,12 +208,12 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 def _beside(path: Path) -> Path:
-    """A temporary name beside a path; those that killed processes left there are removed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        process = left.name.split(".")[-2]
+    """A temporary name beside a path, with its ending; those that killed processes left there are removed."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.part{glob.escape(path.suffix)}"):
+        process = left.name.removesuffix(f".part{path.suffix}").rpartition(".")[2]
         if process.isdigit() and Path("/proc").is_dir() and not Path("/proc", process).exists():
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
 
 
 @contextlib.contextmanager

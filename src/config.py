@@ -34,7 +34,7 @@ ALL_TASKS = "all"
 AUTO = "auto"
 
 
-def number(kind: type, low: float = -math.inf, *, above: float = -math.inf, high: float = math.inf, word: str = ""):
+def number(kind: type, low: float = -math.inf, *, above: float = -math.inf, high: float = math.inf, word: str = "") -> Callable[[str], Any]:
     """A type of flags: a finite number in a range, or one word instead."""
 
     def convert(text: str) -> Any:

@@ -198,15 +198,18 @@ def load_script(script: str) -> ModuleType:
     return sys.modules[name]
 
 
+def as_typed(name: str, value: Any) -> list[str]:
+    """A flag and its value as a user types them; nothing for one that is not set."""
+    if value is None or value is False:
+        return []
+    several = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+    return [f"--{name}", *map(str, several)]
+
+
 def call(script: str, **values: Any) -> Any:
     """Run a script's stage in this process with these flags; the command that a user would type for it is printed first."""
     words = [script, *([str(results)] if (results := values.get("results")) else [])]
-    for name, value in values.items():
-        if name == "results" or value is None or value is False:
-            continue
-        several = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-        words += [f"--{name}", *map(str, several)]
-    _typed[:] = words
+    _typed[:] = words + [word for name, value in values.items() if name != "results" for word in as_typed(name, value)]
     print(f"\n\033[1m$ {command_typed()}\033[0m", flush=True)
     return load_script(script).main(argparse.Namespace(**values))
 

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.stats import pearsonr, rankdata, spearmanr
 from scipy.stats import t as student
 
+from src import tables
 from src.artifacts import RESULTS_FILE, losses_file
 
 CONSTANT, INCLUSION = "constant", "own task in the subset"
@@ -241,14 +242,12 @@ def best_fine_tuned(folder: Path, tasks: Sequence[str], chosen_by: Mapping[str, 
 
     `tasks` are the names of the tasks; `chosen_by` says what chose a subset, by its text.
     """
-    from src import report  # its figures need this module
-
-    truth = report.read_table(folder / RESULTS_FILE, of_subsets=True)
-    targets = report.own_targets(report.columns_of(truth, report.VALIDATION_LOSS), tasks)
-    truth["loss"] = report.mean_over_targets(truth, report.VALIDATION_LOSS, targets)
+    truth = tables.read_table(folder / RESULTS_FILE, of_subsets=True)
+    targets = tables.own_targets(tables.columns_of(truth, tables.VALIDATION_LOSS), tasks)
+    truth["loss"] = tables.mean_over_targets(truth, tables.VALIDATION_LOSS, targets)
     means = truth.groupby("subset")["loss"].mean()
-    ranked = sorted(means.index, key=lambda text: (means[text], len(report.parse_subset(text))))
-    best, everything = ranked[0], report.subset_text(range(len(tasks)))
+    ranked = sorted(means.index, key=lambda text: (means[text], len(tables.parse_subset(text))))
+    best, everything = ranked[0], tables.subset_text(range(len(tasks)))
     called = {"": "the base model", everything: f"all {len(tasks)} sources"}
     rest = [text for text in ranked[1:] if text not in called][:1]
     rivals = rest if best == "" and rest else [text for text in called if text in ranked[1:]] + rest
@@ -257,14 +256,14 @@ def best_fine_tuned(folder: Path, tasks: Sequence[str], chosen_by: Mapping[str, 
     if "" not in means.index:
         said[0] += " (the base model is not among them: --task_idxes without ids evaluates it)"
     for text in rivals:
-        name = called.get(text) or report.names_of(report.parse_subset(text), tasks, 6)
+        name = called.get(text) or tables.names_of(tables.parse_subset(text), tasks, 6)
         found, *basis = _difference(folder, truth, best, text, targets, name)
         said.append(found)
-    ids = report.parse_subset(best)
+    ids = tables.parse_subset(best)
     by = f", by {chosen_by[best]}" if chosen_by and best in chosen_by else ""
     headline = "Nothing here helps: keep the base model."
     if best:
-        headline = f"Train on: {report.names_of(ids, tasks)} ({len(ids)} of {len(tasks)} sources{by})."
+        headline = f"Train on: {tables.names_of(ids, tasks)} ({len(ids)} of {len(tasks)} sources{by})."
     return Answer(ids, (headline, f"{'; '.join(said)}.", *basis))
 
 

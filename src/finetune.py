@@ -20,7 +20,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from src import paths
+from src import artifacts
 from src.console import progress, say_once
 from src.distributed import Hardware
 from src.data import TaskData
@@ -216,9 +216,9 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         total = int(trainer.estimated_stepping_batches)
         self.steps = {max(1, round(share * total)) if share else 0 for share in self.shares}
-        names = [paths.step_checkpoint_name(step) for step in self.steps]
-        names += [paths.epoch_checkpoint_name(epoch) for epoch in range(trainer.max_epochs or 0)]
-        if there := [name for name in sorted(names) if (self.folder / name / paths.MANIFEST).is_file()]:
+        names = [artifacts.step_checkpoint_name(step) for step in self.steps]
+        names += [artifacts.epoch_checkpoint_name(epoch) for epoch in range(trainer.max_epochs or 0)]
+        if there := [name for name in sorted(names) if (self.folder / name / artifacts.MANIFEST).is_file()]:
             found = f"{self.folder / there[0]} is not of this training, which may write a checkpoint there"
             raise ValueError(f"{found}; move it elsewhere, or choose another --save_name")
         self._save_at(trainer, module, 0)
@@ -231,7 +231,7 @@ class Checkpoints(pl.Callback):
     def _save_at(self, trainer: pl.Trainer, module: FineTuning, step: int) -> None:
         if step in self.steps:
             self.steps.remove(step)
-            self.trajectory.append(paths.step_checkpoint_name(step))
+            self.trajectory.append(artifacts.step_checkpoint_name(step))
             self._save(trainer, module, self.trajectory[-1], step=step)
 
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
@@ -242,7 +242,7 @@ class Checkpoints(pl.Callback):
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
         self.validation_losses |= {"last": by_target, "last_step": step, "whole": step >= total}
         if loss < self.best_loss:
-            replaced, self.best, self.best_loss = self.best, paths.epoch_checkpoint_name(trainer.current_epoch), loss
+            replaced, self.best, self.best_loss = self.best, artifacts.epoch_checkpoint_name(trainer.current_epoch), loss
             self._save(trainer, module, self.best, epoch=trainer.current_epoch, validation_loss=loss)
             if replaced and trainer.is_global_zero:
                 shutil.rmtree(self.folder / replaced, ignore_errors=True)
@@ -253,7 +253,7 @@ class Checkpoints(pl.Callback):
         if trainer.is_global_zero:
             self.written.append(name)
             spent = {"checkpoints": self.written, "seconds": time.perf_counter() - self.started}
-            paths.write_json(self.folder / paths.UNFINISHED, spent)
+            artifacts.write_json(self.folder / artifacts.UNFINISHED, spent)
             save_checkpoint(module.model, self.folder / name, {**self.describe, **facts}, state)
         trainer.strategy.barrier()
 
@@ -274,10 +274,10 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder anew, its manifest last with the weights' sizes; `state` as in `save_model`."""
     shutil.rmtree(folder, ignore_errors=True)
-    with paths.os_errors(folder):
+    with artifacts.os_errors(folder):
         save_model(model, folder, state)
-    files = paths.file_sizes(folder, sorted(path.name for path in folder.glob(paths.WEIGHTS)))
-    paths.write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
+    files = artifacts.file_sizes(folder, sorted(path.name for path in folder.glob(artifacts.WEIGHTS)))
+    artifacts.write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
 
 
 def build_trainer(

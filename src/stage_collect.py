@@ -140,7 +140,7 @@ def open_writer(
         "dim": projection.dim,
         "seed": config.run,
         "precision": hardware.precision,
-        "parameters": model.layout.describe(),
+        "parameters": model.layout.shapes,
     }
     samples = {
         "sample_index": rows,
@@ -150,7 +150,7 @@ def open_writer(
         "key": datamodule.row_keys(rows),
     }
 
-    def writer(joins: bool) -> StoreWriter:
+    def writer() -> StoreWriter:
         return StoreWriter(
             part,
             request,
@@ -158,13 +158,13 @@ def open_writer(
             projection.dim,
             f"Remove {part} to take the gradients again, or give meta-training a --save_name of its own.",
             model.network.get_output_embeddings().weight.shape[1] if config.representations else None,
-            describe=lambda index: f"sample {index} ({data.where(index)})",
-            joins=joins,
+            {"tasks": data.tasks, "targets": data.targets},
+            lambda index: f"sample {index} ({data.where(index)})",
         )
 
-    opened = writer(joins=False) if processes.is_first else None
+    opened = writer() if processes.is_first else None
     processes.wait()
-    opened = opened or writer(joins=True)
+    opened = opened or writer()
     processes.wait()
     if processes.is_first and opened.reused:
         say(f"{part}: {opened.reused:,} of {len(rows):,} rows were there already; {len(opened.missing()):,} are new.")
@@ -183,8 +183,6 @@ def finish(
         trained = read_manifest(checkpoint, config.training_script) if ours else {}
         writer.finish(
             {
-                "tasks": list(data.tasks),
-                "targets": list(data.targets),
                 "step": step_of(checkpoint),
                 "loss_over": trained.get("loss_over", config.loss_over),
                 "checkpoint_dir": str(checkpoint),

@@ -226,10 +226,8 @@ def random_ensemble(
     table["selected"] = table["task"].isin(selected)
     facts = {"targets": targets, **spent(started), "command": command_typed()}
     write_result(folder / SCORES_FILE, table.sort_values("score"), **facts)
-    scores_figure(
-        scores, errors, selected, tasks, ranking_convergence(membership, values), folder / SCORES_FIGURE,
-        target=shorten(", ".join(targets), 40), ranks_only=manifest.get("ranks_only", False),
-    )  # fmt: skip
+    about = {"target": shorten(", ".join(targets), 40), "ranks_only": manifest.get("ranks_only", False)}
+    scores_figure(table, ranking_convergence(membership, values), folder / SCORES_FIGURE, **about)
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}", tasks=tasks)
     print(
         f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: {names_of(selected, tasks)}\n"

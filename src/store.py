@@ -25,7 +25,7 @@ import numpy as np
 from src.console import progress
 from src.datamodule import read_arrays, write_arrays
 from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
-from src.artifacts import MANIFEST, atomic_write, check_file, check_manifest, file_sizes, read_manifest, write_manifest
+from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -85,7 +85,7 @@ class StoreWriter:
         self.names = {kind: list((names or {}).get(kind, ())) for kind in ("tasks", "targets")}
         digest = hashlib.blake2b(json.dumps(self.names).encode(), digest_size=16)
         for name in sorted(self.samples):
-            digest.update(np.ascontiguousarray(self.samples[name]))
+            digest.update(self.samples[name].tobytes())
         self.fingerprint = digest.hexdigest()
         self.partial = folder.with_name(f".{folder.name}.part")
         _, first, group = np.unique(self.samples["key"], return_index=True, return_inverse=True)
@@ -328,6 +328,11 @@ class StoredPart:
         groups = self.samples[kind]
         return np.bincount(groups[groups >= 0], minlength=len(self.manifest[f"{kind}s"]))
 
+    @property
+    def kernel_is_smaller(self) -> bool:
+        """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
+        return kernel_is_smaller(self.manifest["num_rows"], self.manifest["dim"])
+
     def notices(self) -> list[str]:
         """Targets without rows (every task has some)."""
         empty = [name for name, count in zip(self.targets, self.rows_of("target"), strict=True) if not count]
@@ -428,7 +433,6 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
         )
     expected = {key: parts[0].manifest[key] for key in ("tasks", "targets", FINGERPRINT, "output_function", "dim")}
     for part in parts:
-        for name in part.manifest["files"]:
-            check_file(part.folder, part.manifest, name, f"Remove {part.folder} and take the gradients again.")
+        check_files(part.folder, part.manifest, f"Remove {part.folder} and take the gradients again.")
         check_manifest(part.folder, part.manifest, expected, f"Take those of all checkpoints again: python {made_by}")
     return parts

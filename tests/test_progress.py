@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from src import console
+from src.distributed import Hardware
 from src.finetune import FineTuning, FitProgress, TrainingPlan, fit
 from tests.test_models import adapted, make_datamodule
 
@@ -74,7 +75,7 @@ def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, batch_size=4)
     steps = -(-len(datamodule.data.indices("train")) // 4)
-    hardware = cli.Hardware("cpu", 1, "auto", "32-true", 1)
+    hardware = Hardware("cpu", 1, "auto", "32-true", 1)
     fit(model, datamodule, TrainingPlan(2, 1e-3), hardware, seed=0, callbacks=[FitProgress("fit")], validate=True)
     said = capsys.readouterr().err
     losses = r"val_loss=\d\.\d{3}, train_loss=\d\.\d{3}"
