@@ -65,7 +65,7 @@ def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int]) -
         max_tasks=config.max_tasks,
         budget_rows=config.budget_rows,
         rows_of_task=rows_of_task,
-        past_best=2 if config.refine else 0,
+        past_best=3 if config.refine else 1,
         try_at_most=config.try_at_most,
         progress=progress,
     )
