@@ -280,16 +280,17 @@ def save_checkpoint(
     artifacts.write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
 
 
-def build_trainer(
+@contextlib.contextmanager
+def _trainer(
     hardware: Hardware, plan: TrainingPlan | None = None, callbacks: Sequence[pl.Callback] = (), validate: bool = False
-) -> pl.Trainer:
+) -> Iterator[pl.Trainer]:
     """A Trainer that writes nothing of its own: checkpoints and bars are callbacks of ours. Without a plan it evaluates;
     `validate` says whether training begins, and every epoch ends, with a validation."""
     strategy: str | Strategy = hardware.strategy
     if strategy == "fsdp":  # as FSDP2, which also runs on the CPU
         backend = {"process_group_backend": "gloo"} if hardware.accelerator == "cpu" else {}
         strategy = ModelParallelStrategy(data_parallel_size=hardware.num_processes, tensor_parallel_size=1, **backend)
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         strategy=strategy,
@@ -306,14 +307,9 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-@contextlib.contextmanager
-def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """A Trainer that is interrupted ends the program; here an interruption is one like any other."""
     try:
-        yield
-    except SystemExit:
+        yield trainer
+    except SystemExit:  # with which it ends the program where it is interrupted
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
@@ -340,8 +336,7 @@ def fit(
         )
     pl.seed_everything(seed, verbose=False)
     model.train()
-    trainer = build_trainer(hardware, plan, callbacks, validate)
-    with _interruptible(trainer):
+    with _trainer(hardware, plan, callbacks, validate) as trainer:
         trainer.fit(FineTuning(model, datamodule.data, plan), datamodule=datamodule)
 
 
@@ -355,13 +350,12 @@ def evaluate(
     """Losses, and where they can be judged completions, of the rows of the given splits."""
     losses, completions = np.full(len(datamodule.data), np.nan), dict[int, str]()
     module = FineTuning(model, datamodule.data, plan)
-    trainer = build_trainer(hardware, callbacks=[FitProgress()])
-    for split in splits:
-        run = trainer.validate if split == "validation" else trainer.test
-        with _interruptible(trainer):
+    with _trainer(hardware, callbacks=[FitProgress()]) as trainer:
+        for split in splits:
+            run = trainer.validate if split == "validation" else trainer.test
             run(module, datamodule=datamodule, verbose=False)
-        losses = np.fmax(losses, module.losses)
-        completions |= module.completions
+            losses = np.fmax(losses, module.losses)
+            completions |= module.completions
     return losses, completions
 
 
@@ -416,6 +410,5 @@ def fine_tune_on_subset(
             shares = shares / shares.sum()
         datamodule.select_training_rows(rows, seed, shares)
         fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks)
-    splits = ("validation", "test")
-    evaluation = evaluate(model, datamodule, hardware, plan, splits)
+    evaluation = evaluate(model, datamodule, hardware, plan, splits := ("validation", "test"))
     return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}, evaluation[0]

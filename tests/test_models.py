@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
@@ -116,24 +116,21 @@ def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) 
     check()
 
 
-@pytest.mark.parametrize("output", OUTPUT_FUNCTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_do_not_depend_on_padding(
-    kind: str, output: str, model_folders: dict[str, str], tmp_path: Path
-) -> None:
-    """A row alone, in a batch padded on the right, and in one padded on the left: one value."""
+def test_outputs_do_not_depend_on_padding(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """A row alone, in a batch padded on the right, and in one padded on the left: one value of each function."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
 
-    def values(indices: np.ndarray, left: bool) -> torch.Tensor:
-        batch = datamodule.collate(indices, pad_left=left)
-        with torch.no_grad():
-            return OUTPUT_FUNCTIONS[output].function(*model.target_logits(batch), len(indices))
+    @torch.no_grad()
+    def values(indices: list[int], left: bool = False) -> torch.Tensor:
+        target = model.target_logits(datamodule.collate(indices, pad_left=left))
+        return torch.stack([output.function(*target, len(indices)) for output in OUTPUT_FUNCTIONS.values()])
 
-    alone = torch.cat([values(np.array([index]), False) for index in range(9)])
-    assert alone.std() > 0.01
-    torch.testing.assert_close(values(np.arange(9), False), alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(values(np.arange(9), True), alone, rtol=1e-4, atol=1e-5)
+    alone = torch.cat([values([index]) for index in range(9)], dim=1)
+    assert alone.std(dim=1).min() > 0.01
+    for left in (False, True):
+        torch.testing.assert_close(values(list(range(9)), left), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_margin_is_exact_for_an_improbable_token() -> None:
@@ -156,9 +153,6 @@ def test_checkpoint_comes_back(kind: str, model_folders: dict[str, str], tmp_pat
     assert state.keys() == model.trainable_state().keys()
     for name, value in model.trainable_state().items():
         torch.testing.assert_close(state[name], value, rtol=0, atol=0)
-    if kind == "llama":
-        base = AutoModelForCausalLM.from_pretrained(model_folders[kind])
-        PeftModel.from_pretrained(base, tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,14 +186,10 @@ def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders: dict[st
     model = load_model(str(tmp_path / "model"), None)
     assert model.tokenizer.pad_token == model.tokenizer.eos_token
     data = TaskData((Example(0, "a", "train", "a b c", "d"), Example(1, "a", "train", "a", "<|turn|> d")))
-    datamodule = TaskDataModule(data, model.tokenizer, model.kind)
-    plain = load_tokenizer(model_folders["llama"])
-    with pytest.raises(
-        ValueError, match=rf"has {len(plain) + 2} tokens, the embedding {len(plain)} rows, .*<\|turn\|> in sample 1"
-    ):
-        check_vocabulary(model, datamodule)
-    datamodule = TaskDataModule(TaskData(data.examples[:1]), model.tokenizer, model.kind)
-    check_vocabulary(model, datamodule)
+    size = len(load_tokenizer(model_folders["llama"]))
+    with pytest.raises(ValueError, match=rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1"):
+        check_vocabulary(model, TaskDataModule(data, model.tokenizer, model.kind))
+    check_vocabulary(model, datamodule := TaskDataModule(TaskData(data.examples[:1]), model.tokenizer, model.kind))
     with torch.no_grad():
         model.target_logits(datamodule.collate([0]))
 
@@ -230,7 +220,6 @@ def test_layers_of_the_adapter_are_named_as_in_peft(
     ("kind", "named", "message"),
     [
         ("llama", ("q_proj", "nothing"), "no layer has the name nothing"),
-        ("llama", ("q_proj", "all-linear"), "no layer has the name all-linear"),
         ("llama", ("q_proj|(",), r"q_proj\|\(: .* cannot carry an adapter there \(missing"),
         ("llama", ("q_proj", "embed_tokens"), "linear layers but the output's, which model.embed_tokens is not"),
         ("t5-untied", ("q", "lm_head"), "linear layers but the output's, which lm_head is not"),
@@ -244,48 +233,30 @@ def test_layers_that_cannot_carry_it_are_named(
         load_model(model_folders[kind], LoraShape(2, 4, target_modules=named))
 
 
-@pytest.mark.parametrize(
-    ("manifest", "config", "model_key", "refused"),
-    [
-        ({}, "{one}", "{two}", True),
-        ({}, "{one}", "{copy}", False),
-        ({}, "/gone/model", "{one}", False),
-        ({}, None, "{one}", False),
-        ({}, "one/model", "{two}", False),  # a folder may be a copy of what is on the hub
+def test_an_adapter_of_another_model_is_refused(model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Where that is certain: other weights in a folder, another name on the hub."""
+    one = model_folders["llama"]
+    copy, two = (str(shutil.copytree(one, tmp_path / name)) for name in ("copy", "two"))
+    weights = load_file(f"{two}/model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, f"{two}/model.safetensors", {"format": "pt"})
+    moved = {"model_key": "gone", "base_fingerprint": folder_fingerprint(Path(one))}
+    for manifest, trained_on, model_key, refused in (
+        ({}, one, two, True),
+        ({}, one, copy, False),
+        ({}, "/gone/model", one, False),
+        ({}, None, one, False),
+        ({}, "one/model", two, False),  # a folder may be a copy of what is on the hub
         ({}, "one/model", "other/Model", False),  # a mirror
         ({}, "one/model", "one/model-chat", True),
         ({}, "./model", "one/model-chat", False),
-        ({"model_key": "{one}"}, "{one}", "{two}", True),
-        ({"model_key": "gone", "base_fingerprint": "{one}"}, "gone", "{one}", False),
-        ({"model_key": "gone", "base_fingerprint": "{one}"}, "gone", "{two}", True),
-    ],
-)
-def test_an_adapter_of_another_model_is_refused(
-    manifest: dict[str, str],
-    config: str | None,
-    model_key: str,
-    refused: bool,
-    model_folders: dict[str, str],
-    tmp_path: Path,
-) -> None:
-    """Where that is certain: other weights in a folder, another name on the hub."""
-    two = shutil.copytree(model_folders["llama"], tmp_path / "two")
-    weights = load_file(two / "model.safetensors")
-    save_file({name: value + 1 for name, value in weights.items()}, two / "model.safetensors", {"format": "pt"})
-    copy = shutil.copytree(model_folders["llama"], tmp_path / "copy")
-    paths = {"one": model_folders["llama"], "two": str(two), "copy": str(copy)}
-    manifest = {name: value.format(**paths) for name, value in manifest.items()}
-    if "base_fingerprint" in manifest:
-        manifest["base_fingerprint"] = folder_fingerprint(Path(manifest["base_fingerprint"]))
-    name = config and config.format(**paths)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
-    args = Namespace(model_key=model_key.format(**paths))
-    if not refused:
-        check_base(args, tmp_path, manifest)
-        return
-    with pytest.raises(ValueError, match=r"does not fit what is asked for: .*pass --model_key") as caught:
-        check_base(args, tmp_path, manifest)
-    assert all(part[-20:] in str(caught.value) for part in (manifest.get("model_key") or name, args.model_key))
+        ({"model_key": one}, one, two, True),
+        (moved, "gone", one, False),
+        (moved, "gone", two, True),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": trained_on}))
+        expected = pytest.raises(ValueError, match=rf"{trained_on}.*{model_key}.*pass --model_key {trained_on}")
+        with expected if refused else nullcontext():
+            check_base(Namespace(model_key=model_key), tmp_path, manifest)
 
 
 def of_peft(folder: str, path: Path, **options: object) -> LanguageModel:
@@ -310,7 +281,7 @@ def of_peft(folder: str, path: Path, **options: object) -> LanguageModel:
         ({"layers_to_transform": [1]}, None),
         ({"lora_bias": True}, r"layers.0.self_attn.q_proj.lora_B.default.bias, .* and 1 more"),
         ({"modules_to_save": ["lm_head", "embed_tokens"]}, r"embed_tokens.modules_to_save.*lm_head.modules_to_save"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head.lora_A.default.weight, lm_head.lora_B.default.weight"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head.lora_A.*, .*lm_head.lora_B"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
