@@ -195,7 +195,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = cli.Parser(__doc__, "RESULTS …")
     cli.add_results(parser, several=True)
-    cli.add_dry_run(parser)
     return parser.parse_args(argv)
 
 
@@ -203,8 +202,6 @@ def main(args: argparse.Namespace) -> None:
     """A page for each."""
     for name in args.results:
         folder = results_folder(name)
-        if cli.is_dry_run(args, [folder], [folder / REPORT_FILE]):
-            continue
         with atomic_write(folder / REPORT_FILE) as temporary:
             temporary.write_text(page(folder), encoding="utf-8")
         print(f"Wrote {folder / REPORT_FILE}. Open it in a browser.")

@@ -13,11 +13,11 @@ from src.cli import run_command
 from tests.commands import ROOT, load_script
 
 JUDGED = ["subsets", "lds", "lds_low", "lds_high", "relative_error", "squared_relative_error", "attainable"]
+SECONDS = ["meta-training", "gradients", "estimation", "one fine-tuning", "all subsets fine-tuned"]
 COLUMNS = {
     "approximation_error": ["distance", "addsub", "addsub, no change", "instruction", "instruction, no change"],
     "correlation": ["data set", "target", "predictor", *JUDGED],
-    "cost": ["data set", "subsets", "meta-training (s)", "gradients (s)", "estimation (s)", "one fine-tuning (s)"]
-    + ["all subsets fine-tuned (s)", "times faster"],
+    "cost": ["data set", "subsets", *(f"{what} (s)" for what in SECONDS), "times faster"],
     "fine_tuned": ["data set", "trained on", "tasks", "test loss", "test accuracy", "seconds"],
 }
 
