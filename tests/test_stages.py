@@ -605,7 +605,6 @@ def test_a_dry_run_writes_nothing_and_names_what_the_stage_then_writes(
         ("scripts/export_selection.py", *one_task),
         ("custom_train_alpaca.py", *here, *small, "--save_name", "dry_truth", "--subset_file", "dry.txt"),
         ("notebook/compare_estimates.py", "results/dry/estimates.csv", "results/dry_truth/results.csv"),
-        ("scripts/report.py", "results/dry"),
         ("data/make_base_model.py", *data_files, "--output_dir", "dry_model", "--pretrain_steps", "0"),
     ]
     for stage in stages:
