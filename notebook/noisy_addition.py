@@ -83,14 +83,7 @@ def main(args: argparse.Namespace) -> None:
     """Data, model, stages, figure."""
     folder, save = DATA / f"{NAME}_seed_{args.seed}", ("--results_name", NAME)
     write_data(folder, args)
-    data = (
-        "--data_files",
-        f"{folder}/samples.jsonl",
-        "--target_files",
-        f"{folder}/target.jsonl",
-        "--heldout_share",
-        "0",
-    )
+    data = f"--data_files {folder}/samples.jsonl --target_files {folder}/target.jsonl --heldout_share 0".split()
     adapter = ("--model_key", f"{folder}/model", "--train_lora", "--lora_target_modules", *LINEAR_LAYERS)
     model = (*adapter, "--project_dim", "200")
     run(

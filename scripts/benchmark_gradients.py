@@ -93,15 +93,7 @@ def write_samples(path: Path, count: int, longest: int = 256, shortest: int = 20
 
 
 class Bench:
-    """A model and its samples, and the ways to take a pass over them.
-
-    Args:
-        architecture: "llama" or "t5".
-        dim: d.
-        device: "cpu" or "cuda".
-        samples: How many rows.
-        max_tokens: Token budget of a batch.
-    """
+    """A model ("llama" or "t5") and its samples, in batches of `max_tokens`, and the ways to take a pass over them."""
 
     def __init__(self, architecture: str, dim: int, device: str, samples: int, max_tokens: int, folder: Path) -> None:
         self.dim, self.device, self.folder, self.max_tokens = dim, device, folder, max_tokens

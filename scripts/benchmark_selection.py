@@ -52,12 +52,7 @@ NUM_ENSEMBLE_SUBSETS, NUM_RANDOM, NUM_REFINED = 1000, 3, 5
 
 
 class Selecting:
-    """One world's estimates, real fine-tunings and selections.
-
-    Args:
-        world: Of `worlds.parse_world`.
-        args: The script's flags.
-    """
+    """One world's estimates, real fine-tunings and selections; the world is of `worlds.parse_world`."""
 
     def __init__(self, world: Any, args: argparse.Namespace) -> None:
         self.world, self.args = world, args
@@ -71,6 +66,8 @@ class Selecting:
         self.num_tasks = len(self.estimator.tasks)
         self.rows_of_task = self.estimator.parts[0].train.counts
         self.name = world.save_name(BENCHMARK_SELECTION)
+        words = world.training.split()
+        self.epochs = int(words[words.index("--epochs") + 1])
 
     def estimates(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
         """An estimator's mean over the targets, as searches take it."""
@@ -94,12 +91,6 @@ class Selecting:
     def passes(self, subsets: Sequence[Subset]) -> int:
         """Training passes of one fine-tuning on each subset, in the benchmark's epochs."""
         return int(sum(self.rows_of_task[list(subset)].sum() for subset in subsets) * self.epochs)
-
-    @property
-    def epochs(self) -> int:
-        """Of one fine-tuning in this world."""
-        words = self.world.training.split()
-        return int(words[words.index("--epochs") + 1])
 
     @property
     def estimation_passes(self) -> int:
@@ -299,9 +290,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"\nMean over {len(args.world)} worlds:\n{means.round(3).to_string()}")
         print(f"Wrote {folder / BENCHMARK_TABLE} and {folder / BENCHMARK_FIGURE}.")
     for record in table.to_dict("records"):
-        print(
-            json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in record.items()})
-        )
+        print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in record.items()}))
 
 
 if __name__ == "__main__":

@@ -68,19 +68,9 @@ def correlation(sets: dict[str, Path]) -> pd.DataFrame:
         for target in [AVERAGE, MEAN] if AVERAGE in set(table["target"]) else table["target"].unique():
             for predictor in (ESTIMATE, "constant"):
                 (row,) = table[(table["target"] == target) & (table["predictor"] == predictor)].to_dict("records")
-                kept = (
-                    "subsets",
-                    "lds",
-                    "lds_low",
-                    "lds_high",
-                    "relative_error",
-                    "squared_relative_error",
-                    "attainable",
-                )
-                records.append(
-                    {"data set": name, "target": target, "predictor": predictor, **{k: row[k] for k in kept}}
-                )
-    return pd.DataFrame(records)
+                records.append({"data set": name, **row})
+    kept = ["subsets", "lds", "lds_low", "lds_high", "relative_error", "squared_relative_error", "attainable"]
+    return pd.DataFrame(records)[["data set", "target", "predictor", *kept]]
 
 
 def fine_tuned(sets: dict[str, Path]) -> pd.DataFrame:

@@ -37,29 +37,19 @@ TRAINING = ("epochs", "lr")
 
 @dataclass
 class World:
-    """Where a world's data are and how its stages are called.
+    """Where a world's data are and how its stages are called."""
 
-    Attributes:
-        name: As typed.
-        folder: Its data.
-        data: Data and model flags of every stage.
-        tasks: Flags that say what a task is, for stages 3 and 5.
-        training: Hyperparameters.
-        scripts: Of training, gradients and regression.
-        made_by: The command that writes the data, where they are not the user's.
-    """
-
-    name: str
-    folder: Path
-    data: str
-    training: str
-    tasks: str = ""
+    name: str  # as typed
+    folder: Path  # of its data
+    data: str  # data and model flags of every stage
+    training: str  # hyperparameters
+    tasks: str = ""  # flags that say what a task is, for stages 3 and 5
     scripts: tuple[str, str, str] = (
         "custom_train_alpaca.py",
         "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs",
         "fast_estimate_linear_regression_alpaca.py",
     )
-    made_by: str | None = None
+    made_by: str | None = None  # the command that writes the data, where they are not the user's
 
     def save_name(self, benchmark: str) -> str:
         """Folder of a benchmark's fine-tuned values, below `results/`."""

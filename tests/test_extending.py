@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
 
 from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part
 from src.gradients import open_store
@@ -77,29 +76,22 @@ def test_a_data_format_is_a_reader_in_the_table_of_formats(workspace: Path, monk
         load_instruction(["damaged.psv"])
 
 
-def diagonal(part: Part, strength: float) -> OnSubsets:
-    """As "linear", but of H_S only the diagonal, so that each coordinate is solved by itself."""
+def one_step(part: Part, strength: float) -> OnSubsets:
+    """What one step of gradient descent on the subset changes, of a length that 1 / lambda gives."""
     totals, sums = torch.from_numpy(part.train.weights), torch.from_numpy(part.train.sums)
-    squares = torch.from_numpy(np.diagonal(part.train.outers, axis1=1, axis2=2).astype(float))
     means = torch.from_numpy(part.target.output_sums / part.target.counts)
     slopes = torch.from_numpy(part.target.sums / part.target.counts[:, None])
-
-    def estimates(weights: Tensor) -> Tensor:
-        shares = weights / (weights @ totals).clamp(min=1)[:, None]
-        return means - (shares @ sums) / (shares @ squares + strength) @ slopes.T
-
-    return estimates
+    return lambda weights: means - (weights @ sums) / (weights @ totals).clamp(min=1)[:, None] @ slopes.T / strength
 
 
 def test_an_estimator_is_an_entry_of_estimators(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 3 takes it by its name and writes its estimates: the mean over the checkpoints of what the rows give."""
-    stage_3 = [STAGE_3, *here, "--project_dim", "32", "--estimator", "diagonal", "--rho", "0.02"]
-    stage_3 += ["--weight_by", "sample", "--sampled_tasks", "some.txt", "--save_name", "diagonal"]
-    monkeypatch.setitem(ESTIMATORS, "diagonal", EstimatorKind(diagonal, "each coordinate by itself", needs_outers=True))
+    monkeypatch.setitem(ESTIMATORS, "one_step", EstimatorKind(one_step, "one step of gradient descent"))
     subsets = [(0,), (3,), (0, 2), (1, 2, 3)]
     Path("some.txt").write_text("\n".join(" ".join(map(str, subset)) for subset in subsets))
-    run_script(*stage_3)
-    found = pd.read_csv("results/diagonal/estimates.csv").filter(like="estimate/")
+    flags = ["--project_dim", "32", "--estimator", "one_step", "--rho", "0.02", "--weight_by", "sample"]
+    run_script(STAGE_3, *here, *flags, "--sampled_tasks", "some.txt", "--save_name", "one_step")
+    found = pd.read_csv("results/one_step/estimates.csv").filter(like="estimate/")
     (store,) = Path("gradients").glob("*_dim_32_run_0")
     parts = open_store(store, None, STAGE_2)
     assert len(parts) == 2 and found.shape == (4, 5)
@@ -107,40 +99,31 @@ def test_an_estimator_is_an_entry_of_estimators(here: list[str], monkeypatch: py
     for part in parts:
         rows, task = part.rows.astype(float), part.samples["task"]
         strength = 0.02 * np.square(rows[task >= 0]).sum(axis=1).mean()
-        for i, subset in enumerate(subsets):
-            chosen = rows[np.isin(task, subset)]
-            solution = -chosen.mean(axis=0) / (np.square(chosen).mean(axis=0) + strength)
-            for j, column in enumerate(found):
-                own = part.samples["target"] == part.targets.index(column.removeprefix("estimate/"))
-                expected[i, j] += (part.outputs[own].mean() + rows[own].mean(axis=0) @ solution) / len(parts)
-    np.testing.assert_allclose(
-        np.diff(found, axis=0), np.diff(expected, axis=0), rtol=1e-6, atol=1e-9
-    )  # levels are measured
+        steps = np.stack([-rows[np.isin(task, subset)].mean(axis=0) / strength for subset in subsets])
+        for j, column in enumerate(found):
+            own = part.samples["target"] == part.targets.index(column.removeprefix("estimate/"))
+            expected[:, j] += (part.outputs[own].mean() + steps @ rows[own].mean(axis=0)) / len(parts)
+    # levels are measured ones
+    np.testing.assert_allclose(np.diff(found, axis=0), np.diff(expected, axis=0), rtol=1e-6, atol=1e-9)
 
 
-def alone(estimate: Estimate, num_tasks: int, *, max_tasks: int | None = None, **_: object) -> SelectionPath:
-    """Add tasks in the order of their own estimates, as many as there may be."""
-    singles = np.eye(num_tasks, dtype=bool)
-    order = np.argsort(estimate(singles), kind="stable")[:max_tasks]
-    subsets = np.logical_or.accumulate(singles[order])
-    steps = tuple(
-        Step(tuple(np.flatnonzero(subset).tolist()), int(task), float(value))
-        for subset, task, value in zip(subsets, order, estimate(subsets), strict=True)
-    )
-    return SelectionPath((), float(estimate(singles & False)[0]), steps, steps[-1].subset, steps[-1].estimate)
+def second(estimate: Estimate, num_tasks: int, **_: object) -> SelectionPath:
+    """The task that alone has the second lowest estimate."""
+    values = estimate(np.eye(num_tasks, dtype=bool))
+    task = int(np.argsort(values)[1])
+    return SelectionPath((), 0.0, (Step((task,), task, values[task]),), (task,), values[task])
 
 
 def test_a_selection_method_is_an_entry_of_methods(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 4 takes it by its name and selects the two tasks that stage 3 estimates lowest on their own."""
+    """Stage 4 takes it by its name; its estimates are stage 3's."""
     at = [*here, "--project_dim", "32", "--target_task", "goal", "--save_name", "mine"]
     Path("singles.txt").write_text("0\n1\n2\n3\n")
     run_script(STAGE_3, *at, "--sampled_tasks", "singles.txt")
-    best = pd.read_csv("results/mine/estimates.csv")["estimate/goal"].nsmallest(2)
-    monkeypatch.setitem(METHODS, "alone", Method(alone, "add tasks in the order of their own estimates"))
-    run_script(STAGE_4, *at, "--method", "alone", "--max_tasks", "2")
-    assert read_subsets(Path("sampled_tasks/mine_alone_selection.txt"), 4) == [tuple(sorted(best.index))]
+    task, value = list(pd.read_csv("results/mine/estimates.csv")["estimate/goal"].nsmallest(2).items())[1]
+    monkeypatch.setitem(METHODS, "second", Method(second, "the second best"))
+    run_script(STAGE_4, *at, "--method", "second")
+    assert read_subsets(Path("sampled_tasks/mine_second_selection.txt"), 4) == [(task,)]
     path = pd.read_csv("results/mine/selection.csv")
-    assert path["task"].tolist() == best.index.tolist() and path["selected"].all()
-    assert path["estimate"][0] == pytest.approx(best.iloc[0], rel=1e-6)
-    with pytest.raises(ValueError, match="--method alone selected 4 tasks with 64 rows, which is beyond"):
-        run_script(STAGE_4, *at, "--method", "alone", "--budget_rows", "20")
+    assert path["task"].tolist() == [task] and path["estimate"][0] == pytest.approx(value, rel=1e-6)
+    with pytest.raises(ValueError, match=r"--method second selected 1 task.* beyond"):
+        run_script(STAGE_4, *at, "--method", "second", "--budget_rows", "3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pandas as pd
@@ -15,36 +16,24 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_calendar_asks_the_target_for_days_of_its_own(workspace: Path) -> None:
+def test_calendar_asks_the_target_for_days_of_its_own_in_the_words_of_cldr(workspace: Path) -> None:
     pytest.importorskip("babel")
     run_script("data/make_calendar.py", "--rows", "40", "--target_rows", "90")
     texts = {
         path.stem: {row["messages"][1]["content"]: row["messages"][2]["content"] for row in rows_of(path)}
         for path in Path("data/calendar").glob("*/*.jsonl")
     }
-    asked = {question for name in texts if name != "norwegian" for question in texts[name]}
-    assert len(texts) == 13 and texts["norwegian"].keys().isdisjoint(asked)
+    target = texts.pop("norwegian")
+    assert len(texts) == 12 and all(target.keys().isdisjoint(asked) for asked in texts.values())
     for name in ("danish", "swedish", "german", "dutch"):
         right, wrong = texts[name], texts[f"{name}_shuffled"]
         assert right.keys() == wrong.keys() and sorted(right.values()) == sorted(wrong.values())
         assert all(right[question] != wrong[question] for question in right)
     with pytest.raises(ValueError, match="more days than a year has"):
         run_script("data/make_calendar.py", "--rows", "300", "--target_rows", "90")
-
-
-def test_dates_are_cldrs(workspace: Path) -> None:
-    pytest.importorskip("babel")
-    from datetime import date
-
-    written = load_script("data/make_calendar.py").date_in
-    day = date(2024, 3, 15)
-    expected = {
-        "nb": "fredag 15. mars",
-        "da": "fredag den 15. marts",
-        "es": "viernes, 15 de marzo",
-        "en": "Friday, March 15",
-    }
-    assert {locale: written(day, locale) for locale in expected} == expected
+    written, day = load_script("data/make_calendar.py").date_in, date(2024, 3, 15)
+    assert written(day, "nb") == "fredag 15. mars" and written(day, "da") == "fredag den 15. marts"
+    assert written(day, "es") == "viernes, 15 de marzo" and written(day, "en") == "Friday, March 15"
     with pytest.raises(ValueError, match="one that ends with the year"):
         written(day, "hu")
 
@@ -57,11 +46,8 @@ def test_flan_world_holds_the_named_tasks(workspace: Path) -> None:
         for number in range(6)
     ]
     Path("flan.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flan), encoding="utf-8")
-    skills = [
-        (skill, f"{skill} {number}", "", f"answer {number}") for skill in (*world.SKILLS, "find") for number in range(5)
-    ]
-    frame = pd.DataFrame(skills, columns=["skill", "instruction", "input", "output"])
-    frame.to_pickle("alpaca.pkl")
+    skills = [(name, f"{name} {i}", "", f"answer {i}") for name in (*world.SKILLS, "find") for i in range(5)]
+    pd.DataFrame(skills, columns=["skill", "instruction", "input", "output"]).to_pickle("alpaca.pkl")
     here = ["--flan_file", "flan.jsonl", "--alpaca_file", "alpaca.pkl", "--output_dir", "world"]
     run_script("data/make_flan_world.py", *here, "--rows", "4", "--target_rows", "5")
     sources, targets = rows_of(Path("world/flan.jsonl")), rows_of(Path("world/target.jsonl"))

@@ -12,14 +12,14 @@ import pytest
 from src.console import run_command
 from tests.commands import ROOT, load_script
 
+JUDGED = ["subsets", "lds", "lds_low", "lds_high", "relative_error", "squared_relative_error", "attainable"]
+SECONDS = ["meta-training", "gradients", "estimation", "one fine-tuning", "all subsets fine-tuned"]
 COLUMNS = {
     "approximation_error": ["distance", "addsub", "addsub, no change", "instruction", "instruction, no change"],
-    "correlation": ["data set", "target", "predictor", "subsets", "lds", "lds_low", "lds_high", "relative_error",
-                    "squared_relative_error", "attainable"],
-    "cost": ["data set", "subsets", "meta-training (s)", "gradients (s)", "estimation (s)", "one fine-tuning (s)",
-             "all subsets fine-tuned (s)", "times faster"],
+    "correlation": ["data set", "target", "predictor", *JUDGED],
+    "cost": ["data set", "subsets", *(f"{what} (s)" for what in SECONDS), "times faster"],
     "fine_tuned": ["data set", "trained on", "tasks", "test loss", "test accuracy", "seconds"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,46 +27,39 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tables")
 
 
-def shell(name: str, *flags: str, here: Path) -> str:
-    """What `bash scripts/tables/<name>.sh` prints."""
+def shell(name: str, *flags: str, here: Path) -> subprocess.CompletedProcess:
+    """`bash scripts/tables/<name>.sh <flags>`."""
     command = ["bash", str(ROOT / "scripts" / "tables" / f"{name}.sh"), *flags]
-    finished = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
-    return finished.stdout
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_smoke(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shell file's commands make their world, run the stages and render the table; one of them from the shell, the
-    others here, where the libraries are imported. The worlds are shared by all."""
+def test_a_table_and_its_commands(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell file's commands make their worlds, shared by all tables, and render the table; one of them from the shell,
+    the others here, where the libraries are imported. Those of the paper's data, which take a GPU, are parsed."""
     monkeypatch.chdir(here)
+    full = shell(name, "--dry_run", here=here).stdout
+    for line in full.splitlines():
+        script, *arguments = shlex.split(line.removeprefix("python "))
+        load_script(script).parse_args(arguments)
+    assert "flan_t5_base" in full and "TinyLlama/" in full
     if name == "cost":
         if not (ROOT / ".venv").is_dir():
             pytest.skip("scripts/environment.sh has not made .venv")
-        shell(name, "--smoke", here=here)
+        finished = shell(name, "--smoke", here=here)
+        assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     else:
-        for line in shell(name, "--smoke", "--dry_run", here=here).splitlines():
+        for line in shell(name, "--smoke", "--dry_run", here=here).stdout.splitlines():
             run_command(line.removeprefix("python "))
-    table = pd.read_csv(here / "results" / "tables" / name / "table.csv")
-    assert list(table.columns) == COLUMNS[name]
-    text = (here / "results" / "tables" / name / "table.md").read_text()
-    assert text.startswith(f"| {' | '.join(COLUMNS[name])} |") and len(text.splitlines()) >= len(table) + 2
+    table = pd.read_csv(f"results/tables/{name}/table.csv")
+    text = Path(f"results/tables/{name}/table.md").read_text()
+    assert list(table.columns) == COLUMNS[name] and text.startswith(f"| {' | '.join(COLUMNS[name])} |")
+    assert len(text.splitlines()) >= len(table) + 2
     if name == "fine_tuned":
         assert table["trained on"].tolist() == 2 * ["base model", "all tasks", "forward selection", "random ensemble"]
         assert table["test accuracy"].notna().tolist() == 4 * [True] + 4 * [False]
 
 
-@pytest.mark.parametrize("name", COLUMNS)
-def test_the_full_tables_commands_parse(name: str, here: Path) -> None:
-    """Without --smoke they take a GPU and the paper's data; a dry run shows them, and every script takes its flags."""
-    printed = shell(name, "--dry_run", here=here)
-    for line in printed.splitlines():
-        script, *arguments = shlex.split(line.removeprefix("python "))
-        load_script(script).parse_args(arguments)
-    assert "flan_t5_base" in printed and "TinyLlama/" in printed
-
-
 def test_an_unknown_flag_is_refused(here: Path) -> None:
-    command = ["bash", str(ROOT / "scripts" / "tables" / "cost.sh"), "--smok"]
-    finished = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    assert finished.returncode == 2 and "error: unrecognized argument --smok" in finished.stderr
+    refused = shell("cost", "--smok", here=here)
+    assert refused.returncode == 2 and "error: unrecognized argument --smok" in refused.stderr
