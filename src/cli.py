@@ -248,8 +248,6 @@ def add_cot_data(parser: argparse.ArgumentParser, *, or_instruction: bool = Fals
                        "completions are read there, the model's own are written there (default: saved)")  # fmt: skip
     group.add_argument("--keep_incorrect", action="store_true", help="also train on completions with a wrong answer, "
                        "as published (default: right answers only)")  # fmt: skip
-    group.add_argument("--letters", choices=("word", "published"), default="word", help="multiple choice: letters "
-                       "that stand alone count as answers, or any capital letter as published (default: word)")  # fmt: skip
     if not or_instruction:
         add_tasks(group, "field of the completions or of the data set that names a row's task, such as teacher (default: "
                   "all rows are one task, which --load_clusters divides)")  # fmt: skip

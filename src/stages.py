@@ -349,7 +349,7 @@ def training_facts(args: argparse.Namespace, data: TaskData) -> dict[str, Any]:
         "load_model_dir",
         "base_dtype",
         "use_qlora",
-        *(("max_new_tokens", "letters") if data.judge else ()),
+        *(("max_new_tokens",) if data.judge else ()),
     )
     start = (
         file_fingerprint(sorted(resolve_checkpoint(args.load_model_dir).glob(WEIGHTS))) if args.load_model_dir else None
