@@ -78,17 +78,15 @@ def tokenize(
     turn; white space and repetitions behind it are dropped.
 
     A decoder's row longer than `max_length` loses the prompt's first tokens, except the beginning-of-text token, and
-    then the completion's last. An encoder-decoder's prompt is cut at `max_length`, before the special tokens at its end,
-    its completion at `max_target_length`. A notice counts the cut rows.
+    then the completion's last. An encoder-decoder's prompt is cut at `max_length`, before its last special tokens, its
+    completion at `max_target_length`. A notice counts the cut rows.
 
     Raises:
         ValueError: the tokenizer has no end token or cannot read a text, a completion has no token, or `max_length`
             leaves no room for one.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; add one and save it again"
-        )
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; add one to it")
     decoder = kind == "decoder"
     text = data.examples[0].completion
     [inner], whole = _ids([text], tokenizer), tokenizer(text, verbose=False)["input_ids"]
@@ -104,15 +102,11 @@ def tokenize(
     rows = iter(progress(data.examples, desc="tokenising", total=len(data), unit="row"))
     with open(folder / "prompt.bin", "wb") as prompt_file, open(folder / "completion.bin", "wb") as completion_file:
         while block := list(itertools.islice(rows, BLOCK)):
-            found = [ending.search(example.completion) for example in block]
-            texts = [
-                e.completion[: match.start()] if match else e.completion for e, match in zip(block, found, strict=True)
-            ]
+            texts = [ending.sub("", example.completion) for example in block]
             prompts = _ids([example.prompt for example in block], tokenizer)
             wholes = [e.prompt + text for e, text in zip(block, texts, strict=True)] if decoder else texts
-            for example, match, text, prompt, completion in zip(
-                block, found, texts, prompts, _ids(wholes, tokenizer), strict=True
-            ):
+            completions = _ids(wholes, tokenizer)
+            for example, text, prompt, completion in zip(block, texts, prompts, completions, strict=True):
                 if decoder:
                     prompt, completion = _joined(example.prompt, text, prompt, completion, tokenizer)
                 if not completion:
@@ -120,7 +114,7 @@ def tokenize(
                         f"sample {example.sample_index} (task {example.task}): the completion {example.completion!r} "
                         "has no token; give it a text that the tokenizer knows, or remove the row"
                     )
-                end = ends[match[1]] if match else tokenizer.eos_token_id
+                end = ends[match[1]] if (match := ending.search(example.completion)) else tokenizer.eos_token_id
                 if prompt[: len(before)] != before:
                     prompt = before + prompt
                 if decoder:
@@ -158,13 +152,13 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
 
 
 def _joined(prompt: str, completion: str, head: Ids, whole: Ids, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
-    """Ids of a prompt and of the completion behind it, which together decode as `whole`, those of prompt + completion, do.
+    """Ids of a prompt and of the completion behind it, which together decode as `whole`, the ids of both texts, does.
 
     A completion tokenised alone may begin with a space that the text does not have, so its ids are those of the whole
-    behind the prompt's, `head`. Where a token of the whole reaches over the end of the prompt, the completion is tokenised
-    behind another text, which ends as the prompt does, or is a line end, or a letter: the model sees the prompt's own ids,
-    as in generation. If none of them gives the text, the token that reaches over belongs to the completion. Only a text
-    with an unknown token at the end of its prompt is tokenised in two.
+    behind the prompt's, `head`. Where a token of the whole reaches over the end of the prompt, the completion is
+    tokenised behind another text, which ends as the prompt does, or is a line end, or a letter: the model sees the
+    prompt's own ids, as in generation. If none of them gives the text, the token that reaches over belongs to the
+    completion. Only a text with an unknown token at the end of its prompt is tokenised in two.
     """
     if whole[: len(head)] == head and head[-1:] != [tokenizer.unk_token_id]:
         return head, whole[len(head) :]
@@ -174,7 +168,8 @@ def _joined(prompt: str, completion: str, head: Ids, whole: Ids, tokenizer: PreT
         texts = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (head + tail, whole))
         if tail and joined[: len(first)] == first and len(set(texts)) == 1:
             return head, tail
-    same = next((at for at, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
+    differing = (at for at, (ours, theirs) in enumerate(zip(head, whole, strict=False)) if ours != theirs)
+    same = next(differing, min(len(head), len(whole)))
     return head[:same], whole[same:] if same < len(head) else _ids([completion], tokenizer)[0]
 
 
@@ -205,7 +200,7 @@ def tokenize_once(
     cache: Path | None, data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, **lengths: int
 ) -> TokenizedData:
     """What `tokenize` gives, from a folder below `cache` that earlier calls with the same arguments share; without a
-    cache, or with a tokenizer in Python whose rules have no fingerprint, from files that are gone with the process."""
+    cache, or with a tokenizer in Python, which has no fingerprint, from files that are gone with the process."""
     if cache is None or getattr(tokenizer, "backend_tokenizer", None) is None:
         with tempfile.TemporaryDirectory() as temporary:  # memory-mapped files may be removed
             tokenize(data, tokenizer, kind, Path(temporary), **lengths)
@@ -295,8 +290,8 @@ class TaskDataModule(pl.LightningDataModule):
         self.seed, self.shares = seed, shares
 
     def collate(self, indices: Indices, pad_left: bool = False) -> Batch:
-        """Rows of the given sample indices as one batch: `sample_index` (B,), `input_ids` (B, T), `labels` (B, T or target
-        length; `IGNORED` where there is no loss), and `attention_mask` (B, T) unless the causal mask hides the padding."""
+        """Rows of the given sample indices as one batch: `sample_index` (B,), `input_ids` (B, T), `labels` (B, T or
+        target length; `IGNORED` without a loss), and `attention_mask` (B, T) unless the causal mask hides padding."""
         prompts, completions = ([part[i] for i in indices] for part in (self.tokens.prompts, self.tokens.completions))
         rows, labels = prompts, completions
         masked = len({len(prompt) for prompt in prompts}) > 1

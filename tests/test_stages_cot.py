@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,47 +12,34 @@ import pytest
 from src.cot import load_cot
 from src.models import load_checkpoint
 from tests.commands import run_script
-from tests.test_stages import files_below
 
-NUM_QUESTIONS, NUM_TRAIN = 30, 24
+STAGE_2, STAGE_3 = "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py"
 
 
 def write_reasoning_teacher(folder: Path) -> None:
-    """Additions in the reasoning-teacher layout: two completions each, every fifth second one with a wrong answer."""
-    questions = [(f"What is {a} + {b}?", str(a + b)) for a, b in list(product(range(5), range(6)))[:NUM_QUESTIONS]]
-    dataset = [
-        {"sample_index": i, "question": question, "answer": answer, "rationale": f"It is {answer}."}
-        for i, (question, answer) in enumerate(questions)
-    ]
-    completions = {
-        str(i): [
-            {
-                "sample_index": i,
-                "completion_index": k,
-                "question": question,
-                "answer": answer,
-                "reasoning_completion": f" Count {'up' if k else 'on'} to {answer}.",
-                "completion": " 999." if k and i % 5 == 0 else f" {answer}.",
-                "teacher": f"teacher {k}",
-            }
+    """30 additions in the reasoning-teacher layout, 24 to train on: two completions each, every fifth second one with a
+    wrong answer."""
+    questions = [(f"What is {a} + {b}?", str(a + b)) for a in range(5) for b in range(6)]
+    dataset, completions = [], {}
+    for i, (question, answer) in enumerate(questions):
+        sample = {"sample_index": i, "question": question, "answer": answer}
+        dataset.append({**sample, "rationale": f"It is {answer}."})
+        completions[str(i)] = [
+            sample
+            | {"completion_index": k, "teacher": f"teacher {k}"}
+            | {"reasoning_completion": f" Count {'up' if k else 'on'} to {answer}."}
+            | {"completion": " 999." if k and i % 5 == 0 else f" {answer}."}
             for k in range(2)
         ]
-        for i, (question, answer) in enumerate(questions)
-    }
     metadata = {"base_model": "text-davinci-002", "completion_key": "zs_cot_t70", "dataset_key": "addsub"}
-    metadata |= {"finetune_key": None, "train_key": None, "prediction_template": None, "epoch": None}
-    teacher = folder / "saved" / "completion_data" / "B_text-davinci-002__C_zs_cot_t70"
-    files = {
-        folder / "data" / "dataset" / "addsub.json": {"metadata": {"dataset_key": "addsub"}, "data": dataset},
-        folder / "data" / "split" / "addsub__default.json": {
-            "train": list(range(NUM_TRAIN)),
-            "test": list(range(NUM_TRAIN, NUM_QUESTIONS)),
-        },
-        teacher / "D_addsub.json": {"metadata": metadata, "data": completions},
-    }
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+    teacher = "saved/completion_data/B_text-davinci-002__C_zs_cot_t70/D_addsub.json"
+    for name, content in {
+        "data/dataset/addsub.json": {"metadata": {"dataset_key": "addsub"}, "data": dataset},
+        "data/split/addsub__default.json": {"train": list(range(24)), "test": list(range(24, 30))},
+        teacher: {"metadata": metadata, "data": completions},
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module", params=["t5", "llama"])
@@ -72,7 +58,7 @@ def track(
         (run,) = Path("external_lightning_logs").iterdir()
         best = next(path for path in run.iterdir() if path.name.startswith("epoch_epoch="))
         checkpoint = ["--load_model_dir", f"{run.name}/{best.name}"]
-        run_script("fast_estimate_compute_gradients.py", *flags, *checkpoint, "--project_dim", "24", "--device", "2")
+        run_script(STAGE_2, *flags, *checkpoint, "--project_dim", "24", "--device", "2")
     return folder, flags, checkpoint[1]
 
 
@@ -87,6 +73,7 @@ def test_training_names_its_run_and_keeps_predictions(here: tuple[list[str], str
     assert "_addsub_ft_cot_t70_2aug_lora_r_4_new_run_0/epoch_epoch=" in checkpoint
     predictions = sorted(Path("saved/completion_data").glob("B_models0-*__C_ft_cot/*.json"))
     assert [path.name for path in predictions] == [f"D_addsub__T_ft_cot__E_00{e}__Lora_r_4.json" for e in (0, 1)]
+    assert len(list(Path("cache/tokens").iterdir())) == 1  # both stages read the same tokens
     content = json.loads(predictions[-1].read_text())
     assert content["metadata"]["prediction_template"] == "ft_cot_token" and content["metadata"]["epoch"] == 1
     data = load_cot("addsub", "ft_cot_t70_2aug", architecture="decoder")
@@ -105,16 +92,14 @@ def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str
     clusters = ["--load_clusters", "--num_clusters", "4", "--project_dim", "24"]
     estimation = [*flags, "--load_model_dir", checkpoint, *clusters, "--save_name", "toy"]
     drawn = ["--number_of_subsets", "5", "--subset_size", "0.5", "--scale", "0.4"]
-    run_script("fast_estimate_linear_regression.py", *estimation, *drawn)
+    run_script(STAGE_3, *estimation, *drawn)
     assignment = np.load(store / "clusters_4.npz")["clusters"]
     assert sorted(set(assignment.tolist())) == [-1, 0, 1, 2, 3] and (assignment >= 0).sum() == num_train
     made = (store / "clusters_4.npz").stat().st_mtime_ns
     frame = pd.read_csv("results/toy/estimates.csv")
     assert list(frame.columns) == ["subset", "run", "estimate/addsub"] and len(frame) == 5
 
-    run_script(
-        "fast_estimate_linear_regression.py", *estimation, *drawn, "--evaluate", "displaced", "--max_new_tokens", "4"
-    )
+    run_script(STAGE_3, *estimation, *drawn, "--evaluate", "displaced", "--max_new_tokens", "4")
     assert (store / "clusters_4.npz").stat().st_mtime_ns == made
     frame = pd.read_csv("results/toy/estimates.csv")
     assert list(frame.columns)[2:] == ["estimate/addsub", "displaced_loss/addsub", "displaced_accuracy/addsub"]
@@ -122,51 +107,26 @@ def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str
 
     run_script("fast_estimate_forward_selection.py", *estimation)
     run_script("notebook/select_random_ensemble.py", "results/toy", "--ratio", "0.5")
-    fine_tuning = [
-        *flags,
-        *clusters,
-        "--epochs",
-        "1",
-        "--batch_size",
-        "8",
-        "--max_new_tokens",
-        "4",
-        "--save_name",
-        "toy",
-    ]
+    fine_tuning = [*flags, *clusters, "--epochs", "1", "--batch_size", "8", "--save_name", "toy"]
     for method in ("forward_selection", "random_ensemble"):
-        run_script("custom_train.py", *fine_tuning, "--subset_file", f"sampled_tasks/toy_{method}.txt")
+        chosen = [*fine_tuning, "--subset_file", f"sampled_tasks/toy_{method}.txt"]
+        run_script("custom_train.py", *chosen, "--max_new_tokens", "4")
     results = pd.read_csv("results/toy/results.csv", dtype={"subset": str})
-    for other, name in (("--max_new_tokens", "max_new_tokens"), ("--letters", "letters")):
-        value = "5" if name == "max_new_tokens" else "published"
-        with pytest.raises(ValueError, match=f"{name}: found .*--results_name"):
-            run_script(
-                "custom_train.py", *fine_tuning, other, value, "--subset_file", "sampled_tasks/toy_random_ensemble.txt"
-            )
+    with pytest.raises(ValueError, match=r"max_new_tokens: found .*--results_name"):
+        run_script("custom_train.py", *chosen, "--max_new_tokens", "5")
     metrics = [f"{split}_{metric}/addsub" for split in ("validation", "test") for metric in ("loss", "accuracy")]
     assert list(results.columns) == ["subset", "run", "num_rows", *metrics, "seconds"]
     for subset, rows in zip(results["subset"], results["num_rows"], strict=True):
         assert rows == np.isin(assignment, [int(task) for task in subset.split()]).sum()
-    assert "results/toy/selection.png" in files_below(Path())
+    assert Path("results/toy/selection.png").is_file()
 
 
-def test_displaced_small_steps_follow_the_first_order(
-    here: tuple[list[str], str], track: tuple[Path, list[str], str]
-) -> None:
+def test_displaced_small_steps_follow_the_first_order(here: tuple[list[str], str]) -> None:
     """Both evaluations of a tiny displacement move the loss by the same amount."""
     flags, checkpoint = here
-    estimation = [
-        *flags,
-        "--load_model_dir",
-        checkpoint,
-        "--project_dim",
-        "24",
-        "--load_clusters",
-        "--num_clusters",
-        "4",
-    ]
-    options = ["--number_of_subsets", "5", "--max_new_tokens", "2", "--save_name", "stiff", "--rho", "1e3"]
-    run_script("fast_estimate_linear_regression.py", *estimation, *options, "--evaluate", "displaced")
+    options = ["--load_model_dir", checkpoint, "--project_dim", "24", "--load_clusters", "--num_clusters", "4"]
+    options += ["--number_of_subsets", "5", "--max_new_tokens", "2", "--save_name", "stiff", "--rho", "1e3"]
+    run_script(STAGE_3, *flags, *options, "--evaluate", "displaced")
     frame = pd.read_csv("results/stiff/estimates.csv")
     # levels are another matter: estimates are shifted to measured losses, and the displaced model is not
     predicted, measured = (frame[name] - frame[name].mean() for name in ("estimate/addsub", "displaced_loss/addsub"))
@@ -174,7 +134,8 @@ def test_displaced_small_steps_follow_the_first_order(
     np.testing.assert_allclose(measured, predicted, rtol=0.05, atol=2e-6)
 
 
-def test_the_checkpoint_is_untouched(here: tuple[list[str], str], track: tuple[Path, list[str], str]) -> None:
+def test_the_checkpoint_is_untouched(here: tuple[list[str], str]) -> None:
+    """Also by the displaced models of the tests before."""
     flags, checkpoint = here
     load_checkpoint(Path("external_lightning_logs") / checkpoint, flags[flags.index("--model_key") + 1])
 
@@ -183,7 +144,7 @@ def test_other_flags_than_the_adapter_has_are_refused(here: tuple[list[str], str
     flags, checkpoint = here
     wrong = ["8" if flag == "4" else flag for flag in flags]
     with pytest.raises(ValueError, match=r"an adapter of rank 4.*--lora_rank 4"):
-        run_script("fast_estimate_compute_gradients.py", *wrong, "--load_model_dir", checkpoint)
+        run_script(STAGE_2, *wrong, "--load_model_dir", checkpoint)
 
 
 def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], str]) -> None:
@@ -200,8 +161,8 @@ def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], 
 def test_clusters_of_other_data_are_refused(here: tuple[list[str], str]) -> None:
     """They are kept by the store's name; a store that was made anew may hold other rows."""
     flags, checkpoint = here
-    store = next(Path("gradients").glob("*_lora_r_4_*"))
-    command = ["fast_estimate_linear_regression.py", *flags, "--load_model_dir", checkpoint, "--project_dim", "24"]
+    (store,) = Path("gradients").iterdir()
+    command = [STAGE_3, *flags, "--load_model_dir", checkpoint, "--project_dim", "24"]
     command += ["--load_clusters", "--num_clusters", "3", "--number_of_subsets", "2", "--save_name", "other"]
     run_script(*command)
     path = store / "clusters_3.npz"
