@@ -22,7 +22,9 @@ CURVATURE_POWER = 1
 synthetic worlds (`data/make_synthetic.py --joined 4`) LDS was 0.92 and 0.83 with 1, 0.90 and 0.80 with 2."""
 
 OnSubsets = Callable[[Tensor], Tensor]
-"""Row weights (c, n) -> estimates (c, k), or solutions (c, d)."""
+"""Shares (c, n), factors of the tasks' moments that make means of sums -> estimates (c, k), or solutions (c, d)."""
+Make = Callable[["Part", float], OnSubsets]
+"""A part and the ridge strength lambda -> a function of shares."""
 Progress = Callable[..., Any]
 """Makes a progress bar, called as progress(iterable, desc=..., unit=...)."""
 
@@ -146,20 +148,17 @@ def estimate(
     """
     chosen = range(len(parts[0].target.counts)) if targets is None else targets
     parts = [_with_targets(part, chosen) for part in parts]
-    estimates = []
-    for part in parts:
-        weights, strength = _row_weights(part, membership, rho)
-        estimates.append(_over_chunks(part, weights, ESTIMATORS[estimator].make(part, strength), progress))
-    return np.mean(estimates, axis=0)
+    return np.mean(
+        [_over_chunks(part, membership, rho, ESTIMATORS[estimator].make, progress) for part in parts], axis=0
+    )
 
 
 def solutions(part: Part, membership: np.ndarray, *, estimator: str = "ridge", rho: float = DEFAULT_RHO) -> np.ndarray:
     """x_S of an estimator for every subset, (m, d) float64; arguments and errors as in `estimate` and `solver_of`."""
-    weights, strength = _row_weights(part, membership, rho)
-    return _over_chunks(part, weights, solver_of(estimator)(part, strength))
+    return _over_chunks(part, membership, rho, solver_of(estimator))
 
 
-def solver_of(estimator: str) -> Callable[[Part, float], OnSubsets]:
+def solver_of(estimator: str) -> Make:
     """What makes an estimator's solutions; refused (ValueError) where it has none."""
     if (solver := ESTIMATORS[estimator].solver) is None:
         having = ", ".join(name for name, kind in ESTIMATORS.items() if kind.solver)
@@ -182,15 +181,18 @@ def mixture_weights(
     weights on. Arguments as in `estimate`.
     """
     parts, num_tasks = [_with_targets(part, targets) for part in parts], len(parts[0].train.counts)
-    weighted = [_row_weights(part, np.ones((1, num_tasks)), rho) for part in parts]
-    models = [(of_row, _ridge(part, strength)) for part, (of_row, strength) in zip(parts, weighted, strict=True)]
+    models = []
+    for part in parts:
+        of_row, strength = _row_weights(part, np.ones((1, num_tasks)), rho)
+        models.append((of_row, _tensor(part.train.weights), _ridge(part, strength)))
     logits = torch.zeros(1, num_tasks, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
     course: list[float] = []
     best = logits.detach()[0]
     for _ in progress(range(steps), desc="mixture weights", unit="step") if progress else range(steps):
         weights = num_tasks * logits.softmax(1)
-        value = torch.stack([estimates_of(weights * of_row).mean() for of_row, estimates_of in models]).mean()
+        values = [estimates_of(_shares(weights * of_row, totals)).mean() for of_row, totals, estimates_of in models]
+        value = torch.stack(values).mean()
         if not course or value < min(course):
             best = weights.detach()[0]
         course.append(float(value.detach()))
@@ -201,20 +203,17 @@ def mixture_weights(
     return rows / rows.sum(), np.array(course)
 
 
-def first_order_error(
-    outputs_at_start: np.ndarray, rows: np.ndarray, solution: np.ndarray, outputs_displaced: np.ndarray
-) -> float:
-    """|f(w* + P x) - f(w*) - g.x|^2 / |f(w* + P x)|^2, for outputs (N,), projected gradients g (N, d) and x (d,)."""
-    return zero_order_error(outputs_at_start + np.asarray(rows, float) @ solution, outputs_displaced)
-
-
-def zero_order_error(outputs_at_start: np.ndarray, outputs_displaced: np.ndarray) -> float:
+def zero_order_error(start: np.ndarray, displaced: np.ndarray) -> float:
     """|f(w* + P x) - f(w*)|^2 / |f(w* + P x)|^2: the error of taking the outputs (N,) not to change at all."""
-    displaced = np.asarray(outputs_displaced, float)
-    return float(np.sum((displaced - outputs_at_start) ** 2) / np.sum(displaced**2))
+    return float(np.sum((displaced - start.astype(float)) ** 2) / np.sum(displaced.astype(float) ** 2))
 
 
-# --- solvers: (part, lambda) -> (row weights (c, n) -> solutions (c, d))
+def first_order_error(start: np.ndarray, rows: np.ndarray, solution: np.ndarray, displaced: np.ndarray) -> float:
+    """|f(w* + P x) - f(w*) - g.x|^2 / |f(w* + P x)|^2, for outputs (N,), projected gradients g (N, d) and x (d,)."""
+    return zero_order_error(start + rows.astype(float) @ solution, displaced)
+
+
+# --- solvers: (part, lambda) -> (shares (c, n) -> solutions (c, d))
 
 
 def _ridge_solver(part: Part, strength: float) -> OnSubsets:
@@ -222,12 +221,10 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     the empirical Fisher matrix: one batched Cholesky, or a solve in the rows' kernel where there are no `outers`."""
     if part.train.outers is None:
         return _kernel_solver(part, strength)
-    totals, sums = _tensor(part.train.weights), _tensor(part.train.sums)
-    num_tasks, dim = sums.shape
-    outers = torch.from_numpy(part.train.outers).view(num_tasks, dim * dim)
+    sums, outers = _tensor(part.train.sums), torch.from_numpy(part.train.outers).flatten(1)
+    dim = sums.shape[1]
 
-    def solve(weights: Tensor) -> Tensor:
-        shares = _shares(weights, totals)
+    def solve(shares: Tensor) -> Tensor:
         second_moments = _combined(shares.float(), outers).view(-1, dim, dim)
         second_moments.diagonal(dim1=1, dim2=2).add_(strength)
         return -_solve(second_moments, (shares @ sums).float()).double()
@@ -257,7 +254,7 @@ def _kernel_solver(part: Part, strength: float) -> OnSubsets:
     """x = -G' (G G' + lambda I)^-1 s/r with the rows of G times r, the roots of their shares in the curvature, and s their
     shares in the gradient."""
     gradients, _, task_of_row, of_row, in_curvature = _rows_of(part, "task_of_row")
-    kernel, totals = gradients @ gradients.T, _tensor(part.train.weights)
+    kernel = gradients @ gradients.T
 
     def on_subset(shares: Tensor) -> Tensor:
         chosen = (shares * in_curvature).nonzero().squeeze(1)
@@ -267,21 +264,21 @@ def _kernel_solver(part: Part, strength: float) -> OnSubsets:
         gram.diagonal().add_(strength)
         return -(roots * _solve(gram, goals)) @ gradients[chosen]
 
-    return lambda weights: torch.stack([on_subset(of) for of in _shares(weights, totals)[:, task_of_row]]).double()
+    return lambda shares: torch.stack([on_subset(of_rows) for of_rows in shares[:, task_of_row]]).double()
 
 
 def _logistic_solver(part: Part, strength: float) -> OnSubsets:
     """x_S that minimises the mean of log(1 + exp(o_i + g_i.x)) + lambda |x|^2, for outputs o = minus the margin: Newton's
     method for all subsets of a chunk at once, each step halved until the subset's objective does not rise."""
     single, outputs, task_of_row, of_row, _ = _rows_of(part, "task_of_row")
-    gradients, totals = single.double(), _tensor(part.train.weights)
+    gradients = single.double()
 
     def hessian(curvatures: Tensor) -> Tensor:
         rows = single[curvatures > 0] * curvatures[curvatures > 0].sqrt().unsqueeze(1)
         return torch.addmm(2 * strength * torch.eye(rows.shape[1]), rows.T, rows)
 
-    def solve(weights: Tensor) -> Tensor:
-        shares = _shares(weights, totals)[:, task_of_row] * of_row  # (c, rows)
+    def solve(shares: Tensor) -> Tensor:
+        shares = shares[:, task_of_row] * of_row  # (c, rows)
         found, start_norm = gradients.new_zeros(len(shares), gradients.shape[1]), None
 
         def objective(x: Tensor) -> Tensor:
@@ -306,7 +303,7 @@ def _logistic_solver(part: Part, strength: float) -> OnSubsets:
     return solve
 
 
-# --- estimators: (part, lambda) -> (row weights (c, n) -> estimates (c, k))
+# --- estimators: (part, lambda) -> (shares (c, n) -> estimates (c, k))
 
 
 def _ridge(part: Part, strength: float) -> OnSubsets:
@@ -323,8 +320,8 @@ def _ridge(part: Part, strength: float) -> OnSubsets:
         squares = in_curvature * (x @ gradients.T).double().square()
         return squares.new_zeros(len(x), len(totals)).index_add_(1, target_of_row, squares)
 
-    def estimates(weights: Tensor) -> Tensor:
-        x = solve(weights)
+    def estimates(shares: Tensor) -> Tensor:
+        x = solve(shares)
         return means + x @ slopes.T + curvatures(x.float()).double() / totals / 2
 
     return estimates
@@ -333,7 +330,7 @@ def _ridge(part: Part, strength: float) -> OnSubsets:
 def _linear(part: Part, strength: float) -> OnSubsets:
     """L_val + b_val.x_S/N_val."""
     solve, (means, slopes) = _ridge_solver(part, strength), _target_means(part)
-    return lambda weights: means + solve(weights) @ slopes.T
+    return lambda shares: means + solve(shares) @ slopes.T
 
 
 def _logistic(part: Part, strength: float) -> OnSubsets:
@@ -341,27 +338,27 @@ def _logistic(part: Part, strength: float) -> OnSubsets:
     solve, (gradients, outputs, target_of_row, _, _) = _logistic_solver(part, strength), _rows_of(part, "target_of_row")
     in_target = one_hot(target_of_row, len(part.target.counts)).double()
     in_target /= in_target.sum(0)  # (rows of targets, k)
-    return lambda weights: softplus(outputs + solve(weights) @ gradients.double().T) @ in_target
+    return lambda shares: softplus(outputs + solve(shares) @ gradients.double().T) @ in_target
 
 
 def _alignment(part: Part, strength: float) -> OnSubsets:
     """L_val - b_val.b_S/(N_val N_S): a step along the mean gradient as in LESS; of unit-length representations, RDS."""
-    sums, totals, (means, slopes) = _tensor(part.train.sums), _tensor(part.train.weights), _target_means(part)
-    return lambda weights: means - _shares(weights, totals) @ sums @ slopes.T
+    sums, (means, slopes) = _tensor(part.train.sums), _target_means(part)
+    return lambda shares: means - shares @ sums @ slopes.T
 
 
 def _constant(part: Part, strength: float) -> OnSubsets:
     means, _ = _target_means(part)
-    return lambda weights: means.expand(len(weights), -1)
+    return lambda shares: means.expand(len(shares), -1)
 
 
 @dataclass(frozen=True)
 class EstimatorKind:
     """An estimator, and what it needs."""
 
-    make: Callable[[Part, float], OnSubsets]  # from a part and lambda to a function of row weights
+    make: Make  # its estimates
     meaning: str  # for a person who chooses
-    solver: Callable[[Part, float], OnSubsets] | None = None  # gives its solutions x_S; None where there are none
+    solver: Make | None = None  # its solutions x_S; None where there are none
     needs_rows: bool = False  # it reads a part's rows, not their moments alone
     needs_outers: bool = False  # it reads the outer products even where there are fewer rows than dimensions
     output_function: str | None = None  # the only one whose rows it takes; None = any
@@ -388,9 +385,6 @@ ESTIMATORS = {
 }
 
 
-# --- shared by the estimators
-
-
 def _row_weights(part: Part, membership: np.ndarray, rho: float) -> tuple[Tensor, float]:
     """The factor of the moments of each task in each subset, (m, n) float64, and the ridge strength lambda."""
     _check_finite(part.train, "task")
@@ -408,10 +402,14 @@ def _row_weights(part: Part, membership: np.ndarray, rho: float) -> tuple[Tensor
     return torch.from_numpy(weights * of_row), float(rho * mean_square) or 1.0
 
 
-def _over_chunks(part: Part, weights: Tensor, on_subsets: OnSubsets, progress: Progress | None = None) -> np.ndarray:
-    """`on_subsets` of all weights (m, n), chunk by chunk: d x d matrices and R-vectors of all subsets do not fit."""
+def _over_chunks(
+    part: Part, membership: np.ndarray, rho: float, make: Make, progress: Progress | None = None
+) -> np.ndarray:
+    """Estimates or solutions of all subsets, chunk by chunk: d x d matrices and R-vectors of all do not fit."""
+    weights, strength = _row_weights(part, membership, rho)
+    shares, on_subsets = _shares(weights, _tensor(part.train.weights)), make(part, strength)
     bytes_per_subset = 16 * part.train.sums.shape[1] ** 2 + 96 * (len(part.rows.outputs) if part.rows else 0)
-    chunks = weights.split(max(_CHUNK_BYTES // bytes_per_subset, 1))
+    chunks = shares.split(max(_CHUNK_BYTES // bytes_per_subset, 1))
     bar = progress(chunks, desc="estimates", unit="chunk of subsets") if progress else chunks
     return np.concatenate([on_subsets(chunk).numpy() for chunk in bar])
 

@@ -80,19 +80,18 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert re.match("How sure this is cannot be said of one seed", basis)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_targets_count_the_same(count: int, tmp_path: Path) -> None:
-    """Of two targets with as many rows the mean is compared, with the variance of both."""
+def test_targets_count_the_same(tmp_path: Path) -> None:
+    """Of two targets the mean is compared, with the variance of both."""
     base, losses = noise(0, 60, 1.0), noise(1, 60, 0.3) - 0.05
-    target = np.where(np.arange(60) % count, "a", "b")
+    target, rows = np.where(np.arange(60) % 2, "a", "b"), []
     for text, values in (("", base), ("1", base + losses)):
         path = losses_file(tmp_path, parse_subset(text), 0)
         path.parent.mkdir(exist_ok=True)
         frame = pd.DataFrame({"sample_index": np.arange(60), "target": target, "loss": values})
         frame.to_csv(path, index=False)
-        means = {f"validation_loss/{name}": values[target == name].mean() for name in sorted(set(target))}
-        row = pd.DataFrame([{"subset": text, "run": 0, **means}])
-        row.to_csv(tmp_path / "results.csv", index=False, mode="a", header=text == "")
+        means = frame.groupby("target")["loss"].mean().add_prefix("validation_loss/")
+        rows.append({"subset": text, "run": 0, **means})
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
     low, high = map(float, re.findall(r"interval (\S+) to (\S+)\)", best_fine_tuned(tmp_path, TASKS).lines[1])[0])
-    variance = np.mean([losses[target == name].var(ddof=1) for name in set(target)]) / 60
+    variance = np.mean([losses[target == name].var(ddof=1) for name in "ab"]) / 60
     assert (high - low) / 2 == pytest.approx(1.67 * np.sqrt(variance), rel=0.02)
