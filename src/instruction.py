@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import datasets
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -69,9 +68,8 @@ class Columns(NamedTuple):
 
 # --- conversations -------------------------------------------------------------------------------------------
 
-ROLES = {"human": "user", "prompter": "user", "observation": "tool"} | dict.fromkeys(
-    ("gpt", "chatgpt", "model"), "assistant"
-)
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+ROLES["observation"] = "tool"
 """Names that roles have in published conversations -> what chat templates call them."""
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 """What templates take for today, so that rows are the same on any day."""
@@ -241,9 +239,7 @@ def _json_records(source: str) -> Iterator[tuple[str, Record]]:
         if re.match(rb"\[|\{\s*\n", file.peek(4096).removeprefix(codecs.BOM_UTF8).lstrip()):
             whole = _json_value(file.read(), source)
             if not isinstance(whole, list):
-                raise ValueError(
-                    f"{source} holds one object, expected rows: an object per line, or an array of objects"
-                )
+                raise ValueError(f"{source} holds one object, expected rows: one object per line, or an array of them")
             values = _numbered(source, whole)
         else:
             lines = _numbered(source, file, "line")
@@ -279,36 +275,27 @@ def _parquet_records(source: str) -> Iterator[tuple[str, Record]]:
 
 
 def _pickle_records(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
-    """Rows of a pickled frame, with the splits of its dev split map if there is one."""
-    frame = read_pickle(source)
+    """Rows of a pickled frame. A dev split map beside it decides their splits, whatever their prompts."""
+    frame, path = read_pickle(source), Path(source)
     if isinstance(frame, dict):
         raise ValueError(f"{source} holds no columns, expected a DataFrame with the columns skill and text")
-    splits = _dev_map_splits(Path(source), frame) if use_dev_map else {}
+    maps = [path.with_name(f"{stem}_dev_split_map.pkl") for stem in (path.stem, path.stem.removesuffix("_final"))]
+    found = [candidate for candidate in maps if use_dev_map and candidate.is_file()][:1]
+    splits: dict[Any, str] = {}
+    for dev_map in map(read_pickle, found):
+        splits = dict.fromkeys(frame.index, "train")
+        if not isinstance(dev_map, dict) or len(splits) < len(frame) or "_split" in frame or "skill" not in frame:
+            expected = f"must hold a dict from skill to index labels, and {source} a column skill and no column _split"
+            raise ValueError(
+                f"{found[0]} {expected}, with index labels that do not repeat; correct them, or remove the map"
+            )
+        for skill, label in ((skill, label) for skill, labels in dev_map.items() for label in labels):
+            if label not in splits or frame["skill"].at[label] != skill:
+                wrong = f"holds out row {label!r} of skill {skill!r}, but {source} has no such row of that skill"
+                raise ValueError(f"{found[0]} {wrong}; give the map of this file, or remove it to split by prompts")
+            splits[label] = HALVED
     for (where, record), label in zip(_numbered(source, frame.to_dict("records")), frame.index, strict=True):
         yield f"{where} (index label {label!r})", record | ({"_split": splits[label]} if splits else {})
-
-
-def _dev_map_splits(path: Path, frame: pd.DataFrame) -> dict[Any, str]:
-    """Index label -> split, from a dev split map beside the file; empty where there is none.
-
-    The map alone decides: a training row may repeat the prompt of a held-out one, as in the published files.
-    """
-    maps = (path.with_name(f"{stem}_dev_split_map.pkl") for stem in (path.stem, path.stem.removesuffix("_final")))
-    map_path = next((candidate for candidate in maps if candidate.is_file()), None)
-    if map_path is None:
-        return {}
-    dev_map, splits = read_pickle(map_path), dict.fromkeys(frame.index, "train")
-    if not isinstance(dev_map, dict) or len(splits) < len(frame) or "_split" in frame or "skill" not in frame:
-        raise ValueError(
-            f"{map_path} must hold a dict from skill to index labels, and {path} a column skill, index labels that do not "
-            "repeat and no column _split; correct them, or remove the map to have the rows split by their prompts"
-        )
-    for skill, label in ((skill, label) for skill, labels in dev_map.items() for label in labels):
-        if label not in splits or frame["skill"].at[label] != skill:
-            found = f"{map_path} holds out row {label!r} of skill {skill!r}, but {path} has no such row of that skill"
-            raise ValueError(f"{found}; give the map of this file, or remove it to split by prompts")
-        splits[label] = HALVED
-    return splits
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
@@ -347,7 +334,7 @@ def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
             yield from _hub_records(source)
         else:
             expected = (
-                f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of `save_to_disk`, and hub ids"
+                f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of save_to_disk, and hub ids"
             )
             raise ValueError(f"{source}: instruction data are {expected}")
     except Exception as error:

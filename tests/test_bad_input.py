@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -55,34 +54,15 @@ def prepare(folder: Path, model: Path) -> None:
     texts = {
         "empty.jsonl": "",
         "cut.jsonl": rows() + '{"inputs": "x", "tar',
-        "list.jsonl": "[1, 2]\n",
-        "object.json": '{\n "Instances": []\n}\n',
-        "wide.csv": "prompt,completion\nx,y\nx,y,z\n",
-        "cut_emoji.jsonl": rows(_task_name="\ud83d"),
         "long.jsonl": rows(targets="y" * 400),
-        "column.jsonl": '{"inputs": "x", "_task_name": "t"}\n',
-        "number.jsonl": rows(targets=3),
-        "blank.jsonl": rows(targets=" "),
-        "nulltask.jsonl": rows(_task_name=None),
-        "split.jsonl": rows(_split="dev"),
-        "half_split.jsonl": rows(3) + rows(3, _split="train"),
-        "only_test.jsonl": rows(_split="test"),
         "goal.jsonl": rows(_task_name="up a"),
-        "trained_target.jsonl": rows(_task_name="new", _split="train"),
         "arrow.jsonl": rows(targets="→"),
         "columns.csv": "q,a\n1,2\n",
-        "empty.csv": "",
         "empty.txt": "",
-        "comment.txt": "# nothing\n",
         "word.txt": "0 one\n",
-        "negative.txt": "0 -1\n",
         "range.txt": "0 1\n2 99\n",
-        "twice.txt": "1 1\n",
-        "comma.txt": "0,1\n",
         "weights.csv": "name,share\nup a,1\nnobody,1\n",
         "zero.csv": "name,share\nup a,0\n",
-        "column.csv": "task,weight\n0,1\n",
-        "text.csv": "name,share\nup a,much\n",
         "estimates.csv": "subset,other\n0 1,2\n",
         "results.csv": "subset,run\n0 1,0\n",
         "not.csv": "\x00\x01\n",
@@ -90,17 +70,13 @@ def prepare(folder: Path, model: Path) -> None:
     }
     for name, text in texts.items():
         (bad / name).write_text(text)
-    (bad / "latin.jsonl").write_bytes(rows(targets="é").encode().replace(b"\\u00e9", b"\xe9"))
     (bad / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
     (bad / "code.pkl").write_bytes(pickle.dumps(Executes()))
-    pd.DataFrame({"skill": ["a"]}).to_pickle(bad / "columns.pkl")
     (bad / "folder.jsonl").mkdir()
     (bad / "folder.txt").mkdir()
     (bad / "file").write_text("")
-    for name in (
-        "no_config", "broken_config", "no_weights", "cut_weights", "no_end", "pickled_weights", "no_tokenizer",
-        "broken_tokenizer", "shapes", "code", "tokens",
-    ):  # fmt: skip
+    changed = "no_config cut_weights no_end pickled_weights no_tokenizer broken_tokenizer shapes code tokens"
+    for name in changed.split():
         shutil.copytree(model, bad / name)
     (bad / "no_config" / "config.json").unlink()
     for file in (bad / "no_tokenizer").glob("tokenizer*"):
@@ -118,8 +94,6 @@ def prepare(folder: Path, model: Path) -> None:
     (bad / "gguf" / "model.gguf").write_bytes(b"GGUF")
     (bad / "adapter").mkdir()
     (bad / "adapter" / "adapter_config.json").write_text("{}")
-    (bad / "broken_config" / "config.json").write_text("{")
-    (bad / "no_weights" / "model.safetensors").unlink()
     weights = bad / "cut_weights" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (bad / "pickled_weights" / "model.safetensors").rename(bad / "pickled_weights" / "pytorch_model.bin")
@@ -141,40 +115,21 @@ OF_ANOTHER = ["--load_model_dir", "bad/checkpoint", *model("tokens")]
 CASES: dict[str, tuple[str, list[str], str]] = {
     # files of rows
     "no file": (TRAIN, data("none.jsonl"), r"bad/none\.jsonl does not exist; check the name"),
-    "no csv": (TRAIN, data("none.csv"), r"bad/none\.csv does not exist"),
     "unknown format": (TRAIN, data("file.xlsx"), r"bad/file\.xlsx: instruction data are"),
     "nothing in the file": (TRAIN, data("empty.jsonl"), r"bad/empty\.jsonl is empty"),
-    "nothing in the csv": (TRAIN, data("empty.csv"), r"bad/empty\.csv is empty"),
     "half a line": (TRAIN, data("cut.jsonl"), r"cut\.jsonl, line 7 is not JSON in UTF-8"),
-    "a list": (TRAIN, data("list.jsonl"), r"list\.jsonl, row 1 holds 1, expected an object"),
-    "one object": (TRAIN, data("object.json"), r"object\.json holds one object, expected rows"),
-    "one field more": (TRAIN, data("wide.csv"), r"wide\.csv, row 2 has 3 fields, and the first line names 2 columns \(prompt, completion\)"),
-    "half a character": (TRAIN, data("cut_emoji.jsonl"), r"cut_emoji\.jsonl, line 1: _task_name holds half a character"),
-    "encoding": (TRAIN, data("latin.jsonl"), r"latin\.jsonl, line 1 is not JSON in UTF-8"),
     "encoding of a csv": (TRAIN, data("latin.csv"), r"latin\.csv cannot be read"),
-    "missing field": (TRAIN, data("column.jsonl"), r"column\.jsonl, line 1: there is no field 'targets'"),
     "unknown columns": (TRAIN, data("columns.csv"), r"columns\.csv, row 1 has the columns q, a; expected .*--prompt_column"),
-    "missing column": (TRAIN, [*data("columns.csv"), "--prompt_column", "q", "--completion_column", "b"], r"row 1: there is no field 'b'"),
     "column of no source": (TRAIN, ["--task_column", "kind"], r"--task_column kind: none of .*sources\.jsonl.* has such a column"),
-    "a number": (TRAIN, data("number.jsonl"), r"line 1: targets is 3, expected text"),
-    "blank completions": (TRAIN, data("blank.jsonl"), r"blank\.jsonl is empty: no row could be taken from it"),
-    "task of null": (TRAIN, data("nulltask.jsonl"), r"line 1: _task_name is None"),
-    "unknown split": (TRAIN, data("split.jsonl"), r"line 1: _split is 'dev', expected one of train, validation, test"),
-    "some rows split": (TRAIN, data("half_split.jsonl"), r"line 1 has no split of its own, but .*line 4 has one"),
-    "test only": (TRAIN, data("only_test.jsonl"), r"task 't' .* has test rows but no validation rows"),
     "target trained on": (TRAIN, ["--target_files", "bad/goal.jsonl"], r"goal\.jsonl, line 1: target 'up a' is a task of the training data"),
-    "target with training rows": (TRAIN, ["--target_files", "bad/trained_target.jsonl"], r"target 'new' has _split train"),
     "a folder for a file": (TRAIN, data("folder.jsonl"), r"bad/folder\.jsonl is a folder without data files"),
     "a pickle that runs code": (TRAIN, data("code.pkl"), r"bad/code\.pkl cannot be read .* asks for (posix|os)\.system"),
     "no pickle": (TRAIN, data("plain.pkl"), r"bad/plain\.pkl is not a pickle"),
-    "columns of a pickle": (TRAIN, data("columns.pkl"), r"bad/columns\.pkl, row 1 .*: there is no field 'text'"),
     "both kinds of data": (TRAIN, ["--train_instruction"], r"--data_files and --train_instruction, which names files of its own; leave one of them out"),
     "nothing left to train on": (TRAIN, ["--heldout_share", "0.5", "--save_name", "n"], r"held-out shares 0\.5 and 0\.5"),
     # models
     "unknown model": (TRAIN, ["--model_key", "nobody/nothing", "--save_name", "n"], r"--model_key nobody/nothing: cannot load"),
     "no configuration": (TRAIN, model("no_config"), r"--model_key bad/no_config: bad/no_config has no config\.json; give a folder"),
-    "broken configuration": (TRAIN, model("broken_config"), r"--model_key bad/broken_config: cannot load"),
-    "no weights": (TRAIN, model("no_weights"), r"--model_key bad/no_weights: cannot load"),
     "truncated weights": (TRAIN, model("cut_weights"), r"--model_key bad/cut_weights: cannot load"),
     "pickled weights": (TRAIN, model("pickled_weights"), r"bad/pickled_weights has its weights in pytorch_model\.bin, and only safetensors are read"),
     "no tokenizer": (TRAIN, model("no_tokenizer"), r"--model_key bad/no_tokenizer: bad/no_tokenizer has no tokenizer"),
@@ -182,7 +137,6 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "weights of other shapes": (TRAIN, model("shapes"), r"bad/shapes .its weights have other shapes than its config\.json says"),
     "code in the folder": (TRAIN, model("code"), r"--model_key bad/code: cannot load bad/code \(.*custom code"),
     "GGUF": (TRAIN, model("gguf/model.gguf"), r"bad/gguf/model\.gguf is a GGUF file.*python data/convert_gguf\.py bad/gguf/model\.gguf FOLDER"),
-    "a folder of GGUF": (TRAIN, model("gguf"), r"bad/gguf/model\.gguf is a GGUF file.*python data/convert_gguf\.py bad/gguf/model\.gguf FOLDER"),
     "an adapter for a model": (TRAIN, model("adapter"), r"bad/adapter is an adapter without its base model.*--load_model_dir"),
     "tokens without a row": (TRAIN, [*data("arrow.jsonl"), *model("tokens")], r"bad/tokens: the tokenizer has 104 tokens, the embedding 103 rows, and none for → in sample \d+ .*resize_token_embeddings\(104\)"),
     "no end token": (TRAIN, model("no_end"), r"tokenizer of bad/no_end has no end-of-text token"),
@@ -193,19 +147,14 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "no rank": (TRAIN, ["--lora_rank", "0"], r"--lora_rank.*expected a whole number of at least 1"),
     "no epochs": (TRAIN, ["--epochs", "-1"], r"--epochs"),
     "no learning rate": (TRAIN, ["--lr", "nan"], r"--lr.*nan"),
-    "infinite learning rate": (TRAIN, ["--lr", "inf"], r"--lr.*inf"),
-    "weight decay": (TRAIN, ["--weight_decay", "nan"], r"--weight_decay.*nan"),
     "share above one": (TRAIN, ["--checkpoint_at", "2"], r"--checkpoint_at.*expected a number from 0 to 1"),
     "unknown strategy": (TRAIN, ["--strategy", "magic"], r"--strategy.*invalid choice"),
     "no GPU": (TRAIN, ["--accelerator", "cuda"], r"--accelerator cuda: this machine has no CUDA GPU"),
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
-    "a flag cut short": (TRAIN, ["--epoch", "1"], r"--epoch 1; did you mean --epochs\?"),
     "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora with --strategy fsdp: 4-bit weights"),
     "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--data_files is instruction data, and --dataset_key chain of thought"),
-    "two ways to choose": (TRAIN, ["--subset_file", "bad/word.txt", "--task_idxes", "1"], r"not allowed with"),
     "adapter of another model": (TRAIN, [*OF_ANOTHER, "--save_name", "n"], r"bad/checkpoint does not fit .*model_key: found .*, expected bad/tokens; base_fingerprint: found .*pass --model_key"),
-    "adapter of another model, gradients": (GRADIENTS, OF_ANOTHER, r"bad/checkpoint does not fit .*model_key: found .*, expected bad/tokens; base_fingerprint: found .*pass --model_key"),
     "adapter of another rank": (TRAIN, ["--load_model_dir", "bad/checkpoint", "--lora_rank", "8", "--save_name", "n"], r"bad/checkpoint has an adapter of rank 4.*--lora_rank 4"),
     "no checkpoint": (TRAIN, ["--load_model_dir", "none/step_step=1", "--save_name", "n"], r"--load_model_dir none/step_step=1: no folder"),
     # subsets
@@ -214,29 +163,19 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "task twice": (TRAIN, ["--task_idxes", "1", "1"], r"--task_idxes 1 1: a task is named twice"),
     "no subset file": (TRAIN, ["--subset_file", "bad/none.txt"], r"bad/none\.txt is not there"),
     "empty subset file": (TRAIN, ["--subset_file", "bad/empty.txt"], r"bad/empty\.txt holds no subset"),
-    "comments only": (TRAIN, ["--subset_file", "bad/comment.txt"], r"bad/comment\.txt holds no subset"),
     "a word": (TRAIN, ["--subset_file", "bad/word.txt"], r"bad/word\.txt, line 1: 'one' is no task id; expected numbers from 0 to 3"),
-    "below zero": (TRAIN, ["--subset_file", "bad/negative.txt"], r"bad/negative\.txt, line 1: '-1' is no task id"),
     "out of range": (TRAIN, ["--subset_file", "bad/range.txt"], r"bad/range\.txt, line 2: '99' is no task id"),
-    "twice in a line": (TRAIN, ["--subset_file", "bad/twice.txt"], r"bad/twice\.txt, line 1: task 1 is named twice"),
-    "commas": (TRAIN, ["--subset_file", "bad/comma.txt"], r"bad/comma\.txt, line 1: '0,1' is no task id"),
     "a folder of subsets": (TRAIN, ["--subset_file", "bad/folder.txt"], r"bad/folder\.txt"),
     "weights of a stranger": (TRAIN, ["--task_weights", "bad/weights.csv"], r"task 'nobody' is not among the data's 4 tasks"),
     "no weight at all": (TRAIN, ["--task_weights", "bad/zero.csv"], r"shares must be numbers, not negative and not all 0"),
-    "columns of weights": (TRAIN, ["--task_weights", "bad/column.csv"], r"no column 'name'"),
-    "weights of text": (TRAIN, ["--task_weights", "bad/text.csv"], r"shares must be numbers"),
     # gradients
     "other rank": (GRADIENTS, ["--lora_rank", "8"], r"does not exist|rank"),
     "no dimension": (GRADIENTS, ["--project_dim", "0"], r"--project_dim.*at least 1"),
     "other run": (GRADIENTS, ["--run", "3"], r"run_3 does not exist; make it with: python custom_train"),
-    "no budget": (GRADIENTS, ["--max_tokens_per_batch", "none"], r"--max_tokens_per_batch"),
     # estimates
     "no store": (ESTIMATE, ["--project_dim", "77"], r"no projected gradients in .*dim_77"),
-    "no such target": (ESTIMATE, ["--target_task", "nobody"], r"nobody"),
     "rho": (ESTIMATE, ["--rho", "-1"], r"--rho.*above 0"),
-    "rho is no number": (ESTIMATE, ["--rho", "nan"], r"--rho.*nan"),
     "larger than all": (ESTIMATE, ["--subset_size", "9", "--sampled_tasks", "bad/new.txt"], r"subset size 9"),
-    "size of nothing": (ESTIMATE, ["--subset_size", "0"], r"--subset_size"),
     "more than exist": (ESTIMATE, ["--number_of_subsets", "99", "--sampled_tasks", "bad/new.txt"], r"99 subsets of 2 out of 4 tasks.*only 6 exist"),
     "margins of losses": (ESTIMATE, ["--estimator", "logistic"], r"margin"),
     "no representations": (ESTIMATE, ["--estimator", "representation"], r"--representations"),
@@ -244,8 +183,6 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "no truth": (ESTIMATE, ["--calibrate", "bad/none.csv"], r"bad/none\.csv"),
     # selection
     "start out of range": (SELECT, ["--start_from", "9"], r"9"),
-    "start twice": (SELECT, ["--start_from", "1", "1"], r"1"),
-    "no budget of rows": (SELECT, ["--budget_rows", "0"], r"--budget_rows.*at least 1"),
     "budget below every task": (SELECT, ["--budget_rows", "1"], r"budget"),
     "nothing estimated": (ENSEMBLE, ["results/none"], r"results/none"),
     "estimates without columns": (COMPARE, ["bad/estimates.csv", "bad/results.csv"], r"bad/estimates\.csv"),
@@ -253,7 +190,6 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "nothing to export": (EXPORT, [], r"found 0 subsets to export, expected one"),
     # chain of thought
     "unknown data set": (COT, ["--dataset_key", "nothing", "--model_key", "-llama"], r"nothing"),
-    "unknown preset": (COT, ["--dataset_key", "strategy_qa", "--preset_key", "ft_cot_t70_3aug", "--model_key", "-llama"], r"ft_cot_t70_3aug"),
     "data set that climbs": (COT, ["--dataset_key", "../../etc/passwd", "--model_key", "-llama"], r"\.\./\.\./etc/passwd"),
     "no data set": (COT_ESTIMATE, [], r"--dataset_key"),
     "no texts for a model": (BASE_MODEL, ["--data_files", "bad/empty.jsonl", "--output_dir", "bad/new"], r"bad/empty\.jsonl is empty"),
@@ -304,7 +240,7 @@ def test_one_line_and_nothing_written(
     with pytest.raises(SystemExit) as stopped:
         run_stage(module.main, module.parse_args(arguments))
     message = stopped.value.code
-    if message == 2:  # argparse: its usage, then one line
+    if message == 2:  # usage, then one line
         message = capsys.readouterr().err.strip().splitlines()[-1]
     assert isinstance(message, str) and "error: " in message and "\n" not in message and "Traceback" not in message
     assert re.search(pattern, message), message
@@ -317,11 +253,8 @@ def test_a_script_says_it_on_the_terminal(place: tuple[Path, list[str]]) -> None
     folder, flags = place
     command = [sys.executable, str(ROOT / TRAIN), *flags, "--subset_file", "bad/word.txt"]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
-    assert ended.returncode == 1
-    assert [line for line in ended.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: bad/word.txt, line 1: 'one' is no task id; expected numbers from 0 to 3, or names of tasks separated "
-        "by commas"
-    ]
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 1 and "bad/word.txt, line 1: 'one' is no task id" in line
     assert "Traceback" not in ended.stderr
 
 
@@ -360,5 +293,4 @@ def test_odd_names_of_tasks_work(
     run(TRAIN, "--task_weights", "sampled_tasks/odd_weights.csv", "--epochs", "1", "--save_name", "odd")
     exported = [json.loads(line)["task"] for line in Path("results/odd/selected.jsonl").read_text().splitlines()]
     assert sorted(set(exported)) == sorted({sorted(names)[0], sorted(names)[2]})
-    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["workspace"]
+    assert [path.name for path in [*tmp_path.iterdir(), *(tmp_path / "deep").iterdir()]] == ["deep", "workspace"]

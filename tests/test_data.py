@@ -1,4 +1,4 @@
-"""Data loading: splits that never move, pickles that never run, files that fail with file, line and cure."""
+"""Rows of a run: splits that never move, pickles that never run, chain-of-thought files, errors with file and line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow
@@ -54,11 +55,12 @@ def test_task_and_target_ids():
     assert (data.tasks, data.targets, len(data)) == (("a", "b"), ("a", "c"), 6)
     assert data.task_of_sample.tolist() == [1, 0, -1, -1, 1, -1]
     assert data.target_of_sample.tolist() == [-1, -1, 0, 1, -1, 1]
-    assert data.task_of_sample.dtype == data.target_of_sample.dtype == np.int32
     assert data.indices("train").tolist() == [0, 1, 4]
-    assert data.indices("train", [1]).tolist() == [0, 4]
-    assert data.indices("train", []).tolist() == []
-    assert data.indices("validation").dtype == np.int64
+    assert data.indices("train", [1]).tolist() == [0, 4] and data.indices("train", []).tolist() == []
+    clusters = data.with_tasks({0: "x", 4: "a"})
+    assert (clusters.tasks, clusters.targets) == (("a", "x"), ("a", "c"))
+    assert clusters.task_of_sample.tolist() == [1, -1, -1, -1, 0, -1] and clusters.examples[1].split == "left out"
+    assert [e.prompt for e in clusters.examples] == [e.prompt for e in data.examples]
 
 
 @pytest.mark.parametrize("split, tasks", [("dev", None), ("test", [0]), ("train", [2]), ("train", [-1])])
@@ -69,18 +71,9 @@ def test_indices_refuses(split, tasks):
 
 def test_fingerprint_sees_every_field():
     example = Example(0, "a", "train", "p", "c", 7, "yes")
-    changes = [
-        {"task": "b"},
-        {"split": "test"},
-        {"prompt": "pc"},
-        {"completion": ""},
-        {"record_index": 8},
-        {"answer": None},
-    ]
-    variants = [TaskData((Example(**{**vars(example), **change}),)) for change in [{}, *changes]]
-    assert len({data.fingerprint for data in variants}) == len(variants)
-    expected = hashlib.sha256(b'[0, "a", "train", "p", "c", 7, "yes"]\n').hexdigest()
-    assert variants[0].fingerprint == expected
+    changes = [{"task": "b"}, {"split": "test"}, {"prompt": "pc"}, {"completion": ""}, {"record_index": 8}]
+    variants = [TaskData((Example(**{**vars(example), **change}),)) for change in [{}, *changes, {"answer": None}]]
+    assert len({data.fingerprint for data in variants}) == len(variants) == 7
 
 
 @pytest.mark.parametrize("example", [Example(1, "a", "train", "p", "c"), Example(0, "a", "dev", "p", "c")])
@@ -113,19 +106,15 @@ def test_stable_split_rules(keys, share, cap, rng):
     assert counts["train"] >= bool(keys)
 
 
-def test_stable_split_is_the_ranking_by_sha256():
+def test_stable_split_is_the_ranking_by_sha256_in_every_process():
     ranked = sorted(KEYS[:100], key=lambda key: hashlib.sha256(key.encode()).hexdigest())
     expected = dict.fromkeys(ranked, "train") | dict.fromkeys(ranked[:10], "validation")
     expected |= dict.fromkeys(ranked[10:15], "test")
     assert stable_split(KEYS[:100], 0.1, 50, test_share=0.05) == [expected[key] for key in KEYS[:100]]
-
-
-def test_stable_split_in_another_process():
     code = f"import json; from src.data import stable_split; print(json.dumps(stable_split({KEYS!r}, 0.1, 50)))"
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
-        assert json.loads(run.stdout) == stable_split(KEYS, 0.1, 50)
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert json.loads(run.stdout) == stable_split(KEYS, 0.1, 50)
 
 
 @pytest.mark.parametrize("share, cap, test_share", [(-0.1, 5, None), (0.5, 5, None), (0.1, -1, None), (0.6, 5, 0.4)])
@@ -196,16 +185,9 @@ def test_arrow_arrays_that_begin_inside_their_buffers(tmp_path, monkeypatch, kin
 
 def test_label_maps(tmp_path):
     path = tmp_path / "map.pkl"
-    content = {
-        "a": np.array([1, 2]),
-        "b": ["x"],
-        "c": pd.Index([3]),
-        "d": [np.int64(5)],
-        "e": pd.RangeIndex(2),
-        "f": (),
-    }
+    content = {"a": np.array([1, 2]), "b": ["x"], "c": pd.Index([3]), "d": [np.int64(5)], "e": pd.RangeIndex(2)}
     path.write_bytes(pickle.dumps(content))
-    assert read_pickle(path) == {"a": [1, 2], "b": ["x"], "c": [3], "d": [5], "e": [0, 1], "f": []}
+    assert read_pickle(path) == {"a": [1, 2], "b": ["x"], "c": [3], "d": [5], "e": [0, 1]}
 
 
 class Calls:
@@ -261,12 +243,27 @@ def test_nothing_a_pickle_asks_for_is_run(tmp_path, name):
         assert f"{name.rpartition('.')[2]}, which no frame needs" in str(caught.value)
 
 
-def test_object_arrays_cannot_be_made_from_bytes(tmp_path):
-    """A dtype whose flags lie turns bytes into pointers; the flags in the file must not be believed."""
-    frame, path = pd.DataFrame({"a": [1, 2]}), tmp_path / "frame.pkl"
-    frame.to_pickle(path, protocol=4)
-    path.write_bytes(path.read_bytes().replace(b"\x8c\x02i8", b"\x8c\x02O8"))
-    with pytest.raises(ValueError, match="cannot be read"):
+def lies() -> dict[str, bytes]:
+    """Pickles whose claims numpy, Arrow or pandas would follow past the end of memory."""
+    numbers, texts = pickle.dumps(pd.DataFrame({"a": [1, 2]}), 4), pickle.dumps(pd.DataFrame({"a": ["x" * 99]}), 4)
+    codes = pd.Categorical(["x", "y"])
+    codes._ndarray[:] = 120
+    array = (np._core.multiarray._reconstruct, np.ndarray, (0,), b"b")
+    return {
+        "bytes for pointers": numbers.replace(b"\x8c\x02i8", b"\x8c\x02O8"),
+        "offsets of texts": texts.replace(b"\x00\x63\x00\x00", b"\x00\x63\x00\x7f"),
+        "codes": pickle.dumps(pd.DataFrame({"a": codes})),
+        "values of a list": pickle.dumps({"a": Calls(*array, state=(1, (10**6,), np.dtype("O"), False, ["x"]))}),
+        "length": pickle.dumps({"a": Calls(*array, state=(1, (2**40,), np.dtype("i8"), False, b"x" * 8))}),
+        "length of bytes": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.",
+    }
+
+
+@pytest.mark.parametrize("name", lies())
+def test_what_memory_depends_on_is_not_believed(tmp_path, name):
+    path = tmp_path / "bad.pkl"
+    path.write_bytes(lies()[name])
+    with pytest.raises(ValueError, match=r"bad\.pkl cannot be read"):
         read_pickle(path)
 
 
@@ -304,7 +301,6 @@ def test_other_pickles_are_refused(tmp_path):
     path.write_bytes(pickle.dumps({"a": [1, 1]}))
     with pytest.raises(ValueError, match="repeat"):
         read_pickle(path)
-    datasets = pytest.importorskip("datasets")
     path.write_bytes(pickle.dumps(datasets.Dataset.from_dict({"skill": ["a"], "text": ["b"]})))
     with pytest.raises(ValueError, match=r"convert it with \.to_pandas\(\)"):
         read_pickle(path)
@@ -344,20 +340,6 @@ def test_flan_prompts_end_as_in_the_recipe(tmp_path, inputs, prompt):
     assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
 
 
-def test_instruction_rows_keep_their_order_and_split_by_prompt(tmp_path):
-    first = write_jsonl(tmp_path / "1.jsonl", [flan("t", f"q{i % 20}", f"a{i}") for i in range(40)])
-    second = write_jsonl(tmp_path / "2.jsonl", [flan("u", f"q{i}") for i in range(10)] + [flan("t", "q20")])
-    data = load_instruction([first, second])
-    assert [e.prompt for e in data.examples] == [f"q{i % 20}\n" for i in range(40)] + [
-        *(f"q{i}\n" for i in range(10)),
-        "q20\n",
-    ]
-    sides = stable_split([f"q{i % 20}\n" for i in range(40)] + ["q20\n"], 0.1, 50)
-    assert [e.split for e in data.examples if e.task == "t"] == sides
-    assert Counter(sides) == {"validation": 4, "test": 4, "train": 33} and data.targets == ("t", "u")
-    assert data.notices == () and data.answer_key is None
-
-
 def slow_sides(keys_of_task: dict[str, set[str]], share: float, most: int) -> dict[str, str]:
     """One key at a time: the smallest task first, by sha256, until it has its share in validation, then in test."""
     sides: dict[str, str] = {}
@@ -378,6 +360,7 @@ def test_equal_prompts_are_on_one_side_in_all_tasks(tmp_path, most):
     data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)], max_heldout=most)
     expected = slow_sides({task: {f"q{i}\n" for i in numbers} for task, numbers in sizes.items()}, 0.1, most)
     counts = Counter((e.task, e.split) for e in data.examples)
+    assert [e.prompt for e in data.examples] == [f"{record['inputs']}\n" for record in records]
     for example in data.examples:
         assert example.split in (expected[example.prompt], "left out")
     for task, numbers in sizes.items():
@@ -386,12 +369,9 @@ def test_equal_prompts_are_on_one_side_in_all_tasks(tmp_path, most):
     assert (left_out > 0) == (most == 2) == any(f"{left_out} rows are left out" in notice for notice in data.notices)
 
 
-def test_rows_without_inputs_split_by_their_answer(tmp_path):
+def test_rows_without_inputs_split_by_their_answer_and_few_prompts_hold_nothing_out(tmp_path):
     data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", "", f"a{i}") for i in range(10)])])
     assert Counter(e.split for e in data.examples) == {"train": 8, "validation": 1, "test": 1}
-
-
-def test_too_few_prompts_hold_nothing_out_and_say_so(tmp_path):
     records = [flan("tiny", "same") for _ in range(9)] + [flan("t", f"q{i}") for i in range(3)]
     data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
     assert data.targets == ("t",) and data.tasks == ("t", "tiny")
@@ -405,12 +385,6 @@ def test_split_field_decides(tmp_path):
     assert [e.split for e in data.examples[:4]] == sides
     frame = [{"skill": r["_task_name"], "text": "x", "_split": None, **r} for r in records]
     assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
-    write_jsonl(tmp_path / "a.jsonl", [flan("t", "q", _split="train"), flan("t", "r")])
-    with pytest.raises(ValueError, match=r"task 't': .*line 2 has no split of its own, but .*line 1 has"):
-        load_instruction([tmp_path / "a.jsonl"])
-    write_jsonl(tmp_path / "a.jsonl", [flan("t", "q", _split="train"), flan("t", "r", _split="test")])
-    with pytest.raises(ValueError, match="test rows but no validation rows"):
-        load_instruction([tmp_path / "a.jsonl"])
 
 
 def test_alpaca_prompt_is_told_from_output(tmp_path):
@@ -419,15 +393,8 @@ def test_alpaca_prompt_is_told_from_output(tmp_path):
     data = load_instruction([write_pickle(tmp_path / "a.pkl", records)], heldout_share=0)
     assert texts_of(data, "train")[0] == ("s", "Instruction: do 0\n", "answer 0")
     assert texts_of(data, "train")[-1] == ("s", "", "something else") and len(data) == 6
-    assert "1 of 7 rows have an empty output and are left out" in data.notices[1]
     assert "1 of 7 rows have no prompt apart from the answer" in data.notices[0]
-
-
-def test_text_only_pickle_has_no_prompts(tmp_path):
-    data = load_instruction([write_pickle(tmp_path / "a.pkl", [{"skill": "s", "text": f"t{i}"} for i in range(8)])])
-    assert all(e.prompt == "" and e.completion == f"t{e.sample_index}" for e in data.examples)
-    assert Counter(e.split for e in data.examples) == {"train": 6, "validation": 1, "test": 1}
-    assert "8 of 8 rows have no prompt apart from the answer" in data.notices[0]
+    assert "1 of 7 rows have an empty output and are left out" in data.notices[1]
 
 
 @pytest.mark.parametrize("file, map_file", [("x.pkl", "x_dev_split_map.pkl"), ("x_final.pkl", "x_dev_split_map.pkl")])
@@ -443,23 +410,19 @@ def test_dev_split_map_holds_out_its_rows(tmp_path, file, map_file):
 
 
 @pytest.mark.parametrize(
-    "dev_map, message",
+    "dev_map, index, message",
     [
-        ({"s": [99]}, "holds out row 99 of skill 's'"),
-        ({"t": [0]}, "no such row of that skill"),
-        (None, "must hold a dict"),
+        ({"s": [99]}, range(5), "holds out row 99 of skill 's'"),
+        ({"t": [0]}, range(5), "no such row of that skill"),
+        (BASE, range(5), "must hold a dict"),
+        ({"s": [0]}, [0, 1, 1, 2, 3], "labels that do not repeat"),
     ],
 )
-def test_dev_split_map_of_another_file_is_refused(tmp_path, dev_map, message):
-    path = write_pickle(tmp_path / "x.pkl", [alpaca("s", i) for i in range(5)])
-    (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(BASE if dev_map is None else dev_map))
+def test_dev_split_map_of_another_file_is_refused(tmp_path, dev_map, index, message):
+    path = write_pickle(tmp_path / "x.pkl", [alpaca("s", i) for i in range(5)], index)
+    (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(dev_map))
     with pytest.raises(ValueError, match=message):
         load_instruction([path])
-    if dev_map is None:
-        (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps({"s": [0]}))
-        write_pickle(path, [alpaca("s", i) for i in range(5)], [0, 1, 1, 2, 3])
-        with pytest.raises(ValueError, match="labels that do not repeat"):
-            load_instruction([path])
 
 
 def test_target_files_are_never_trained_on(tmp_path):
@@ -472,30 +435,25 @@ def test_target_files_are_never_trained_on(tmp_path):
     sides = {e.prompt: e.split for e in data.examples if e.task == "u"}
     assert Counter(sides.values()) == {"validation": 3, "test": 2}
     assert all(sides[e.prompt] == e.split for e in data.examples if e.task == "u")
-    write_jsonl(targets, [flan("t", "q")])
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: target 't' is a task of the training data too"):
-        load_instruction([data_file], [targets])
-    write_jsonl(targets, [flan("u", "q", _split="train")])
-    with pytest.raises(ValueError, match="has _split train"):
-        load_instruction([data_file], [targets])
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (b"{", "line 2 is not JSON"),
-        (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
-        (b"[1]", "line 2 holds"),
-        (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
-        (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
-        (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
-        (b"null", "line 2 holds None"),
-        (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
-        (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
-        (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
-        (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x", "y"]}', "line 2: _split is"),
-    ],
-)
+LINES = [
+    (b"{", "line 2 is not JSON"),
+    (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
+    (b"[1]", "line 2 holds"),
+    (b"null", "line 2 holds None"),
+    (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
+    (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
+    (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
+    (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
+    (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
+    (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
+    (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x"]}', "line 2: _split is"),
+    (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": "test"}', "line 1 has no split .* line 2 has one"),
+]
+
+
+@pytest.mark.parametrize("line, message", LINES)
 def test_bad_lines_are_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
@@ -505,17 +463,8 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_bad_files_are_named(tmp_path):
-    empty = write_jsonl(tmp_path / "a.jsonl", [])
-    with pytest.raises(ValueError, match=r"a\.jsonl is empty"):
-        load_instruction([empty])
-    with pytest.raises(FileNotFoundError, match=r"b\.jsonl does not exist"):
-        load_instruction([tmp_path / "b.jsonl"])
-    with pytest.raises(ValueError, match=r"b\.xlsx: instruction data are files that end in .jsonl, .json"):
-        load_instruction([tmp_path / "b.xlsx"])
     with pytest.raises(ValueError, match="empty list of data files"):
         load_instruction([])
-    with pytest.raises(ValueError, match=r"row 1 .*: there is no field 'text'"):
-        load_instruction([write_pickle(tmp_path / "a.pkl", [{"skill": "s"}])])
     with pytest.raises(ValueError, match=r"row 2 \(index label 7\): skill is nan"):
         load_instruction([write_pickle(tmp_path / "a.pkl", [alpaca("s", 0), alpaca(None, 1)], [5, 7])])
     with pytest.raises(ValueError, match="no training rows"):
@@ -539,45 +488,32 @@ def test_real_instruction_files(shared_data, file, rows, tasks, heldout):
 
 # --- chain of thought: answers ------------------------------------------------------------------------------
 
+ANSWERS = [
+    ("strategy_qa", " no.", ["no"]),
+    ("strategy_qa", " that it is not common.", []),
+    ("strategy_qa", " Yes, but\tNO", ["yes", "no"]),
+    ("strategy_qa", "no-one nope yes! (yes)", []),
+    ("coin_flip", "'Yes':no", ["yes", "no"]),
+    ("gsm8k", "1,234.50 - 7 and -3. x2", ["1234.50", "7", "-3", "2"]),
+    ("multiarith", "none", []),
+    ("svamp", "$1,000.5", [1000.5]),
+    ("last_letter_concatenation", ' "ab c".\n', ["abc"]),
+    ("last_letter_concatenation", " . ", []),
+    ("commonsense_qa", " (B) enforce.", ["B"]),
+    ("commonsense_qa", " Answer: C", ["C"]),
+    ("commonsense_qa", "A dog is an Animal. B.", ["B"]),
+    ("commonsense_qa", "It is (A). A bank has E", ["A", "E"]),
+    ("commonsense_qa", "the answer is A because", ["A"]),
+    ("commonsense_qa", "A) ignore", ["A"]),
+    ("commonsense_qa", "U.S.A. B&B D-Day C's F", []),
+    ("aqua", "[E], D: or\nB", ["E", "D", "B"]),
+    ("date_understanding", "F G", ["F"]),
+]
 
-@pytest.mark.parametrize(
-    "dataset_key, text, expected",
-    [
-        ("strategy_qa", " no.", ["no"]),
-        ("strategy_qa", " that it is not common.", []),
-        ("strategy_qa", " Yes, but\tNO", ["yes", "no"]),
-        ("strategy_qa", "no-one nope yes! (yes)", []),
-        ("coin_flip", "'Yes':no", ["yes", "no"]),
-        ("gsm8k", "1,234.50 - 7 and -3. x2", ["1234.50", "7", "-3", "2"]),
-        ("multiarith", "none", []),
-        ("svamp", "$1,000.5", [1000.5]),
-        ("last_letter_concatenation", ' "ab c".\n', ["abc"]),
-        ("last_letter_concatenation", " . ", []),
-    ],
-)
+
+@pytest.mark.parametrize("dataset_key, text, expected", ANSWERS)
 def test_extract_answers(dataset_key, text, expected):
     assert extract_answers(dataset_key, text) == expected
-
-
-@pytest.mark.parametrize(
-    "dataset_key, text, word, published",
-    [
-        ("commonsense_qa", " (B) enforce.", "B", "B"),
-        ("commonsense_qa", " Answer: C", "C", "AC"),
-        ("commonsense_qa", "A dog is an Animal. B.", "B", "AAB"),
-        ("commonsense_qa", "It is (A). A bank has E", "AE", "AAE"),
-        ("commonsense_qa", "the answer is A because", "A", "A"),
-        ("commonsense_qa", "A", "A", "A"),
-        ("commonsense_qa", "A) ignore", "A", "A"),
-        ("commonsense_qa", "U.S.A. B&B D-Day C's F", "", "ABBDDC"),
-        ("aqua", "[E], D: or\nB", "EDB", "EDB"),
-        ("date_understanding", "F G", "F", "F"),
-        ("tracking_shuffled_objects", "C D", "C", "C"),
-    ],
-)
-def test_letters(dataset_key, text, word, published):
-    assert extract_answers(dataset_key, text) == list(word)
-    assert extract_answers(dataset_key, text, "published") == list(published)
 
 
 def test_predict_answer_by_marker():
@@ -590,40 +526,19 @@ def test_predict_answer_by_marker():
 
 
 def test_judge_and_summarize():
-    assert judge("strategy_qa", "a --> maybe no", "No", "ft_cot_token") == {
-        "correct": True,
-        "contains_answer": True,
-        "correct_format": True,
-    }
+    right = {"correct": True, "contains_answer": True, "correct_format": True}
+    assert judge("strategy_qa", "a --> maybe no", "No", "ft_cot_token") == right
     wrong = judge("strategy_qa", "no, then yes", "no", "ft_cot_token")
     assert wrong == {"correct": False, "contains_answer": True, "correct_format": False}
     assert judge("svamp", "3.0000001", "3", None)["correct"] and not judge("svamp", "3.1", "3", None)["correct"]
     assert judge("gsm8k", "1000", "1,000", None)["correct"] and not judge("gsm8k", "18.0", "18", None)["correct"]
-    assert not judge("svamp", "nothing", "3", None)["correct"]
-    assert judge("commonsense_qa", "Answer: C", "C", None)["correct"]
-    assert not judge("commonsense_qa", "Answer: C", "C", None, "published")["correct"]
-    assert summarize([wrong, judge("strategy_qa", "--> no", "no", "ft_cot_token")]) == {
-        "accuracy": 0.5,
-        "contains_answer": 1.0,
-        "correct_format": 0.5,
-    }
-    with pytest.warns(UserWarning, match="no completions"):
-        assert summarize([]) == {}
-
-
-def test_clean_answer_is_idempotent_and_keys_are_known():
-    for key in DATASET_KEYS:
+    judged = [wrong, judge("strategy_qa", "--> no", "no", "ft_cot_token")]
+    assert summarize(judged) == {"accuracy": 0.5, "contains_answer": 1.0, "correct_format": 0.5}
+    for key in DATASET_KEYS:  # cleaning twice changes nothing
         once = clean_answer(key, "1,234")
         assert clean_answer(key, str(once)) == once
-    assert len(DATASET_KEYS) == 12
-    assert (clean_answer("strategy_qa", "Yes"), clean_answer("coin_flip", "Yes")) == ("yes", "Yes")
-    for call in (
-        lambda: extract_answers("squad", "x"),
-        lambda: extract_answers("aqua", "x", "any"),
-        lambda: predict_answer("aqua", "x", "ft"),
-    ):
-        with pytest.raises(ValueError):
-            call()
+    with pytest.raises(ValueError):
+        extract_answers("squad", "x")
 
 
 # --- chain of thought: files --------------------------------------------------------------------------------
@@ -635,9 +550,7 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.data_dir, self.saved_dir = root / "data", root / "saved"
         answers = ["Yes" if i % 3 else "No" for i in range(12)]
-        self.samples = [
-            {"sample_index": i, "question": f" q{i}? ", "answer": answer} for i, answer in enumerate(answers)
-        ]
+        self.samples = [{"sample_index": i, "question": f" q{i}? ", "answer": a} for i, a in enumerate(answers)]
         self.samples[11]["rationale"] = " because. "
         self.split = {"train": list(range(10)), "test": [10, 11]}
         self.metadata = {"base_model": "text-davinci-002", "dataset_key": "strategy_qa", "completion_key": "zs_cot"}
@@ -651,9 +564,8 @@ class Project:
         return {**sample, "completion_index": 0, **texts, **more}
 
     def write(self) -> None:
-        self.dump(
-            self.data_dir / "dataset" / "strategy_qa.json", {"metadata": {"dataset_key": "strategy_qa"}}, self.samples
-        )
+        path, metadata = self.data_dir / "dataset" / "strategy_qa.json", {"dataset_key": "strategy_qa"}
+        self.dump(path, {"metadata": metadata}, self.samples)
         self.dump(self.data_dir / "split" / "strategy_qa__default.json", self.split)
         self.dump(self.completion_file, {"metadata": self.metadata}, self.completions)
 
@@ -703,15 +615,6 @@ def test_cot_keeps_correct_completions_and_labels_test_rows(project):
     assert texts_of(everything, "test") == texts_of(data, "test")  # a wrong completion is never a test label
 
 
-def test_cot_bare_labels_are_counted(project):
-    del project.completions["10"]
-    del project.samples[11]["rationale"]
-    project.write()
-    data = project.load("ft_cot", architecture="decoder")
-    assert [e.completion for e in data.examples if e.split == "test"] == [" Yes", " Yes"]
-    assert "2 held-out rows have neither" in data.notices[-1]
-
-
 def test_cot_validation_part_is_the_same_for_every_preset(project):
     options = {"heldout_share": 0.2}
     sides = stable_split([f"q{i}?" for i in range(10)], 0.2, 500, test_share=0)
@@ -750,40 +653,21 @@ def test_cot_task_column(project):
         project.load("ft_cot", task_column="school")
 
 
-def test_cot_answer_rule_of_the_file(project):
-    project.metadata["prediction_template"] = "ft_cot_token"
-    project.completions["0"][0]["completion"] = "yes --> no"  # the gold answer is No
-    project.write()
-    assert 0 in [e.record_index for e in project.load("ft_cot").examples]
-
-
 # What to break, and what the message must say.
 BREAKAGES = {
-    "no question": (
-        lambda p: p.samples[3].pop("question"),
-        r"strategy_qa\.json, data\[3\]: there is no field 'question'",
-    ),
+    "no question": (lambda p: p.samples[3].pop("question"), r"qa\.json, data\[3\]: there is no field 'question'"),
     "sample index": (lambda p: p.samples[3].update(sample_index=4), r"data\[3\]: sample_index is 4, expected 3"),
     "past the end": (lambda p: p.split["test"].append(12), r"default\.json: 12 in test is no index"),
-    "boolean index": (lambda p: p.split["test"].append(True), "True in test is no index"),
     "in both": (lambda p: p.split["test"].append(3), "3 in test is .* or stands there twice"),
     "no list": (lambda p: p.split.pop("train"), "no list 'train'"),
     "metadata": (lambda p: p.metadata.update(base_model="gpt"), r"base_model 'gpt' \(expected 'text-davinci-002'\)"),
     "epoch": (lambda p: p.metadata.update(epoch=3), r"epoch 3 \(expected None\); put the teacher"),
     "absent": (lambda p: p.completions.pop("3"), "no completions of 1 training samples, the first is 3"),
     "stranger": (lambda p: p.completions.update({"12": []}), "'12' in data is no index"),
-    "no number": (lambda p: p.completions.update({"x": []}), "'x' in data is no index"),
-    "no reasoning": (
-        lambda p: p.completions["3"][0].pop("reasoning_completion"),
-        "sample 3, completion 0: there is no",
-    ),
+    "no reasoning": (lambda p: p.completions["3"][0].pop("reasoning_completion"), "sample 3, completion 0: there"),
     "question": (lambda p: p.completions["3"][0].update(question="?"), r"question is '\?', the data set has 'q3\?'"),
     "answer": (lambda p: p.completions["3"][0].update(answer="maybe"), "answer is 'maybe', the data set has 'No'"),
-    "no record": (lambda p: p.completions["3"].append("x"), "sample 3, completion 1: there is no field"),
-    "nothing left": (
-        lambda p: [r[0].update(completion="?") for r in p.completions.values()],
-        "no training row is left",
-    ),
+    "nothing left": (lambda p: [r[0].update(completion="") for r in p.completions.values()], "no training row is left"),
 }
 
 
@@ -800,25 +684,14 @@ def test_cot_missing_and_damaged_files(project):
     project.completion_file.write_text("{")
     with pytest.raises(ValueError, match=r"D_strategy_qa\.json is not JSON"):
         project.load("ft_cot")
-    project.completion_file.write_text('{"metadata": {}, "data": []}')
-    with pytest.raises(ValueError, match="data that are a dict"):
-        project.load("ft_cot")
     project.completion_file.unlink()
     with pytest.raises(FileNotFoundError, match="use preset ft"):
         project.load("ft_cot")
     assert len(project.load("ft")) == 12
     with pytest.raises(FileNotFoundError, match="split_key"):
         project.load("ft", split_key="other")
-    project.dump(project.data_dir / "dataset" / "strategy_qa.json", {"metadata": {"dataset_key": "aqua"}, "data": []})
-    with pytest.raises(ValueError, match=r"dataset_key 'aqua' \(expected 'strategy_qa'\)"):
-        project.load("ft")
-
-
-def test_cot_numbers_must_be_numbers(tmp_path):
-    content = {"metadata": {"dataset_key": "svamp"}, "data": [{"sample_index": 0, "question": "q", "answer": "many"}]}
-    Project.dump(tmp_path / "dataset" / "svamp.json", content)
-    with pytest.raises(ValueError, match=r"data\[0\]: the answer 'many' is not a number"):
-        load_cot("svamp", "ft", architecture="decoder", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="expected one of commonsense_qa"):
+        load_cot("squad", "ft", architecture="decoder")
 
 
 @pytest.mark.parametrize("preset_key", ["zs", "fs_cot", "ft_cot_t70_3aug", "ft_cot_t70_", ""])
@@ -827,81 +700,35 @@ def test_unknown_presets(preset_key):
         parse_preset(preset_key)
 
 
-def test_unknown_data_set_and_architecture():
-    with pytest.raises(ValueError, match="expected one of commonsense_qa"):
-        load_cot("squad", "ft", architecture="decoder")
-    with pytest.raises(ValueError, match="for encoder_decoder or decoder"):
-        load_cot("aqua", "ft", architecture="encoder")
-
-
 def test_predictions_are_written_in_the_completion_format(project, tmp_path):
     data = project.load("ft_cot", architecture="decoder")
-    path = tmp_path / "new" / "D_strategy_qa__T_run.json"
-    test_rows = data.indices("test").tolist()
+    path, test_rows = tmp_path / "new" / "D_strategy_qa__T_run.json", data.indices("test").tolist()
     outputs = {test_rows[1]: "because --> yes", test_rows[0]: "hm"}
-    save_predictions(
-        path,
-        data,
-        outputs,
-        base_model="t5_small",
-        preset_key="ft_cot",
-        train_key="run",
-        epoch=3,
-        train_lora=True,
-        lora_rank=16,
-    )
+    about = {"base_model": "t5_small", "train_key": "run", "epoch": 3, "train_lora": True, "lora_rank": 16}
+    save_predictions(path, data, outputs, preset_key="ft_cot", **about)
     content = json.loads(path.read_text())
-    assert content["metadata"] == {
-        "base_model": "t5_small",
-        "dataset_key": "strategy_qa",
-        "completion_key": "ft_cot",
-        "finetune_key": "zs_cot_strategy_qa",
-        "train_key": "run",
-        "prediction_template": "ft_cot_token",
-        "epoch": 3,
-        "train_lora": True,
-        "lora_rank": 16,
-    }
+    keys = {"dataset_key": "strategy_qa", "completion_key": "ft_cot", "finetune_key": "zs_cot_strategy_qa"}
+    assert content["metadata"] == {**about, **keys, "prediction_template": "ft_cot_token"}
     assert list(content["data"]) == ["10", "11"]
-    assert content["data"]["11"] == [
-        {
-            "sample_index": 11,
-            "completion_index": 0,
-            "question": "q11?",
-            "answer": "Yes",
-            "prompt": "q11? ###",
-            "completion": "because --> yes",
-        }
-    ]
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    texts = {"question": "q11?", "answer": "Yes", "prompt": "q11? ###", "completion": "because --> yes"}
+    assert content["data"]["11"] == [{"sample_index": 11, "completion_index": 0, **texts}]
     with pytest.raises(ValueError, match="sample index 99"):
         save_predictions(path, data, {99: "x"}, base_model="t5_small", preset_key="ft_cot")
-    assert json.loads(path.read_text()) == content
-
-
-@pytest.mark.parametrize(
-    "preset_key, finetune_key",
-    [("ft", "aqua"), ("ft_cot", "zs_cot_aqua"), ("zs_cot", "zs_cot_aqua"), ("ft_cot_t70_8aug", "zs_cot_t70_aqua_8aug")],
-)
-def test_finetune_keys(preset_key, finetune_key):
-    assert parse_preset(preset_key).finetune_key.format("aqua") == finetune_key
+    assert json.loads(path.read_text()) == content and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.fixture
 def load_real(shared_data):
-    """`load_cot` on the real files, with the published rules unless told otherwise."""
+    """`load_cot` on the real files."""
     folder = shared_data / "chain_of_thought"
-    published = {"architecture": "decoder", "heldout_share": 0, "letters": "published"}
-    return lambda *keys, **options: load_cot(
-        *keys, data_dir=folder, saved_dir=folder / "saved", **(published | options)
-    )
+    common = {"architecture": "decoder", "heldout_share": 0, "data_dir": folder, "saved_dir": folder / "saved"}
+    return lambda *keys, **options: load_cot(*keys, **(common | options))
 
 
 @pytest.mark.parametrize(
     "dataset_key, preset_key, correct, everything",
     [
         ("strategy_qa", "ft", 1268, 1268),
-        ("commonsense_qa", "ft", 4000, 4000),
         ("strategy_qa", "ft_cot", 682, 1268),
         ("commonsense_qa", "ft_cot", 3043, 4000),
         ("strategy_qa", "ft_cot_t70_64aug", 1950, 2536),
@@ -913,31 +740,14 @@ def test_real_row_counts(load_real, dataset_key, preset_key, correct, everything
     assert len(load_real(dataset_key, preset_key, keep_incorrect=True).indices("train")) == everything
 
 
-def test_real_teacher_scores(shared_data):
-    folder = shared_data / "chain_of_thought"
-    path = folder / "saved" / "completion_data" / "B_text-davinci-002__C_zs_cot" / "D_strategy_qa.json"
-    records = json.loads(path.read_text())["data"]
-    split = json.loads((folder / "split" / "strategy_qa__default.json").read_text())
-    for side, correct, total in (("train", 682, 1268), ("test", 280, 532)):
-        chosen = [records[str(index)][0] for index in split[side]]
-        judged = [judge("strategy_qa", r["completion"], r["answer"], None, "published") for r in chosen]
-        assert (sum(j["correct"] for j in judged), len(judged)) == (correct, total)
-        assert summarize(judged)["accuracy"] == correct / total
-
-
 def test_real_example_and_teachers_as_tasks(load_real):
-    data = load_real("strategy_qa", "ft_cot")
-    first = data.examples[0]
-    assert (first.record_index, first.prompt) == (
-        1,
-        "Hydrogen's atomic number squared exceeds number of Spice Girls? ###",
-    )
-    assert first.completion == (
-        " The atomic number of hydrogen is 1. 1 squared is 1. The number of Spice Girls is 5. 1 is not greater than 5. --> No"
-    )
+    first = load_real("strategy_qa", "ft_cot").examples[0]
+    question = "Hydrogen's atomic number squared exceeds number of Spice Girls? ###"
+    assert (first.record_index, first.prompt) == (1, question)
+    assert first.completion.startswith(" The atomic number of hydrogen is 1. 1 squared")
+    assert first.completion.endswith("5. --> No")
     data = load_real("commonsense_qa", "ft_cot_t70_64aug", task_column="teacher", heldout_share=0.1)
     assert len(data.tasks) == 3 and data.targets == ("commonsense_qa",)
     assert len(data.indices("validation")) == 400 and len(data.indices("test")) == 821
-    assert len(load_real("commonsense_qa", "ft", split_key="full").indices("train")) == 9741
     with pytest.raises(ValueError, match="choose a smaller split"):
         load_real("commonsense_qa", "ft_cot", split_key="full")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,10 +14,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from src.data import TaskData
-from src.instruction import Columns, load_instruction
+from src.instruction import Chat, Columns, load_instruction
 from src.models import load_tokenizer
-from src.artifacts import Run, slug, subset_file
-from tests.commands import run_script
 from tests.conftest import character_tokenizer, write_sources
 
 TEMPLATE = (
@@ -80,57 +79,25 @@ def test_a_changed_file_is_read_anew(frame: pd.DataFrame, tmp_path: Path) -> Non
         assert [row[3][::-1] for row in second] == [row[3] for row in first] and first != second
 
 
-@pytest.mark.parametrize("layout", ["prompt", "named", "alpaca", "messages"])
+LAYOUTS = {
+    "prompt": (lambda p, a, t: {"prompt": p, "completion": a, "task": t}, Columns()),
+    "named": (lambda p, a, t: {"q": p, "a": a, "from": t}, Columns("from", "q", "a")),
+    "alpaca": (lambda p, a, t: {"instruction": p[:-1], "input": "", "output": a, "skill": t}, Columns()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_rows(layout: str, frame: pd.DataFrame, tmp_path: Path) -> None:
-    expected = texts(load_instruction([write_frame(frame, tmp_path / "expected.jsonl")]))
-    prompts, answers, tasks = (frame[name] for name in ("inputs", "targets", "_task_name"))
-    columns, tokenizer = Columns(), character_tokenizer(end_appended=False)
-    tokenizer.chat_template = TEMPLATE
-    if layout == "prompt":
-        other = pd.DataFrame({"prompt": prompts, "completion": answers, "task": tasks})
-    elif layout == "named":
-        other, columns = pd.DataFrame({"q": prompts, "a": answers, "from": tasks}), Columns("from", "q", "a")
-    elif layout == "alpaca":
-        other = pd.DataFrame({"instruction": prompts.str[:-1], "input": "", "output": answers, "skill": tasks})
-    else:
-        turns = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        other = pd.DataFrame({"messages": turns, "task": tasks})
-        expected = [(t, None, f"<user>{p}\n<assistant>", a) for t, _, p, a in expected]
-    for name in ("other.jsonl", "other.parquet"):
-        path = tmp_path / name
-        other.to_json(path, orient="records", lines=True) if name.endswith("l") else other.to_parquet(path)
-        if name.endswith(".jsonl"):
-            path.write_text("".join(json.dumps(row) + "\n" for row in other.to_dict("records")))
-        else:
-            other.to_parquet(path)
-        found = texts(load_instruction([path], columns=columns, load_tokenizer=lambda: tokenizer))
-        if layout == "messages":  # other prompts, other splits
-            found = [(task, None, prompt, answer.removeprefix("<assistant>")) for task, _, prompt, answer in found]
-        assert found == expected
-
-
-def write_frame(frame: pd.DataFrame, path: Path) -> Path:
-    frame.to_json(path, orient="records", lines=True)
-    return path
-
-
-def test_a_source_without_tasks_is_one_by_its_name(frame: pd.DataFrame, tmp_path: Path) -> None:
-    for name in ("maths", "law"):
-        FORMATS["rows.csv"](frame[["inputs", "targets"]].rename(columns=lambda c: {"inputs": "prompt", "targets": "completion"}[c]), tmp_path / f"{name}.csv")  # fmt: skip
-    assert load_instruction([tmp_path / "maths.csv", tmp_path / "law.csv"]).tasks == ("law", "maths")
-
-
-def test_numbers_in_a_csv_are_texts(tmp_path: Path) -> None:
-    (tmp_path / "sums.csv").write_text("prompt,completion\n1+1=,02\n2+2=,NA\n3+3=,6\n")
-    assert sorted(row.completion for row in load_instruction([tmp_path / "sums.csv"]).examples) == ["02", "6", "NA"]
+    make, columns = LAYOUTS[layout]
+    FORMATS["rows.jsonl"](frame, tmp_path / "expected.jsonl")
+    other = pd.DataFrame([make(*row) for row in frame[["inputs", "targets", "_task_name"]].itertuples(index=False)])
+    expected = texts(load_instruction([tmp_path / "expected.jsonl"]))
+    for name in ("rows.jsonl", "rows.parquet"):
+        FORMATS[name](other, tmp_path / name)
+        assert texts(load_instruction([tmp_path / name], columns=columns)) == expected
 
 
 def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled() -> None:
-    from src.instruction import Chat
-
     tokenizer = character_tokenizer(end_appended=False)
     tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ eos_token }}")
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
@@ -142,18 +109,13 @@ CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "co
 BAD = {
     "no layout": ({"question": "x", "reply": "y"}, r"line 1 has the columns question, reply; expected inputs and targets"),
     "half a layout": ({"prompt": "x", "reply": "y"}, r"line 1: there is no field 'completion'"),
-    "a number": ({"prompt": "x", "completion": 3}, r"line 1: completion is 3, expected text"),
-    "no prompt": ({"prompt": None, "completion": "x"}, r"line 1: prompt is None, expected text"),
     "a list as input": ({"instruction": "x", "input": ["y"], "output": "z"}, r"line 1: input is \['y'\], expected text"),
-    "no task": ({"inputs": "x", "targets": "y"}, r"line 1: there is no field '_task_name'"),
     "no template": (CHAT, r"line 1: the tokenizer of .* has no chat template.*columns prompt and completion"),
     "no answer": ({"messages": [*CHAT["messages"], CHAT["messages"][0]]}, r"last of its messages is by 'user', expected 'assistant'"),
     "no turns": ({"messages": "x"}, r"line 1: messages is x, expected two or more turns"),
     "one turn": ({"messages": CHAT["messages"][1:]}, r"line 1: messages is \[.*expected two or more turns"),
     "no role": ({"messages": [{"content": "x"}, CHAT["messages"][1]]}, r"line 1: turn 1 is .*expected an object with role"),
     "null": ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": None}]}, r"turn 2 \(assistant\) has content null"),
-    "empty": ({"messages": [{"role": "user", "content": ""}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content \"\""),
-    "a number said": ({"messages": [{"role": "user", "content": 5}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content 5"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content .*image"),
 }  # fmt: skip
 
@@ -164,7 +126,7 @@ def test_errors_name_file_row_and_column(case: str, tmp_path: Path, model_folder
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 1") as error:
         load_instruction([tmp_path / "bad.jsonl"], load_tokenizer=lambda: load_tokenizer(model_folders["llama"]))
-    assert pd.Series([str(error.value)]).str.contains(message).all(), str(error.value)
+    assert re.search(message, str(error.value)), str(error.value)
 
 
 def test_damaged_sources_are_named(frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,34 +332,3 @@ def test_what_a_template_raises_names_the_row(template: str, reason: str, tmp_pa
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take this") as caught:
         load_instruction([source], load_tokenizer=chat(template))
     assert reason in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_long_names_fit_into_file_names() -> None:
-    """Of 40 files, a model far below and a long name; equal beginnings stay apart."""
-    names = [f"source_number_{number}" for number in range(40)]
-    runs = [
-        Run("m" * 300, "+".join([*names[:-1], last]), None, 16, save, 1)
-        for last in "ab"
-        for save in ("s" * 300, "t" * 300)
-    ]
-    folders = {run.meta_initialization_dir.name for run in runs} | {run.store_dir(400, "margin").name for run in runs}
-    assert len(folders) == 8 and all(len(name) < 220 and name.endswith("_run_1") for name in folders)
-    assert len(subset_file("s" * 300).name) < 220 and slug("a/b") == "a-b"
-
-
-def test_training_from_csv_folder_and_chat(workspace: Path, model_folders: dict[str, str], tmp_path: Path) -> None:
-    """The stage with each, as a user runs it; the folder's name tells which."""
-    rows = pd.DataFrame([json.loads(line) for line in write_sources(tmp_path / "x.jsonl", {"a": 12}).open()])
-    pairs = rows.rename(columns={"inputs": "q", "targets": "a"})[["q", "a"]]
-    pairs.to_csv("law.csv", index=False)
-    datasets.Dataset.from_pandas(pairs.assign(kind=["x", "y"] * 6)).save_to_disk("mixed")
-    training = ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "2", "--epochs", "1"]
-    training += ["--batch_size", "8", "--prompt_column", "q", "--completion_column", "a"]
-    run_script("custom_train_alpaca.py", "--data_files", "law.csv", *training)
-    run_script("custom_train_alpaca.py", "--data_files", "mixed", "--task_column", "kind", *training)
-    manifests = {
-        path.parent.name: json.loads(path.read_text())
-        for path in Path("external_lightning_logs").glob("*/manifest.json")
-    }
-    tasks = {name.split("llama_")[1].split("_lora")[0]: manifest["tasks"] for name, manifest in manifests.items()}
-    assert tasks == {"law": ["law"], "mixed": ["x", "y"]}

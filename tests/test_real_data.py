@@ -30,9 +30,8 @@ def tiny_llama(workspace: Path, shared_data: Path) -> str:
 def stages(flags: list[str]) -> pd.DataFrame:
     """Stages 1 to 4; the estimates."""
     short = ["--max_length", "96"]
-    run_script(
-        "custom_train_alpaca.py", *flags, *short, "--epochs", "1", "--batch_size", "16", "--checkpoint_at", "1.0"
-    )
+    training = ["--epochs", "1", "--batch_size", "16", "--checkpoint_at", "1.0"]
+    run_script("custom_train_alpaca.py", *flags, *short, *training)
     run_script("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *short)
     run_script("fast_estimate_linear_regression_alpaca.py", *flags, "--number_of_subsets", "20", "--save_name", "real")
     run_script("fast_estimate_forward_selection.py", *flags, "--save_name", "real", "--max_tasks", "2")
