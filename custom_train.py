@@ -30,7 +30,9 @@ DEFAULTS: dict[str, Any] = {"model_key": "flan_t5_base", "lr": 3e-4, "batch_size
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The flags that were typed."""
-    return config.stage_parser(__doc__, SHOWN, also=(config.CotFiles, config.ProjectionConfig), **DEFAULTS).parse_args(argv)
+    return config.stage_parser(__doc__, SHOWN, also=(config.CotFiles, config.ProjectionConfig), **DEFAULTS).parse_args(
+        argv
+    )
 
 
 def main(args: Any) -> None:

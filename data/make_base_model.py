@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from src import config, console
+from src.artifacts import MANIFEST, file_fingerprint, whole_folder, write_manifest
 from src.data import TaskData, require_file
 from src.datamodule import TaskDataModule
 from src.instruction import Columns, files_of, load_instruction
-from src.artifacts import MANIFEST, file_fingerprint, whole_folder, write_manifest
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CHAT_TEMPLATE = (  # a line for each turn, so that data of conversations can be tried too
@@ -343,10 +343,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--data_files", nargs="+", required=True, metavar="SOURCE", help="instruction data to learn the "
                        "text of, as custom_train_alpaca.py takes them (required)")  # fmt: skip
     for name, meaning in (("prompt", "prompts"), ("completion", "completions")):
-        group.add_argument(f"--{name}_column", metavar="NAME", help=f"column of the {meaning} (default: the usual names)")
-    group.add_argument(
-        "--vocab_size", type=config.COUNT, default=2048, help="tokens, at most (default: %(default)s)"
-    )
+        group.add_argument(
+            f"--{name}_column", metavar="NAME", help=f"column of the {meaning} (default: the usual names)"
+        )
+    group.add_argument("--vocab_size", type=config.COUNT, default=2048, help="tokens, at most (default: %(default)s)")
     group.add_argument("--window", type=config.COUNT, default=128, help="length of a row in pretraining, in tokens "
                        "(default: %(default)s)")  # fmt: skip
     group.add_argument("--pretrain_on", choices=("text", "completions"), default="text", help="windows of the running text, "

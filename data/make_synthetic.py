@@ -300,9 +300,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "wrong answers; the sources of a skill take one after the other (default: 0 0.5 1)")  # fmt: skip
     group.add_argument("--joined", type=config.COUNT, default=1, metavar="WORDS", help="every other source asks for so "
                        "many words in a row, so that answers differ in length (default: 1)")  # fmt: skip
-    group.add_argument(
-        "--num_target_skills", type=config.COUNT, default=3, help="skills of the target (default: 3)"
-    )
+    group.add_argument("--num_target_skills", type=config.COUNT, default=3, help="skills of the target (default: 3)")
     group.add_argument("--target_rows", type=config.COUNT, default=150, help="the target's rows for validation, and "
                        "again for test (default: 150)")  # fmt: skip
     base.add_base_model(parser, hidden_size=64, num_layers=3, num_heads=4, pretrain_steps=1500, batch_size=64, lr=3e-3)

@@ -33,9 +33,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from src import config, console
+from src.artifacts import write_json
 from src.cot import TEACHER
 from src.datamodule import IGNORED
-from src.artifacts import write_json
 
 base = console.load_script("data/make_base_model.py")
 

@@ -25,8 +25,8 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from src import config, console
-from src.figures import BLUE, ORANGE, plt, save_figure
 from src.artifacts import DATA, SCORES_FILE, results_dir
+from src.figures import BLUE, ORANGE, plt, save_figure
 from src.tables import read_table
 
 NAME = "noisy_addition"

@@ -31,14 +31,16 @@ import pandas as pd
 import torch
 
 from src import config, console
-from src.evaluation import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
+from src.artifacts import RESULTS_FILE, results_dir, subset_file
 from src.estimation import ESTIMATORS, Part, estimate
+from src.evaluation import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
 from src.figures import BLUE, GREEN, GREY, ORANGE, plt, save_figure
-from src.artifacts import BENCHMARK_ESTIMATES, BENCHMARK_FIGURE, BENCHMARK_TABLE, RESULTS_FILE, results_dir, subset_file
 from src.subsets import load_or_draw_subsets, membership_matrix
 from src.tables import VALIDATION_LOSS, fine_tuned_values, own_targets, read_table, subset_text, write_table
 
 ATTAINABLE = ("attainable", "attainable_low", "attainable_high")
+BENCHMARK_ESTIMATES = "benchmark_estimates"
+BENCHMARK_TABLE, BENCHMARK_FIGURE = "table.csv", "figure.png"
 worlds = console.load_script("scripts/worlds.py")
 
 

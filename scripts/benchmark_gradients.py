@@ -183,10 +183,11 @@ class Bench:
         data = self.datamodule.data
         rows = data.indices("train")
         samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+        samples |= {"key": self.datamodule.row_keys(rows), "target_tokens": self.datamodule.target_tokens[rows]}
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             projection = make_projection(kind, self.dim, 0)
-            groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
-            store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "", groups=groups)
+            names = {"tasks": data.tasks, "targets": data.targets}
+            store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "", names=names)
             collect_gradients(
                 self.model, self.datamodule, projection, store, output_function="loss", autocast=self.autocast
             )

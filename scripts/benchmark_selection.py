@@ -28,22 +28,21 @@ import numpy as np
 import pandas as pd
 
 from src import config, console
-from src.estimates import Estimator
-from src.estimation import Part, estimate, mixture_weights
-from src.figures import BLUE, GREY, ORANGE, plt, save_figure
 from src.artifacts import (
-    BENCHMARK_FIGURE,
-    BENCHMARK_SELECTION,
-    BENCHMARK_TABLE,
     RESULTS_FILE,
     results_dir,
     subset_file,
     weights_file,
 )
+from src.estimation import Part, estimate, mixture_weights
+from src.figures import BLUE, GREY, ORANGE, plt, save_figure
 from src.selection import forward_selection, random_ensemble_scores, select_by_score
+from src.stage_estimate import Estimator
 from src.subsets import draw_subsets, membership_matrix, write_subsets, write_task_weights
 from src.tables import TEST_LOSS, VALIDATION_LOSS, mean_over_targets, read_table, subset_text, write_table
 
+BENCHMARK_SELECTION = "benchmark_selection"
+BENCHMARK_TABLE, BENCHMARK_FIGURE = "table.csv", "figure.png"
 worlds = console.load_script("scripts/worlds.py")
 
 Subset = tuple[int, ...]
@@ -61,7 +60,7 @@ class Selecting:
             name: worlds.estimator_of(world, args, name) for name in ("ridge", "alignment", "representation")
         }
         self.estimator: Estimator = self.estimators["ridge"]
-        self.columns = self.estimator.chosen_targets(None)
+        self.columns = self.estimator.chosen_targets()
         self.targets = [self.estimator.targets[column] for column in self.columns]
         self.num_tasks = len(self.estimator.tasks)
         self.rows_of_task = self.estimator.parts[0].train.counts
@@ -115,7 +114,7 @@ class Selecting:
     def mixture(self) -> dict[str, Any]:
         """The row of training on rows drawn in the shares that the estimates find best."""
         started = time.perf_counter()
-        shares, _ = mixture_weights(self.estimator.parts, self.columns, rho=self.estimator.options["rho"])
+        shares, _ = mixture_weights(self.estimator.parts, self.columns, rho=self.estimator.config.rho)
         seconds = time.perf_counter() - started
         file = weights_file(self.name)
         write_task_weights(file, self.estimator.tasks, shares)

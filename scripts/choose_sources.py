@@ -124,7 +124,10 @@ class Pipeline:
         before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else {}
         seconds = {stage: value + before.get(stage, 0.0) for stage, value in self.seconds.items()}
         seconds |= artifacts.read_manifest(self.folder, SCRIPTS[self.track][2])["seconds"]
-        for stage, table in (("forward_selection", artifacts.SELECTION_FILE), ("random_ensemble", artifacts.SCORES_FILE)):
+        for stage, table in (
+            ("forward_selection", artifacts.SELECTION_FILE),
+            ("random_ensemble", artifacts.SCORES_FILE),
+        ):
             described = (self.folder / table).with_suffix(".json")
             seconds[stage] = json.loads(described.read_text(encoding="utf-8"))["seconds"]
         of_subset = truth.groupby("subset")["seconds"].sum()
@@ -218,7 +221,13 @@ def pipeline_from(typed: dict[str, Any], name: str) -> Pipeline:
 
     return Pipeline(
         name,
-        of(config.InstructionData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.CheckpointShares),
+        of(
+            config.InstructionData,
+            config.RowsConfig,
+            config.ModelConfig,
+            config.TrainingConfig,
+            config.CheckpointShares,
+        ),
         of(config.ProjectionConfig, config.GradientConfig),
         of(config.EstimatorConfig),
         hardware=of(config.HardwareConfig),

@@ -42,7 +42,12 @@ def instruction(args: argparse.Namespace, name: str) -> Any:
 def chain_of_thought(args: argparse.Namespace, name: str) -> Any:
     """Clusters of reasoned additions as sources."""
     world = world_folder("synthetic_cot", args.seed)
-    data = {"dataset_key": "addsub", "preset_key": "ft_cot_t70_4aug", "data_dir": f"{world}/data", "saved_dir": f"{world}/saved"}
+    data = {
+        "dataset_key": "addsub",
+        "preset_key": "ft_cot_t70_4aug",
+        "data_dir": f"{world}/data",
+        "saved_dir": f"{world}/saved",
+    }
     generation = {"inference_batch_size": 128, "max_new_tokens": 40}
     pipeline = choose.Pipeline(
         name,

@@ -17,20 +17,18 @@ from pathlib import Path
 import pandas as pd
 
 from src import console
-from src.evaluation import AVERAGE, MEAN
 from src.artifacts import (
     APPROXIMATION_FILE,
     COMPARISON_FILE,
     ESTIMATES_FILE,
     RESULTS_FILE,
     SCORES_FILE,
-    TABLE_CSV,
-    TABLE_MARKDOWN,
     atomic_write,
     read_manifest,
     results_dir,
     subset_file,
 )
+from src.evaluation import AVERAGE, MEAN
 from src.subsets import read_subsets
 from src.tables import (
     ESTIMATE,
@@ -136,10 +134,10 @@ def main(args: argparse.Namespace) -> None:
         lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = "\n\n".join([markdown, *([PUBLISHED[args.name]] if args.name in PUBLISHED else [])])
-    write_table(folder / TABLE_CSV, table)
-    with atomic_write(folder / TABLE_MARKDOWN) as temporary:
+    write_table(folder / "table.csv", table)
+    with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\nWrote {folder / TABLE_MARKDOWN} and {folder / TABLE_CSV}.")
+    print(f"{text}\nWrote {folder}/table.md and table.csv.")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from pathlib import Path
 import pandas as pd
 
 from src import console
-from src.evaluation import AVERAGE, MEAN, best_fine_tuned
 from src.artifacts import (
     AFFINITY_FIGURE,
     COMPARISON_FIGURE,
@@ -39,6 +38,7 @@ from src.artifacts import (
     read_manifest,
     results_dir,
 )
+from src.evaluation import AVERAGE, MEAN, best_fine_tuned
 from src.tables import (
     TEST_ACCURACY,
     TEST_LOSS,

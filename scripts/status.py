@@ -59,7 +59,11 @@ def describe(folder: Path, manifest: dict[str, Any], stores: list[tuple[Path, di
         rows = f"{parts[0]['num_rows']:,} rows at {len(parts)} checkpoints, d = {parts[0]['dim']}"
         lines.append(f"  gradients   {store}, {rows}; {duration(sum(part['seconds'] for part in parts))}")
     selection = subset_file(f"{values.results}_forward_selection")
-    has = {"estimates": results / ESTIMATES_FILE, "selection": results / SELECTION_FILE, "results": results / RESULTS_FILE}
+    has = {
+        "estimates": results / ESTIMATES_FILE,
+        "selection": results / SELECTION_FILE,
+        "results": results / RESULTS_FILE,
+    }
     lines += [f"  {what:<11} {path}" for what, path in has.items() if path.is_file()]
     steps = [
         (bool(of_store), f"{scripts[0]}{name}"),
@@ -82,7 +86,10 @@ def main(args: Any) -> None:
         own = [(p, s) for p, s in stores if Path(s["checkpoint_dir"]).parent.resolve() == path.resolve()]
         print("\n".join(describe(path, found, own)))
     if not shown:
-        print("No finished run" + (f" is called {wanted}" if wanted else " here yet: python custom_train_alpaca.py --help"))
+        print(
+            "No finished run"
+            + (f" is called {wanted}" if wanted else " here yet: python custom_train_alpaca.py --help")
+        )
 
 
 if __name__ == "__main__":

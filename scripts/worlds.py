@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from src import config, console
-from src.estimates import Estimator
-from src.estimation import ESTIMATORS, TaskMoments
 from src.artifacts import BENCHMARK_DATA, clusters_file, slug
-from src.stages import store_dir
+from src.estimation import TaskMoments
+from src.stage_estimate import Estimator, stored
 
 SUITE = (
     "synthetic:0",
@@ -90,13 +89,13 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         typed = [(f.name, getattr(args, f.name)) for f in fields(config.HardwareConfig)]
         hardware = shlex.join(word for name, value in typed for word in console.as_typed(name, value))
         hardware += " --base_dtype bfloat16" if args.precision == "bf16" else ""
-        data = f"{data} --save_name {key} --max_length 128 --train_lora {hardware}"
+        data = f"{data} --max_length 128 --train_lora {hardware}"
         return World(name, folder, data, flags, made_by=command)
     if Path(first).suffix == ".jsonl" and args.model_key:
         folder.mkdir(parents=True, exist_ok=True)
         rows = shorten(Path(first), folder / "flan.jsonl", args.rows_per_task, args.max_characters)
         print(f"{first}: {rows} rows of at most {args.max_characters} characters")
-        data = f"--data_files {folder}/flan.jsonl --model_key {args.model_key} --save_name {key} --heldout_share 0.2"
+        data = f"--data_files {folder}/flan.jsonl --model_key {args.model_key} --heldout_share 0.2"
         return World(name, folder, f"{data} --max_length 256 --train_lora", flags)
     raise ValueError(
         f"--world {name}: expected synthetic:SEED, cot:SEED, real:flan with --model_key, --flan_file and --alpaca_file, or a "
@@ -130,8 +129,8 @@ def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
     train, gradients, _ = world.scripts
     if world.made_by:
         console.run_command(world.made_by)
-    console.run_command(f"{train} {world.data} {world.training}")
-    stage_2 = f"{gradients} {world.data} --project_dim {args.project_dim}"
+    console.run_command(f"{train} {world.data} {world.training} --save_name {world.folder.name}")
+    stage_2 = f"{gradients} --save_name {world.folder.name} --project_dim {args.project_dim}"
     console.run_command(f"{stage_2} --representations")
     if margins:
         console.run_command(f"{stage_2} --output_function margin")
@@ -140,32 +139,28 @@ def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
 
 def fine_tuning(world: World, args: argparse.Namespace, benchmark: str) -> str:
     """The command that fine-tunes on subsets, without them."""
-    store = f"--project_dim {args.project_dim}" if world.tasks else ""
-    return f"{world.scripts[0]} {world.data} {world.tasks} {store} {world.training} --results_name {world.save_name(benchmark)}"
+    named = f"--save_name {world.folder.name} --results_name {world.save_name(benchmark)}"
+    return f"{world.scripts[0]} {named} {world.tasks}"
 
 
-def regression_args(world: World, args: argparse.Namespace, estimator: str) -> argparse.Namespace:
-    """Stage 3's arguments for an estimator."""
-    function = ESTIMATORS[estimator].output_function or "loss"
-    flags = f"{world.data} {world.tasks} --project_dim {args.project_dim} --estimator {estimator} --output_function {function}"
-    return console.load_script(world.scripts[2]).parse_args(flags.split())
+def store_of(world: World, args: argparse.Namespace, estimator: str) -> tuple[config.EstimateConfig, Path]:
+    """The configuration of an estimator on the world, and its store."""
+    flags = f"--save_name {world.folder.name} {world.tasks} --project_dim {args.project_dim} --estimator {estimator}"
+    typed = config.typed_flags(console.load_script(world.scripts[2]).parse_args(flags.split()))
+    return stored(config.EstimateConfig, typed)
 
 
 def estimator_of(world: World, args: argparse.Namespace, estimator: str) -> Estimator:
     """An estimator on the world's store."""
-    return Estimator(regression_args(world, args, estimator), world.scripts[1])
+    return Estimator(*store_of(world, args, estimator))
 
 
 def share_clusters(world: World, args: argparse.Namespace) -> None:
     """Where clusters make the tasks, both stores have those of the losses' gradients."""
-    if not world.tasks:
-        return
-    run = estimator_of(world, args, "constant").run
-    paths = [
-        clusters_file(store_dir(regression_args(world, args, name), run), args.num_clusters)
-        for name in ("constant", "logistic")
-    ]
-    shutil.copyfile(*paths)
+    if world.tasks:
+        estimator_of(world, args, "constant")  # makes them
+        stores = [store_of(world, args, name)[1] for name in ("constant", "logistic")]
+        shutil.copyfile(*(clusters_file(store, args.num_clusters) for store in stores))
 
 
 def random_moments(num_tasks: int, seed: int, dim: int = 400) -> TaskMoments:
@@ -198,9 +193,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        "(default: 4)")  # fmt: skip
     group.add_argument("--lr", type=config.POSITIVE, default=2e-3, help="learning rate (default: 0.002)")
     group.add_argument("--batch_size", type=config.COUNT, default=16, help="rows of a batch (default: 16)")
-    group.add_argument(
-        "--project_dim", type=config.COUNT, default=400, help="projection dimension d (default: 400)"
-    )
+    group.add_argument("--project_dim", type=config.COUNT, default=400, help="projection dimension d (default: 400)")
     config.add_flags(parser, config.HardwareConfig)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print only the lines of JSON (default: the commands and the "

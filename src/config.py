@@ -34,7 +34,9 @@ ALL_TASKS = "all"
 AUTO = "auto"
 
 
-def number(kind: type, low: float = -math.inf, *, above: float = -math.inf, high: float = math.inf, word: str = "") -> Callable[[str], Any]:
+def number(
+    kind: type, low: float = -math.inf, *, above: float = -math.inf, high: float = math.inf, word: str = ""
+) -> Callable[[str], Any]:
     """A type of flags: a finite number in a range, or one word instead."""
 
     def convert(text: str) -> Any:
@@ -590,7 +592,13 @@ def _words(value: Any) -> str:
 
 
 def parent_of(
-    cls: type, typed: Mapping[str, Any], pattern: str, *, made_by: str, ignoring: Sequence[str] = (), optional: bool = False
+    cls: type,
+    typed: Mapping[str, Any],
+    pattern: str,
+    *,
+    made_by: str,
+    ignoring: Sequence[str] = (),
+    optional: bool = False,
 ) -> tuple[Path, dict[str, Any]] | None:
     """The finished artifact that a stage goes on from: that of the --save_name or --load_model_dir that is typed, else the
     last that contradicts nothing that is typed.
@@ -720,7 +728,9 @@ def _settled(config: Config, typed: Mapping[str, Any]) -> Config:
         if config.train_lora:
             changes = {"base_dtype": "bfloat16"}
         else:
-            say_once(f"note: --precision {config.precision} is taken as bf16-mixed: weights that are trained stay in 32 bits")
+            say_once(
+                f"note: --precision {config.precision} is taken as bf16-mixed: weights that are trained stay in 32 bits"
+            )
     if config.use_qlora and (not config.train_lora or config.strategy == "fsdp"):
         raise ValueError("--use_qlora is for a base model that stays as it is, whole on each device: pass --train_lora, "
                          "and not --strategy fsdp")  # fmt: skip
@@ -750,7 +760,9 @@ def stage_parser(
     typed, and those that it takes too without a line of their own."""
     notes = []
     if inherited:
-        notes.append("Flags of data, model and training are those of the run; typed as for stage 1, they must agree with it.")
+        notes.append(
+            "Flags of data, model and training are those of the run; typed as for stage 1, they must agree with it."
+        )
     if also:
         notes.append("Taken too: " + " ".join(f"--{f.name}" for group in also for f in fields(group)))
     parser = Parser("\n\n".join([(doc or "").rstrip(), *notes]))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data import Example, TaskData, require_file, stable_split, text_field
 from src.artifacts import DATA, SAVED, shorten, write_json
+from src.data import Example, TaskData, require_file, stable_split, text_field
 
 TEACHER = "text-davinci-002"
 

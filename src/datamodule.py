@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 from transformers import PreTrainedTokenizerBase
 
+from src.artifacts import atomic_write, shorten, whole_folder, write_json
 from src.console import progress, say_once
 from src.data import TaskData
-from src.artifacts import atomic_write, shorten, whole_folder, write_json
 
 IGNORED = -100  # label of a position that is not part of the loss, as torch and transformers have it
 TOKENIZATION = 2  # raised whenever `tokenize` gives the same texts other ids

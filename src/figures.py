@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from src.evaluation import AVERAGE, MEAN, linear_datamodeling_score
 from src.artifacts import atomic_write, shorten
+from src.evaluation import AVERAGE, MEAN, linear_datamodeling_score
 from src.tables import ESTIMATE, RANKING_ONLY, SCORE
 
 matplotlib.use("Agg")

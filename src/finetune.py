@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from src import artifacts
 from src.console import progress, say_once
-from src.distributed import Hardware
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
+from src.distributed import Hardware
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
 
 # Optimizer steps times learning rate below which training is noted: AdamW moves a weight by about the learning rate in a
@@ -242,7 +242,11 @@ class Checkpoints(pl.Callback):
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
         self.validation_losses |= {"last": by_target, "last_step": step, "whole": step >= total}
         if loss < self.best_loss:
-            replaced, self.best, self.best_loss = self.best, artifacts.epoch_checkpoint_name(trainer.current_epoch), loss
+            replaced, self.best, self.best_loss = (
+                self.best,
+                artifacts.epoch_checkpoint_name(trainer.current_epoch),
+                loss,
+            )
             self._save(trainer, module, self.best, epoch=trainer.current_epoch, validation_loss=loss)
             if replaced and trainer.is_global_zero:
                 shutil.rmtree(self.folder / replaced, ignore_errors=True)

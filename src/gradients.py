@@ -20,8 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.console import is_out_of_memory, progress, say_once
 from src.datamodule import Batch, TaskDataModule
-from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
 from src.distributed import Processes
+from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
 from src.projection import Projection
 from src.store import StoreWriter
 

@@ -24,6 +24,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from src.artifacts import MANIFEST, shorten, source_names
 from src.console import progress
 from src.data import (
     HELD_OUT,
@@ -41,7 +42,6 @@ from src.data import (
     text_field,
 )
 from src.frames import read_pickle
-from src.artifacts import MANIFEST, shorten, source_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -344,9 +344,7 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
     default = subset_file(config.name(config.run, "_".join(filter(None, [config.save_name, estimator.division]))))
     path = Path(config.sampled_tasks) if config.sampled_tasks else default
     size, num_tasks = config.subset_size or DEFAULT_SUBSET_SIZE, len(estimator.tasks)
-    subsets = load_or_draw_subsets(
-        path, config.number_of_subsets, num_tasks, size, config.run, tasks=estimator.tasks
-    )
+    subsets = load_or_draw_subsets(path, config.number_of_subsets, num_tasks, size, config.run, tasks=estimator.tasks)
     subsets = list(dict.fromkeys(subsets))
     sizes = sorted({len(subset) for subset in subsets})
     asked = []
@@ -367,7 +365,9 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
         described = Path(str(config.calibrate)).with_suffix(".json")
         facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
         trained = ", ".join(f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts)
-        print(f"Calibrated on {config.calibrate}{f' (fine-tuned with {trained})' if trained else ''}, with rho {rho:g}{other}.")
+        print(
+            f"Calibrated on {config.calibrate}{f' (fine-tuned with {trained})' if trained else ''}, with rho {rho:g}{other}."
+        )
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]
     frame = pd.DataFrame(np.concatenate(list(tables.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
@@ -431,7 +431,9 @@ def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Se
     available = [name for name in columns_of(estimates, of_estimates) if name in columns_of(truth, metric)]
     targets = target_task or own_targets(available, tasks)
     if unknown := [name for name in targets if name not in available]:
-        raise ValueError(f"--target_task {unknown[0]}: both tables have {', '.join(available) or 'no target in common'}")
+        raise ValueError(
+            f"--target_task {unknown[0]}: both tables have {', '.join(available) or 'no target in common'}"
+        )
     subsets, values = fine_tuned_values(truth, metric, targets)
     common = [position for position, text in enumerate(subsets) if text in estimates.index]
     if len(common) < 3:

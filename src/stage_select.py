@@ -147,9 +147,7 @@ def say_selected(
         )
 
 
-def refined(
-    config: SelectConfig, estimator: Estimator, columns: Sequence[int], path: SelectionPath
-) -> tuple[int, ...]:
+def refined(config: SelectConfig, estimator: Estimator, columns: Sequence[int], path: SelectionPath) -> tuple[int, ...]:
     """Of the subsets on a search's way with the best estimates, the one that is best after really fine-tuning them all:
     the lowest mean validation loss of the targets. Their results stand with those of stage 1's script."""
     steps = sorted(path.steps, key=lambda step: step.estimate)[: config.refine]

@@ -411,7 +411,9 @@ def fine_tune_subsets(
         file = config.subset_file or config.task_weights
         label = Path(file).stem if file else tasks_label(subsets[0], len(data.tasks))
         models = [model_dir(folder, label, run) for run in range(config.runs)]
-    described = [{**facts, "kind": "fine-tuned model", "subset": list(subsets[0]), "run": run} for run in range(config.runs)]
+    described = [
+        {**facts, "kind": "fine-tuned model", "subset": list(subsets[0]), "run": run} for run in range(config.runs)
+    ]
     has_model = [holds_model(model, of_model) for model, of_model in zip(models, described, strict=False)]
     pairs = itertools.product(range(config.runs), subsets)
     todo = [(run, subset) for run, subset in pairs if not table.has(subset, run) or (models and not has_model[run])]

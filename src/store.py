@@ -22,10 +22,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
 from src.console import progress
 from src.datamodule import read_arrays, write_arrays
 from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
-from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
 from src.projection import Projection
 
 PROJECTED = "projected.npy"

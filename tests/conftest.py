@@ -115,7 +115,27 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return _Folders(lambda kind: str(build_model_folder(kind, root / kind)))
 
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+]
 
 
 def write_sources(path: Path, tasks: dict[str, int], **extra: str) -> Path:

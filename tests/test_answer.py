@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from src.evaluation import best_fine_tuned
 from src.artifacts import losses_file
+from src.evaluation import best_fine_tuned
 from src.tables import parse_subset
 
 TASKS = ["law", "medicine", "poetry"]

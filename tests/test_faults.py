@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from src import gradients
-from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store
 from src.artifacts import ARTIFACT_VERSION, MANIFEST, atomic_write, locked, write_json
+from src.gradients import GradientCollector, StoreWriter, collect_gradients, open_store
 from src.projection import make_projection
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script

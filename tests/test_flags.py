@@ -60,7 +60,9 @@ def test_flags_that_contradict_each_other_are_refused(values: dict, message: str
         config.inherit(config.TrainConfig, values)
 
 
-@pytest.mark.parametrize("typed", ["--rho -1", "--project_dim 0", "--subset_size 1.5", "--heldout_share 2", "--prject_dim 3"])
+@pytest.mark.parametrize(
+    "typed", ["--rho -1", "--project_dim 0", "--subset_size 1.5", "--heldout_share 2", "--prject_dim 3"]
+)
 def test_values_out_of_range_and_unknown_flags(typed: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         settings(typed)
@@ -154,14 +156,22 @@ def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspac
     assert training("--task_idxes").epochs == 3
     assert training("--data_files a.jsonl --model_key M").lr == 2e-5  # meta-training without a name: the defaults
     assert training("--model_key other --task_idxes").lr == 2e-5  # of another model, where no name is typed
-    for typed in ("--save_name law --task_idxes --lr 0.5", "--save_name law --lr 0.5", "--save_name law --task_idxes --data_files b"):
+    for typed in (
+        "--save_name law --task_idxes --lr 0.5",
+        "--save_name law --lr 0.5",
+        "--save_name law --task_idxes --data_files b",
+    ):
         with pytest.raises(ValueError, match="law.*does not fit what is typed"):
             training(typed)
     assert training("--save_name law").epochs == 3
 
 
 def test_every_flag_is_declared_once_and_has_a_meaning() -> None:
-    groups = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, config.RunConfig) or value in (config.ApproximationConfig,)]
+    groups = [
+        value
+        for value in vars(config).values()
+        if (isinstance(value, type) and issubclass(value, config.RunConfig)) or value in (config.ApproximationConfig,)
+    ]
     declared: dict[str, set[int]] = {}
     for group in groups:
         for f in fields(group):
@@ -192,4 +202,6 @@ def test_a_training_too_short_for_an_adapter_is_noted_before_it_starts(
         run_script("custom_train_alpaca.py", *here, *options)
         printed = capsys.readouterr().out
         assert ("2 optimizer steps at --lr 2e-05" in printed) == is_noted
-        assert (META_INITIALIZATIONS.is_dir()) and (not is_noted or printed.index("optimizer steps") < printed.index("Wrote"))
+        assert (META_INITIALIZATIONS.is_dir()) and (
+            not is_noted or printed.index("optimizer steps") < printed.index("Wrote")
+        )

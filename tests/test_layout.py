@@ -31,7 +31,9 @@ def parsed(path: Path) -> ast.Module:
 @pytest.mark.parametrize("path", SOURCE, ids=lambda path: path.stem)
 def test_imports_run_one_way_and_files_keep_their_budget(path: Path) -> None:
     tree = parsed(path)
-    at_run_time = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    at_run_time = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]
     for_types = {id(inner) for node in at_run_time for inner in ast.walk(node)}
     modules = set()
     for node in ast.walk(tree):

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
-from src.gradients import GradientCollector, StoreWriter, collect_gradients
 from src.distributed import Processes
+from src.gradients import GradientCollector, StoreWriter, collect_gradients
 from src.projection import make_projection
 from src.stages import placed
 from tests.commands import ROOT

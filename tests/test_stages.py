@@ -25,7 +25,10 @@ from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
-TRAIN, COLLECT = "custom_train_alpaca.py", ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs")
+TRAIN, COLLECT = (
+    "custom_train_alpaca.py",
+    ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs"),
+)
 ESTIMATE, SELECT = "fast_estimate_linear_regression_alpaca.py", "fast_estimate_forward_selection.py"
 TOY = ("--save_name", "toy")
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"}
@@ -79,10 +82,14 @@ def test_training_leaves_checkpoints_that_peft_opens(here: list[str], model_fold
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folders["llama"]), run / best)
 
 
-def test_training_again_does_nothing_and_other_flags_are_refused(here: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_training_again_does_nothing_and_other_flags_are_refused(
+    here: list[str], capsys: pytest.CaptureFixture
+) -> None:
     run_script(TRAIN, *TOY)
     assert "nothing to train" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--epochs 2 there, 3 typed.*another --save_name|--epochs 2 there, --epochs 3"):
+    with pytest.raises(
+        ValueError, match=r"--epochs 2 there, 3 typed.*another --save_name|--epochs 2 there, --epochs 3"
+    ):
         run_script(TRAIN, *here, *TOY, "--epochs", "3")
 
 
@@ -97,7 +104,9 @@ def test_meta_training_can_end_with_its_checkpoints(here: list[str]) -> None:
     assert json.loads((stopped / "manifest.json").read_text())["trajectory"] == ["step_step=0", "step_step=4"]
 
 
-def test_meta_training_leaves_alone_what_others_put_into_its_folder(copy: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_meta_training_leaves_alone_what_others_put_into_its_folder(
+    copy: list[str], capsys: pytest.CaptureFixture
+) -> None:
     """Files and checkpoints copied there are named, and where it would write over one it does not start."""
     (source,) = Path("external_lightning_logs").glob("*_toy_run_0/step_step=8")
     run = Path(str(source.parent).replace("_toy_", "_guest_"))
@@ -191,7 +200,11 @@ def test_estimates_selection_and_the_one_fine_tuning(copy: list[str]) -> None:
     assert found["goal"] == pytest.approx(float(row["validation_loss/goal"]), rel=1e-6)
     kept = {path.name for path in Path("results/toy/models").iterdir()}
     assert kept == {f"{name}_run_0" for name in ("toy_forward_selection", "toy_random_ensemble", "tasks_1_3")}
-    new = {name for name in files_below(Path()) - before if not any(part in name for part in ("moments_", "/models/", "/losses/"))}
+    new = {
+        name
+        for name in files_below(Path()) - before
+        if not any(part in name for part in ("moments_", "/models/", "/losses/"))
+    }
     drawn = {f"sampled_tasks/toy{end}.txt" for end in ("", "_forward_selection", "_random_ensemble")}
     tables = {f"results/toy/{name}" for name in ("estimates.csv", "manifest.json", "report.html")}
     described = ("approximation_error", "selection", "scores")
@@ -235,7 +248,9 @@ def test_estimates_are_compared_and_calibrated(copy: list[str], capsys: pytest.C
         run_script(ESTIMATE, *drawn, "--target_task", "goal", "--calibrate", "few.csv")
 
 
-def test_a_truth_run_goes_on_at_the_next_missing_line(copy: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_truth_run_goes_on_at_the_next_missing_line(
+    copy: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Killed after one line, started again: the finished line is kept, the others are as if nothing had happened; a line
     that stands there twice is trained once."""
     Path("three.txt").write_text("0\n1\n2 3\n1\n")
@@ -274,7 +289,9 @@ def test_rows_of_one_table_are_of_one_training(copy: list[str]) -> None:
             run_script(*command, *other)
 
 
-def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(copy: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(
+    copy: list[str], capsys: pytest.CaptureFixture
+) -> None:
     for text, replaced in (("0\n", False), ("0\n", False), ("1\n", True)):
         Path("choice.txt").write_text(text)
         run_script(TRAIN, *TOY, "--subset_file", "choice.txt")
@@ -362,7 +379,14 @@ def test_margins_representations_signs_and_checkpointing(copy: list[str]) -> Non
     margins = ["--output_function", "margin", "--project_dim", "16"]
     run_script(*COLLECT, *TOY, *margins, "--representations", "--save_projection_matrix", "--gradient_checkpointing")
     (store,) = Path("gradients").glob("*_dim_16_margin_run_0")
-    parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz", "representations.npy", "projection_signs.npz"}
+    parts = {
+        "manifest.json",
+        "outputs.npy",
+        "projected.npy",
+        "samples.npz",
+        "representations.npy",
+        "projection_signs.npz",
+    }
     found = {name for name in files_below(store) if "moments_" not in name}
     assert found == {f"{step}/{file}" for step in ("step_step=8", "step_step=16") for file in parts}
     representations = np.load(store / "step_step=8" / "representations.npy")
@@ -384,7 +408,9 @@ def test_fewer_rows_than_dimensions_use_their_kernel(copy: list[str]) -> None:
     checkpoint = ["--load_model_dir", str(next(Path("external_lightning_logs").glob("*_toy_run_0/step_step=8")))]
     run_script(*COLLECT, *TOY, *checkpoint, "--project_dim", "100")
     Path("five.txt").write_text("0\n1\n0 1 2\n")
-    run_script(ESTIMATE, *TOY, *checkpoint, "--project_dim", "100", "--sampled_tasks", "five.txt", "--results_name", "wide")
+    run_script(
+        ESTIMATE, *TOY, *checkpoint, "--project_dim", "100", "--sampled_tasks", "five.txt", "--results_name", "wide"
+    )
     (part,) = Path("gradients").glob("*_dim_100_run_0/step_step=8")
     (stored,) = open_store(part.parent, None, "")
     expected = estimate([stored.estimation_part()], np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]]))
@@ -429,7 +455,9 @@ def test_each_run_has_its_gradients_and_its_status(copy: list[str], capsys: pyte
     assert "next        python fast_estimate_forward_selection.py --save_name toy" in said
 
 
-def test_an_interruption_is_a_line(here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_an_interruption_is_a_line(
+    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Ctrl-C in the middle of a fit, where Lightning catches it: one line, exit status 130."""
 
     def interrupted(*_: object) -> None:

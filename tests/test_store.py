@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from src import store
+from src.artifacts import MANIFEST
 from src.data import Example, TaskData
 from src.datamodule import TaskDataModule
 from src.estimation import task_moments, token_weights
 from src.gradients import GradientCollector, collect_gradients
 from src.models import LanguageModel
-from src.artifacts import MANIFEST
 from src.projection import make_projection
 from src.store import StoredPart, StoreWriter, open_store
 from tests.test_models import adapted
