@@ -354,7 +354,7 @@ class GradientConfig:
     save_projection_matrix: bool = flag(
         False, "also write the projection's random signs, packed in bits, beside the gradients of each checkpoint",
         free=True, shown="do not; the seed draws them again")  # fmt: skip
-    max_tokens_per_batch: Any = flag(
+    max_tokens_per_batch: Any = flag(  # noqa: RUF009
         4096, "rows times longest row of a batch, or auto: on a GPU twice that and so on, as long as a batch fits",
         number(int, 1, word=AUTO), "TOKENS", free=True)  # fmt: skip
 
@@ -403,7 +403,7 @@ class SubsetsConfig:
         shown="sampled_tasks/<run>.txt")  # fmt: skip
     number_of_subsets: int | None = flag(
         None, "subsets to draw", COUNT, "N", shown="1000, or as many as there are")  # fmt: skip
-    subset_size: Any = flag(
+    subset_size: Any = flag(  # noqa: RUF009
         None, "share of the tasks in each, or their number", share_or_count, "SIZE", shown="0.5")  # fmt: skip
     calibrate: str | None = flag(
         None, "results of five or more really fine-tuned subsets (stage 1's script with --subset_file): also write "

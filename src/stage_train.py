@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,13 @@ def make_datamodule(config: RunConfig, data: TaskData, model: LanguageModel) -> 
             f"--max_length {config.max_length}: a row has {longest} tokens, and {model.key} reads {model.context}; pass "
             f"--max_length {model.context}, which cuts prompts at their beginning"
         )
+    check_vocabulary(model, datamodule)
+    say_notices((*data.notices, *datamodule.tokens.notices))
+    return datamodule
+
+
+def check_vocabulary(model: LanguageModel, datamodule: TaskDataModule) -> None:
+    """Refuse data with tokens that the embedding has no row for; a tokenizer may have more of them than the data."""
     size = model.network.get_input_embeddings().weight.shape[0]
     for ids in (datamodule.tokens.prompts, datamodule.tokens.completions):
         if ids.values.max(initial=0) >= size:
@@ -142,11 +149,9 @@ def make_datamodule(config: RunConfig, data: TaskData, model: LanguageModel) -> 
             row = int(np.searchsorted(ids.offsets, position, "right")) - 1
             raise ValueError(
                 f"{model.key}: the tokenizer has {len(model.tokenizer)} tokens, the embedding {size} rows, and none for "
-                f"{token} in sample {row} ({data.where(row)}); enlarge the model with "
+                f"{token} in sample {row} ({datamodule.data.where(row)}); enlarge the model with "
                 f"resize_token_embeddings({len(model.tokenizer)}) and save it, or take the tokenizer that belongs to it"
             )
-    say_notices((*data.notices, *datamodule.tokens.notices))
-    return datamodule
 
 
 def base_weights(config: RunConfig) -> BaseWeights:
@@ -157,6 +162,24 @@ def base_weights(config: RunConfig) -> BaseWeights:
 def base_fingerprint(config: ModelConfig) -> str | None:
     """`folder_fingerprint` of the base model; None for a hub id."""
     return folder_fingerprint(Path(resolve_model_key(config.model_key)))
+
+
+def check_base(config: ModelConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse an adapter of another base model. Two folders are compared by what is in them, two models of the hub by their
+    names without the organisation, as mirrors keep those; a folder may hold any of the hub's."""
+    adapter = checkpoint / ADAPTER_CONFIG
+    described = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    key = manifest.get("model_key") or described.get("base_model_name_or_path")
+    if not (described and key):
+        return
+    theirs, ours = (Path(resolve_model_key(name)) for name in (key, config.model_key))
+    trained_on, given = manifest.get("base_fingerprint") or folder_fingerprint(theirs), folder_fingerprint(ours)
+    on_hub = not (trained_on or given or key.startswith((".", "/", "~")))  # a path that is gone may have been any
+    if trained_on != given if trained_on and given else on_hub and theirs.name.lower() != ours.name.lower():
+        raise ValueError(
+            f"{checkpoint} is an adapter of the base model {key}, and --model_key is {config.model_key}; pass "
+            f"--model_key {key}"
+        )
 
 
 def model_at(config: RunConfig, checkpoint: Path) -> LanguageModel:
@@ -174,15 +197,7 @@ def model_at(config: RunConfig, checkpoint: Path) -> LanguageModel:
         key, trained_on = manifest["model_key"], manifest.get("base_fingerprint")
     else:
         key, trained_on = described.get("base_model_name_or_path"), None
-    if described and key:
-        theirs, ours = (Path(resolve_model_key(name)) for name in (key, config.model_key))
-        trained_on, given = trained_on or folder_fingerprint(theirs), folder_fingerprint(ours)
-        on_hub = not (trained_on or given or key.startswith((".", "/", "~")))  # a path that is gone may have been any
-        if trained_on != given if trained_on and given else on_hub and theirs.name.lower() != ours.name.lower():
-            raise ValueError(
-                f"{checkpoint} is an adapter of the base model {key}, and --model_key is {config.model_key}; pass "
-                f"--model_key {key}"
-            )
+    check_base(config, checkpoint, {"model_key": key, "base_fingerprint": trained_on})
     found = (described["r"], described["lora_alpha"]) if described else None
     if found != ((config.lora_rank, config.lora_alpha) if config.train_lora else None):
         has = f"an adapter of rank {found[0]} and alpha {found[1]}" if found else "no adapter"

@@ -192,8 +192,7 @@ def fork(request: dict, environment: dict[str, str]) -> tuple[int, int]:
 
 def serve() -> None:
     """Answer requests until standard input ends."""
-    import src.estimates
-    import src.stages  # noqa: F401 what a child would have to import
+    import src.stage_select  # noqa: F401 what a child would have to import
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

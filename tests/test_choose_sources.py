@@ -10,7 +10,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from src.console import flags_of
+from src import config
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
@@ -101,20 +101,24 @@ def test_a_random_half_may_be_the_answer(flags: list[str], capsys: pytest.Captur
     assert set(rows["task"]) == {tasks[int(task)] for task in half.split()}
 
 
-def test_flags_are_handed_on_as_typed(flags: list[str], capsys: pytest.CaptureFixture) -> None:
-    """Every flag whose value is not a stage's own default reaches the stages; a dry run writes nothing."""
+def test_flags_are_handed_on_as_typed(flags: list[str]) -> None:
+    """Each to the stage that it belongs to, nothing else."""
     script = load_script(SCRIPT)
-    more = ["--max_length", "99", "--prompt_column", "a b", "--accelerator", "cpu", "--precision", "bf16"]
-    args = script.parse_args([*flags, *more])
-    handed = flags_of(args, *(group for group in (script.cli.add_instruction_data, script.cli.add_hardware)))
-    assert handed == ["--data_files", "my", "--prompt_column", "a b", "--target_files", "my/goal.jsonl",
-                      "--accelerator", "cpu", "--precision", "bf16"]  # fmt: skip
-    few = ["--project_dim", "4000", "--rho", "0.03", "--checkpoint_at", "0.5", "--runs", "2", "--row_dtype", "float16"]
-    pipeline = script.pipeline_from(script.parse_args([*flags, *few, "--save_name", "a", "--results_name", "b"]), "b")
-    assert pipeline.meta_training == "--checkpoint_at 0.5" and pipeline.runs == 2
-    assert pipeline.gradients == "--project_dim 4000 --row_dtype float16"
-    assert pipeline.estimation == "--project_dim 4000 --rho 0.03"
-    assert "--save_name a" in pipeline.data and "--results_name" not in pipeline.data
-    before = sorted(Path().rglob("*"))
-    script.main(script.parse_args([*flags, "--dry_run"]))
-    assert "would write  results/" in capsys.readouterr().out and sorted(Path().rglob("*")) == before
+    more = [
+        "--max_length",
+        "99",
+        "--prompt_column",
+        "a b",
+        "--precision",
+        "bf16",
+        "--project_dim",
+        "4000",
+        "--rho",
+        "0.03",
+    ]
+    typed = config.typed_flags(script.parse_args([*flags, *more, "--checkpoint_at", "0.5", "--runs", "2"]))
+    pipeline = script.pipeline_from(typed, "b")
+    assert pipeline.training["checkpoint_at"] == (0.5,) and pipeline.training["prompt_column"] == "a b"
+    assert (pipeline.gradients, pipeline.estimation) == ({"project_dim": 4000}, {"rho": 0.03})
+    assert (pipeline.hardware, pipeline.runs) == ({"precision": "bf16"}, 2)
+    assert "lr" in pipeline.training and "epochs" in pipeline.training and "max_length" in pipeline.training

@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 import torch
 
+from src import config
 from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part
-from src.gradients import open_store
 from src.instruction import FORMATS, Record, _numbered, load_instruction
 from src.models import LORA_TARGETS, load_checkpoint, per_sample_loss
 from src.selection import METHODS, Estimate, Method, SelectionPath, Step
-from src.stages import load_data, make_datamodule
+from src.stage_train import load_data, make_datamodule
+from src.store import open_store
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
@@ -40,10 +41,10 @@ def test_an_architecture_is_an_entry_of_lora_targets(
 
     monkeypatch.setitem(LORA_TARGETS, "phi3", ("qkv_proj",))
     run_script(*stage_1)
-    run_script(STAGE_2, "--compute_pretrained_outputs", *flags, "--projection", "none")
+    run_script(STAGE_2, "--compute_pretrained_outputs", "--projection", "none")
     (store,) = Path("gradients").iterdir()
     (part,) = open_store(store, None, STAGE_2)
-    args = load_script(STAGE_1).parse_args(flags)
+    args = config.inherit(config.TrainConfig, config.typed_flags(load_script(STAGE_1).parse_args(flags)))
     model = load_checkpoint(Path(part.manifest["checkpoint_dir"]), args.model_key).eval()
     assert all("qkv_proj" in name for name in model.layout.shapes)
     weights = [dict(model.network.named_parameters())[name] for name in model.layout.shapes]
@@ -90,9 +91,9 @@ def test_an_estimator_is_an_entry_of_estimators(here: list[str], monkeypatch: py
     subsets = [(0,), (3,), (0, 2), (1, 2, 3)]
     Path("some.txt").write_text("\n".join(" ".join(map(str, subset)) for subset in subsets))
     flags = ["--project_dim", "32", "--estimator", "one_step", "--rho", "0.02", "--weight_by", "sample"]
-    run_script(STAGE_3, *here, *flags, "--sampled_tasks", "some.txt", "--save_name", "one_step")
+    run_script(STAGE_3, "--save_name", "toy", *flags, "--sampled_tasks", "some.txt", "--results_name", "one_step")
     found = pd.read_csv("results/one_step/estimates.csv").filter(like="estimate/")
-    (store,) = Path("gradients").glob("*_dim_32_run_0")
+    (store,) = Path("gradients").glob("*_toy_dim_32_run_0")
     parts = open_store(store, None, STAGE_2)
     assert len(parts) == 2 and found.shape == (4, 5)
     expected = np.zeros(found.shape)
@@ -116,7 +117,7 @@ def second(estimate: Estimate, num_tasks: int, **_: object) -> SelectionPath:
 
 def test_a_selection_method_is_an_entry_of_methods(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 4 takes it by its name; its estimates are stage 3's."""
-    at = [*here, "--project_dim", "32", "--target_task", "goal", "--save_name", "mine"]
+    at = ["--save_name", "toy", "--project_dim", "32", "--target_task", "goal", "--results_name", "mine"]
     Path("singles.txt").write_text("0\n1\n2\n3\n")
     run_script(STAGE_3, *at, "--sampled_tasks", "singles.txt")
     task, value = list(pd.read_csv("results/mine/estimates.csv")["estimate/goal"].nsmallest(2).items())[1]

@@ -90,7 +90,7 @@ def test_the_published_precision_on_four_gpus(
     pl.Trainer(accelerator="cpu", devices=1, strategy=check[strategy], logger=False, enable_checkpointing=False,
                precision=precision if strategy == "fsdp" else None)  # fmt: skip
     with pytest.raises(ValueError, match="--devices 7: this machine has GPUs 0 to 3"):
-        config.HardwareConfig((7,)).hardware
+        _ = config.HardwareConfig((7,)).hardware
 
 
 def test_only_the_first_process_speaks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspac
         "--save_name law --lr 0.5",
         "--save_name law --task_idxes --data_files b",
     ):
-        with pytest.raises(ValueError, match="law.*does not fit what is typed"):
+        with pytest.raises(ValueError, match=r"law.*does not fit what is typed"):
             training(typed)
     assert training("--save_name law").epochs == 3
 

@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from src.estimates import Estimator, reference_estimates
+from src import config
 from src.estimation import estimate
 from src.selection import forward_selection
+from src.stage_estimate import Estimator, stored
+from src.stage_select import reference_estimates
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
@@ -34,11 +36,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, s
     flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for more in ([], ["--save_name", "cut"]):
-            stop = ["--stop_after_checkpoints"] if more else []
-            run_script(STAGE_1, *flags, *more, *TRAINING, "--checkpoint_at", "0", "0.25", *stop)
-            run_script(STAGE_2, "--compute_pretrained_outputs", *flags, *more, *DIM)
-    return folder, flags
+        for name, stop in (("cut", ["--stop_after_checkpoints"]), ("whole", [])):
+            run_script(STAGE_1, *flags, *TRAINING, "--save_name", name, "--checkpoint_at", "0", "0.25", *stop)
+            run_script(STAGE_2, "--compute_pretrained_outputs", "--save_name", name, *DIM)
+    return folder, ["--save_name", "whole"]
 
 
 @pytest.fixture
@@ -48,12 +49,13 @@ def flags(trained: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> l
 
 
 def estimator_of(*flags: str) -> Estimator:
-    return Estimator(load_script(STAGE_3).parse_args([*flags, *DIM]), STAGE_2)
+    typed = config.typed_flags(load_script(STAGE_3).parse_args([*flags, *DIM]))
+    return Estimator(*stored(config.EstimateConfig, typed))
 
 
 def measured(flags: list[str], *subset: str) -> pd.Series:
     """Validation losses of the base model fine-tuned on a subset, by stage 5."""
-    run_script(STAGE_1, *flags, *TRAINING, "--save_name", "measured", "--task_idxes", *subset)
+    run_script(STAGE_1, *flags, "--results_name", "measured", "--task_idxes", *subset)
     table = pd.read_csv("results/measured/results.csv", dtype={"subset": str}, keep_default_na=False)
     wanted = " ".join(map(str, range(4))) if subset else ""
     return table[table["subset"] == wanted].iloc[0].filter(like="validation_loss/")
@@ -85,7 +87,7 @@ def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
 
 
 def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytest.CaptureFixture) -> None:
-    cut = [*flags, "--save_name", "cut"]
+    cut = ["--save_name", "cut"]
     estimator = estimator_of(*cut)
     assert estimator.levels.names == ("base model (measured)", "all tasks (estimated)")
     assert estimator.levels.step == 5 and not estimator.levels.whole
@@ -95,7 +97,7 @@ def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytes
     assert estimator.levels.all_tasks[last.targets.index("goal")] == pytest.approx(last.outputs[goal].mean(), rel=1e-4)
     run_script(STAGE_3, *cut, *DIM)
     manifest = json.loads(Path("results/cut/manifest.json").read_text())
-    assert manifest["levels"]["step"] == 5 and not manifest["levels"]["whole"]
+    assert manifest["levels"]["base"].keys() == manifest["levels"]["all_tasks"].keys()
     run_script(STAGE_4, *cut, *DIM)
     said = capsys.readouterr().out
     assert "the loss of all tasks is estimated: it was last measured after 5 steps" in said
@@ -128,7 +130,7 @@ def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None
 
 
 def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.CaptureFixture) -> None:
-    scored = [*flags, *DIM, "--estimator", "alignment", "--save_name", "scored"]
+    scored = [*flags, *DIM, "--estimator", "alignment", "--results_name", "scored"]
     run_script(STAGE_3, *scored, "--number_of_subsets", "4")
     table = pd.read_csv("results/scored/estimates.csv")
     assert {name.partition("/")[0] for name in table.columns} == {"subset", "run", "score"}
@@ -144,7 +146,7 @@ def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.Capt
 
 def test_a_selection_that_is_not_below_the_base_model_is_named(flags: list[str], capsys: pytest.CaptureFixture) -> None:
     """The same gradients after a training that made everything worse."""
-    named = [*flags, *DIM, "--target_task", "goal", "--save_name", "worse"]
+    named = [*flags, *DIM, "--target_task", "goal", "--results_name", "worse"]
     run_script(STAGE_4, *named)
     assert "No selection is estimated to beat" not in capsys.readouterr().out
     with training_says(lambda known: known["validation_losses"]["base"].update(goal=0.01)):

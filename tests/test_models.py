@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from src.artifacts import folder_fingerprint
+from src.config import RunConfig
 from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
 from src.gradients import GradientCollector
@@ -35,7 +36,7 @@ from src.models import (
     save_model,
 )
 from src.projection import make_projection
-from src.stages import check_base, check_vocabulary, folder_fingerprint
+from src.stage_train import check_base, check_vocabulary
 from tests.conftest import write_sources
 
 KINDS = ("llama", "t5", "gpt2")
@@ -256,7 +257,7 @@ def test_an_adapter_of_another_model_is_refused(model_folders: dict[str, str], t
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": trained_on}))
         expected = pytest.raises(ValueError, match=rf"{trained_on}.*{model_key}.*pass --model_key {trained_on}")
         with expected if refused else nullcontext():
-            check_base(Namespace(model_key=model_key), tmp_path, manifest)
+            check_base(RunConfig(model_key=model_key), tmp_path, manifest)
 
 
 def of_peft(folder: str, path: Path, **options: object) -> LanguageModel:

@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from src.distributed import Processes
-from src.gradients import GradientCollector, StoreWriter, collect_gradients
+from src.gradients import GradientCollector, collect_gradients
 from src.projection import make_projection
-from src.stages import placed
+from src.store import StoreWriter
 from tests.commands import ROOT
 from tests.faults import Stages, srun_environments, torchrun_environments
 from tests.test_models import adapted, make_datamodule
@@ -80,7 +80,13 @@ def test_rows_are_those_of_one_process(
     workspace = tmp_path / "workspace"
     shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients"))
     options = ["--strategy", strategy, "--accelerator", "cpu", "--project_dim", "32", "--max_tokens_per_batch", "200"]
-    command = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *options]
+    command = [
+        "fast_estimate_eval_approximation_alpaca.py",
+        "--compute_pretrained_outputs",
+        "--save_name",
+        "toy",
+        *options,
+    ]
     if launcher == "itself":
         printed = run_in(workspace, *command, "--devices", *map(str, range(count)))
     elif launcher == "torchrun, really":
@@ -103,7 +109,8 @@ def test_spread_weights_give_the_same_rows(kind: str, model_folders: dict[str, s
         expected, _ = collect(batch)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
-        sharded = placed(model, Processes(0, 1, "cpu", lambda: None, mesh=init_device_mesh("cpu", (1,))))
+        model.shard(init_device_mesh("cpu", (1,)))
+        sharded = model
         assert sharded.is_sharded
         for _ in range(2):
             with GradientCollector(sharded, projection) as collect:
@@ -120,7 +127,17 @@ def test_sharded_training_is_whole_training(track: tuple[Path, list[str]], stage
     workspace = tmp_path / "workspace"
     shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients", "external_lightning_logs"))
     (workspace / "two.txt").write_text("0\n1 2\n")
-    training = [*flags, "--epochs", "1", "--batch_size", "4", "--lr", "1e-2", "--accelerator", "cpu"]
+    training = [
+        *flags[: flags.index("--epochs")],
+        "--epochs",
+        "1",
+        "--batch_size",
+        "4",
+        "--lr",
+        "1e-2",
+        "--accelerator",
+        "cpu",
+    ]
     for strategy in ("ddp", "fsdp"):
         command = ["custom_train_alpaca.py", *training, "--strategy", strategy, "--save_name", strategy]
         for more in ([], ["--subset_file", "two.txt"]):
