@@ -16,11 +16,10 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
 from src.cli import run_stage
-from src.datamodule import TaskDataModule, tokenize_once
+from src.datamodule import TaskDataModule
 from src.estimation import estimate
 from src.gradients import open_store, outputs_of
-from src.instruction import load_instruction
-from src.models import LanguageModel, load_base_model, load_checkpoint
+from src.models import LanguageModel, load_checkpoint
 from src.stages import load_data, make_datamodule
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
@@ -75,33 +74,6 @@ def test_training_leaves_checkpoints_that_peft_opens(here: list[str], model_fold
     }
     assert files_below(run) == expected
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folders["llama"]), run / best)
-
-
-def test_texts_are_tokenised_once(here: list[str]) -> None:
-    """Both stages and both checkpoints share one cached file, and its ids are what tokenising gives."""
-    (cached,) = Path("cache/tokens").iterdir()
-    args = load_script("custom_train_alpaca.py").parse_args(here)
-    data, model = load_data(args), load_base_model(args.model_key)
-    lengths = {"max_length": args.max_length, "max_target_length": args.max_target_length}
-    expected = tokenize_once(None, data, model.tokenizer, model.kind, **lengths)
-    found = tokenize_once(Path("cache/tokens"), data, model.tokenizer, model.kind, **lengths)
-    assert [list(found.prompts[i]) for i in range(len(data))] == [list(expected.prompts[i]) for i in range(len(data))]
-    np.testing.assert_array_equal(found.completions.values, expected.completions.values)
-    assert found.notices == expected.notices and len(list(cached.parent.iterdir())) == 1
-
-
-def test_other_texts_or_lengths_are_tokenised_anew(model_folders: dict[str, str], tmp_path: Path) -> None:
-    model = load_base_model(model_folders["llama"])
-    lengths = {"max_length": 512, "max_target_length": 512}
-    for count, rows, longest in ((1, 5, 512), (2, 6, 512), (3, 6, 8)):
-        data = load_instruction([write_sources(tmp_path / "sources.jsonl", {"a": rows})])
-        tokens = tokenize_once(
-            tmp_path / "cache", data, model.tokenizer, "decoder", **lengths | {"max_length": longest}
-        )
-        assert len(tokens.prompts.lengths) == rows and bool(tokens.notices) == (longest == 8)
-        again = tokenize_once(tmp_path / "cache", data, model.tokenizer, "decoder", **lengths | {"max_length": longest})
-        assert again.notices == tokens.notices
-        assert len(list((tmp_path / "cache").iterdir())) == count
 
 
 def test_training_again_does_nothing_and_other_flags_are_refused(
