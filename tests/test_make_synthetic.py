@@ -22,18 +22,8 @@ from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
 QUICK = ("--num_tasks", "6", "--rows_per_task", "20", "--target_rows", "9", "--pretrain_steps", "2")
-SMALL = (
-    "--data_files",
-    "text.jsonl",
-    "--hidden_size",
-    "32",
-    "--num_layers",
-    "1",
-    "--vocab_size",
-    "300",
-    "--window",
-    "16",
-)
+SMALL = ("--data_files", "text.jsonl", "--hidden_size", "32", "--num_layers", "1")
+SMALL += ("--vocab_size", "300", "--window", "16")
 DATA_FILES = ("flan.jsonl", "target.jsonl", "alpaca.pkl", "alpaca_dev_split_map.pkl")
 
 
