@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 
 QUICK = ("--num_tasks", "6", "--rows_per_task", "20", "--target_rows", "9", "--pretrain_steps", "2")
+SMALL = ("--data_files", "text.jsonl", "--hidden_size", "32", "--num_layers", "1")
+SMALL += ("--vocab_size", "300", "--window", "16")
 DATA_FILES = ("flan.jsonl", "target.jsonl", "alpaca.pkl", "alpaca_dev_split_map.pkl")
 
 
@@ -28,41 +31,52 @@ def digests(folder: str, names: tuple[str, ...] = DATA_FILES) -> list[str]:
     return [hashlib.sha256(Path(folder, name).read_bytes()).hexdigest() for name in names]
 
 
+def make_world(folder: str, *flags: str) -> None:
+    run_script("data/make_synthetic.py", "--output_dir", folder, *QUICK, *flags)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world that several tests read."""
+    folder = tmp_path_factory.mktemp("made") / "world"
+    make_world(str(folder))
+    return folder
+
+
 def test_a_seed_decides_every_byte(workspace: Path, capsys: pytest.CaptureFixture) -> None:
     for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        run_script("data/make_synthetic.py", "--output_dir", folder, "--seed", seed, *QUICK)
+        make_world(folder, "--seed", seed)
     assert digests("a") == digests("b")
     assert not set(digests("a")) & set(digests("c"))
     capsys.readouterr()
-    run_script("data/make_synthetic.py", "--output_dir", "a", "--seed", "3", *QUICK)
+    make_world("a", "--seed", "3")
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_instruction_world_is_in_the_users_formats(workspace: Path) -> None:
-    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
-    rows = [json.loads(line) for line in Path("world/flan.jsonl").read_text().splitlines()]
-    assert set(rows[0]) == {"inputs", "targets", "_template_idx", "_task_name", "_task_source", "_template_type"}
-    data = load_instruction(["world/flan.jsonl"], ["world/target.jsonl"])
+def test_instruction_world_is_in_the_users_formats(world: Path) -> None:
+    keys = {"inputs", "targets", "_template_idx", "_task_name", "_task_source", "_template_type"}
+    assert set(rows_of(world / "flan.jsonl")[0]) == keys
+    data = load_instruction([world / "flan.jsonl"], [world / "target.jsonl"])
     assert len(data.tasks) == 6 and data.targets == ("target",) and len(data.indices("train")) == 6 * 20
-    prompts = {
-        e.task == "target": {x.prompt for x in data.examples if (x.task == "target") == (e.task == "target")}
-        for e in data.examples
-    }
-    assert not prompts[True] & prompts[False]
-    alpaca = load_instruction(["world/alpaca.pkl"], ["world/target.jsonl"])
-    assert alpaca.tasks == data.tasks
-    tokenizer, model = (auto.from_pretrained("world/model") for auto in (AutoTokenizer, AutoModelForCausalLM))
+    assert load_instruction([world / "alpaca.pkl"], [world / "target.jsonl"]).tasks == data.tasks
+    tokenizer, model = (auto.from_pretrained(world / "model") for auto in (AutoTokenizer, AutoModelForCausalLM))
     assert tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None
     assert model.config.model_type == "llama"
+    for text in [*read_pickle(world / "alpaca.pkl")["text"], "Any printable text: 0-9, {A|b}\n~"]:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text and not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
+        assert len(ids) < 32
 
 
-def test_wrong_answers_are_as_many_as_the_name_says(workspace: Path) -> None:
-    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
+def test_wrong_answers_are_as_many_as_the_name_says(world: Path) -> None:
     skills = load_script("data/make_synthetic.py").SKILLS
     rewrite = {skill.instruction: skill.rewrite for skill in skills.values()}
     wrong: dict[str, list[bool]] = {}
-    for line in Path("world/flan.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in rows_of(world / "flan.jsonl"):
         instruction, word = row["inputs"].split(": ")
         wrong.setdefault(row["_task_name"], []).append(rewrite[instruction](word) != row["targets"])
     shares = {name: sum(flags) / len(flags) for name, flags in wrong.items()}
@@ -71,26 +85,22 @@ def test_wrong_answers_are_as_many_as_the_name_says(workspace: Path) -> None:
 
 
 def test_every_other_source_can_ask_for_several_words(workspace: Path) -> None:
-    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK, "--joined", "3")
+    make_world("joined", "--joined", "3")
     counts: dict[str, set[tuple[int, int]]] = {}
-    for line in Path("world/flan.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        asked = row["inputs"].split(": ")[1].split(" ")
-        counts.setdefault(row["_task_name"], set()).add((len(asked), len(row["targets"].split(" "))))
+    for row in rows_of(Path("joined/flan.jsonl")):
+        asked, answered = row["inputs"].split(": ")[1].split(" "), row["targets"].split(" ")
+        counts.setdefault(row["_task_name"], set()).add((len(asked), len(answered)))
     assert all(of_task == {(3, 3) if name.endswith("_x3") else (1, 1)} for name, of_task in counts.items())
     assert sum(name.endswith("_x3") for name in counts) == 3
 
 
-def test_target_words_and_alpaca_rows_are_those_of_the_sources(workspace: Path) -> None:
+def test_target_words_and_alpaca_rows_are_those_of_the_sources(world: Path) -> None:
     """No target row's word is in a source, in any wording; both layouts tell the same rows in the same order."""
-    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
-    sources, targets = (
-        [json.loads(line) for line in Path("world", name).read_text().splitlines()] for name in DATA_FILES[:2]
-    )
+    sources, targets = rows_of(world / "flan.jsonl"), rows_of(world / "target.jsonl")
     words, target_words = ({row["inputs"].split(": ")[1] for row in rows} for rows in (sources, targets))
     assert not words & target_words
     assert [row["_split"] for row in targets] == ["validation"] * 9 + ["test"] * 9
-    frame, dev_labels = read_pickle("world/alpaca.pkl"), read_pickle("world/alpaca_dev_split_map.pkl")
+    frame, dev_labels = read_pickle(world / "alpaca.pkl"), read_pickle(world / "alpaca_dev_split_map.pkl")
     assert list(frame.columns) == ["skill", "text", "instruction", "input", "output"]
     assert [f"{row.instruction}: {row.input}" for row in frame.itertuples()] == [row["inputs"] for row in sources]
     assert frame["output"].tolist() == [row["targets"] for row in sources]
@@ -99,29 +109,20 @@ def test_target_words_and_alpaca_rows_are_those_of_the_sources(workspace: Path) 
     assert all((frame["skill"][labels] == skill).all() for skill, labels in dev_labels.items())
 
 
-def test_rows_of_either_layout_are_short_and_decode_to_themselves(workspace: Path) -> None:
-    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
-    tokenizer = AutoTokenizer.from_pretrained("world/model")
-    for text in [*read_pickle("world/alpaca.pkl")["text"], "Any printable text: 0-9, {A|b}\n~"]:
-        ids = tokenizer(text)["input_ids"]
-        assert tokenizer.decode(ids) == text and not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
-        assert len(ids) < 32
-
-
 def test_a_folder_of_another_world_is_kept(workspace: Path) -> None:
     """Other arguments, a changed file, a folder of the user's own: each is refused, and stays as it is."""
-    run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
+    make_world("world")
     with pytest.raises(FileExistsError, match=r"seed is 0, not 1.*--overwrite"):
-        run_script("data/make_synthetic.py", "--output_dir", "world", "--seed", "1", *QUICK)
+        make_world("world", "--seed", "1")
     Path("world/target.jsonl").write_text("{}")
     with pytest.raises(FileExistsError, match=r"target.jsonl is missing or changed"):
-        run_script("data/make_synthetic.py", "--output_dir", "world", *QUICK)
-    run_script("data/make_synthetic.py", "--output_dir", "world", "--seed", "1", "--overwrite", *QUICK)
+        make_world("world")
+    make_world("world", "--seed", "1", "--overwrite")
     assert json.loads(Path("world/manifest.json").read_text())["arguments"]["seed"] == 1
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="was not made here"):
-        run_script("data/make_synthetic.py", "--output_dir", "mine", "--overwrite", *QUICK)
+        make_world("mine", "--overwrite")
     assert Path("mine/notes.txt").read_text() == "keep"
 
 
@@ -133,15 +134,18 @@ def test_a_failure_on_the_way_leaves_no_folder(workspace: Path, monkeypatch: pyt
     assert not list(workspace.iterdir())
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--num_tasks", "2"), "at least as many tasks as target skills"),
-    (("--num_tasks", "500"), "at most 416 tasks"),
-    (("--num_tasks", "20", "--num_target_skills", "17"), "at most 16 target skills"),
-    (("--hidden_size", "60", "--num_heads", "8"), "for example 64"),
-])  # fmt: skip
-def test_worlds_that_cannot_be_are_refused(workspace: Path, flags: tuple[str, ...], message: str) -> None:
+REFUSED = {
+    "at least as many tasks as target skills": ["--num_tasks", "2"],
+    "at most 416 tasks": ["--num_tasks", "500"],
+    "at most 16 target skills": ["--num_tasks", "20", "--num_target_skills", "17"],
+    "for example 64": ["--hidden_size", "60", "--num_heads", "8"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_worlds_that_cannot_be_are_refused(workspace: Path, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run_script("data/make_synthetic.py", "--output_dir", "world", *flags)
+        run_script("data/make_synthetic.py", "--output_dir", "world", *REFUSED[message])
     assert not list(workspace.iterdir())
 
 
@@ -149,8 +153,7 @@ def test_worlds_that_cannot_be_are_refused(workspace: Path, flags: tuple[str, ..
 @pytest.mark.parametrize("steps", [0, 3])
 def test_base_model_of_users_text(workspace: Path, architecture: str, auto: type, steps: int) -> None:
     write_sources(Path("text.jsonl"), {"a": 20, "b": 20})
-    flags = ("--data_files", "text.jsonl", "--architecture", architecture, "--hidden_size", "32", "--num_layers", "1",
-             "--vocab_size", "300", "--window", "16", "--pretrain_steps", str(steps))  # fmt: skip
+    flags = [*SMALL, "--architecture", architecture, "--pretrain_steps", str(steps)]
     for folder in ("first", "second"):  # the second starts from another state of torch's generator
         run_script("data/make_base_model.py", "--output_dir", folder, *flags)
     weights = ("model.safetensors", "tokenizer.json")
@@ -169,10 +172,9 @@ def test_base_model_of_users_text(workspace: Path, architecture: str, auto: type
 def test_pretraining_learns(workspace: Path) -> None:
     """A hundred steps on two repeated rows bring the loss of that very text far below that of random weights."""
     text = json.loads(write_sources(Path("text.jsonl"), {"a": 2}).read_text().splitlines()[0])["inputs"]
-    flags = ("--data_files", "text.jsonl", "--hidden_size", "32", "--num_layers", "1", "--vocab_size", "300", "--window", "16")  # fmt: skip
     losses = []
     for steps in (0, 100):
-        run_script("data/make_base_model.py", "--output_dir", f"m{steps}", "--pretrain_steps", str(steps), *flags)
+        run_script("data/make_base_model.py", *SMALL, "--output_dir", f"m{steps}", "--pretrain_steps", str(steps))
         tokenizer, model = (opened.from_pretrained(f"m{steps}") for opened in (AutoTokenizer, AutoModelForCausalLM))
         ids = tokenizer(text, return_tensors="pt").input_ids
         losses.append(model(input_ids=ids, labels=ids).loss.item())
@@ -184,11 +186,9 @@ def test_pretraining_on_completions_learns_to_answer(workspace: Path, architectu
     """Answers are learned, and prompts are read only: a decoder's loss on them stays that of a random model."""
     rows = [{"inputs": f"{letter} =", "targets": letter.upper() * 3, "_task_name": "t"} for letter in "abcdefgh" * 5]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_script(
-        "data/make_base_model.py", "--data_files", "rows.jsonl", "--output_dir", "m", "--architecture", architecture,
-        "--vocab_size", "260", "--hidden_size", "32", "--num_layers", "1", "--pretrain_steps", "150", "--pretrain_on",
-        "completions", "--pretrain_lr", "1e-2",
-    )  # fmt: skip
+    flags = "--data_files rows.jsonl --output_dir m --vocab_size 260 --hidden_size 32 --num_layers 1"
+    flags += f" --pretrain_steps 150 --pretrain_on completions --pretrain_lr 1e-2 --architecture {architecture}"
+    run_script("data/make_base_model.py", *flags.split())
     model = load_base_model("m")
     data = load_instruction(["rows.jsonl"])
     datamodule = TaskDataModule(data, model.tokenizer, model.kind)
@@ -199,13 +199,14 @@ def test_pretraining_on_completions_learns_to_answer(workspace: Path, architectu
 
 
 def test_chain_of_thought_world(workspace: Path) -> None:
-    run_script("data/make_synthetic_cot.py", "--output_dir", "cot", "--num_questions", "40", "--pretrain_steps", "2")
-    data = load_cot("addsub", "ft_cot_t70_4aug", architecture="encoder_decoder", data_dir="cot/data", saved_dir="cot/saved",
-                    task_column="teacher")  # fmt: skip
+    for folder in ("cot", "cot2"):
+        flags = ["--output_dir", folder, "--num_questions", "40", "--pretrain_steps", "2"]
+        run_script("data/make_synthetic_cot.py", *flags)
+    folders = {"data_dir": "cot/data", "saved_dir": "cot/saved"}
+    data = load_cot("addsub", "ft_cot_t70_4aug", architecture="encoder_decoder", task_column="teacher", **folders)
     assert len(data.tasks) >= 3 and "careful" in data.tasks
     assert all(example.completion.endswith(f"--> {int(float(example.answer))}") for example in data.examples)
-    first = digests("cot", ("data/dataset/addsub.json", "data/split/addsub__default.json"))
-    run_script("data/make_synthetic_cot.py", "--output_dir", "cot2", "--num_questions", "40", "--pretrain_steps", "2")
-    assert digests("cot2", ("data/dataset/addsub.json", "data/split/addsub__default.json")) == first
+    names = ("data/dataset/addsub.json", "data/split/addsub__default.json")
+    assert digests("cot", names) == digests("cot2", names)
     tokenizer, model = (auto.from_pretrained("cot/model") for auto in (AutoTokenizer, AutoModelForSeq2SeqLM))
     assert tokenizer("1 + 2").input_ids[-1] == tokenizer.eos_token_id and model.config.model_type == "t5"

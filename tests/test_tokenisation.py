@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,15 +16,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from src.data import Example, TaskData
-from src.datamodule import TokenizedData, open_tokens, tokenize, tokenizer_fingerprint
+from src.datamodule import TaskDataModule, open_tokens, tokenize, tokenize_once, tokenizer_fingerprint
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CORPUS = ["Answer: yes\n", "a b ab ba aab\n\nbab", "ab.a b\nword: 12 abab", "a  b", "bb. a", "b\n ab"] * 3
 PIECES = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-KINDS = (
-    "prepend", "metaspace first", "metaspace always", "words", "unigram", "bytes", "bytes prefix", "digits",
-    "wordpiece",
-)  # fmt: skip
+KINDS = ["prepend", "metaspace first", "metaspace always", "words", "unigram"]
+KINDS += ["bytes", "bytes prefix", "digits", "wordpiece"]
 
 
 def backend(kind: str) -> Tokenizer:
@@ -43,17 +44,13 @@ def backend(kind: str) -> Tokenizer:
                 [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
             )
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        )
+        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, **options)
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=60, special_tokens=special, unk_token=unknown, show_progress=False,
-            initial_alphabet=list("abé日🙂\n.0123456789"),
-        )  # fmt: skip
+        options = {"unk_token": unknown, "initial_alphabet": list("abé日🙂\n.0123456789"), "show_progress": False}
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, **options)
     else:
         tokenizer = Tokenizer(models.BPE(unk_token=unknown, byte_fallback=True))
         if kind == "prepend":
@@ -91,7 +88,7 @@ def tokens_of(
     with tempfile.TemporaryDirectory() as folder:
         lengths = {"max_length": max_length, "max_target_length": max_target_length}
         tokenize(rows_of(texts), tokenizer, kind, Path(folder), **lengths)
-        tokens: TokenizedData = open_tokens(Path(folder))
+        tokens = open_tokens(Path(folder))
         return [(tokens.prompts[i].tolist(), tokens.completions[i].tolist()) for i in range(len(texts))]
 
 
@@ -214,7 +211,7 @@ def test_an_encoders_cut_prompt_keeps_its_end() -> None:
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 def test_an_unreadable_text_is_named(architecture: str) -> None:
     texts = [("a", "b"), ("good", "b\ud800"), ("c", "\ud800")]
-    with pytest.raises(ValueError, match=r"train row of task a: 'good': the tokenizer of .* cannot read this text"):
+    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot read the text '(good)?b\\ud800'.*remove the row"):
         tokens_of(make("bytes"), texts, architecture)
 
 
@@ -226,3 +223,47 @@ def test_a_tokenizers_fingerprint_does_not_change_in_use() -> None:
     before = tokenizer_fingerprint(tokenizer)
     assert len(tokens_of(tokenizer, [("a b. " * 20, "b")])[0][0]) > 20
     assert tokenizer_fingerprint(tokenizer) == before
+
+
+def test_tokens_are_kept_by_what_they_are_made_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Texts, tokenizer, architecture and lengths: another folder for each, with the ids that tokenising gives. A file
+    that was cut or lost is made again."""
+    texts, plain = [("a b " * i, "ab") for i in range(4)], make("bytes")
+    requests = [
+        (100, rows_of(texts), plain, "decoder"),
+        (100, rows_of(texts[1:]), plain, "decoder"),
+        (100, rows_of(texts), make("bytes", "<s> $A"), "decoder"),
+        (100, rows_of(texts), plain, "encoder_decoder"),
+        (5, rows_of(texts), plain, "decoder"),
+    ]
+
+    def check(longest: int, *request: Any) -> set[Path]:
+        before, lengths = set(tmp_path.iterdir()), {"max_length": longest, "max_target_length": 100}
+        found, expected = (tokenize_once(cache, *request, **lengths) for cache in (tmp_path, None))
+        assert found.notices == expected.notices and bool(found.notices) == (longest == 5)
+        for one, other in ((found.prompts, expected.prompts), (found.completions, expected.completions)):
+            np.testing.assert_array_equal(one.values, other.values)
+            np.testing.assert_array_equal(one.offsets, other.offsets)
+        return set(tmp_path.iterdir()) - before
+
+    folders = [folder for request in requests for folder in check(*request)]
+    assert len(folders) == len(requests) and not [folder for request in requests for folder in check(*request)]
+    assert capsys.readouterr().out == ""
+    for path in sorted(folders[-1].iterdir()):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert check(*requests[-1]) == set() and f"{folders[-1]} is damaged" in capsys.readouterr().out
+    (folders[-1] / "prompt.bin").unlink()
+    assert check(*requests[-1]) == set()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.text("ab", max_size=2), st.text("ab", min_size=1, max_size=2)), min_size=1, max_size=12))
+def test_rows_have_one_key_where_they_have_one_content(texts: list[tuple[str, str]]) -> None:
+    """Ids of the prompt, of the completion, and whether the loss is on the prompt; in any data, at any place."""
+    tokenizer, of_key, of_content = make("bytes"), {}, {}
+    for rows, on_prompt in itertools.product((texts, texts[::-2]), (False, True)):
+        module = TaskDataModule(rows_of(rows), tokenizer, "decoder", loss_on_prompt=on_prompt)
+        order = np.arange(len(rows))[::-1]
+        for row, key in zip(order, module.row_keys(order).tolist(), strict=True):
+            content = (on_prompt, *map(tuple, tokens_of(tokenizer, [rows[row]])[0]))
+            assert of_key.setdefault(key, content) == content and of_content.setdefault(content, key) == key
