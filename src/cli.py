@@ -621,14 +621,6 @@ def add_selection(parser: argparse.ArgumentParser, methods: Mapping[str, Describ
                        "--task_weights of stage 1's script (default: do not)")  # fmt: skip
     group.add_argument("--per_target", action="store_true", help="select for each target by itself: a subset for each, "
                        "and how much each task alone helps each target (default: one subset for the mean over the targets)")  # fmt: skip
-    group.add_argument("--tolerance", type=not_negative, default=0.0, help="smallest improvement that counts, as a share of "
-                       "the estimate (default: 0)")  # fmt: skip
-    group.add_argument(
-        "--patience",
-        type=not_negative_int,
-        default=0,
-        help="steps in a row that may bring no improvement; one more ends the search (default: 0)",
-    )
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
