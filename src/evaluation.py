@@ -52,8 +52,7 @@ def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, fl
     scores = _rank_correlation(values[samples])
     if np.isnan(scores).all():
         return float("nan"), float("nan")
-    low, high = np.nanquantile(scores, [0.05, 0.95])
-    return float(low), float(high)
+    return tuple(np.nanquantile(scores, [0.05, 0.95]).tolist())
 
 
 def attainable_maximum(fine_tuned_by_run: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
@@ -68,8 +67,7 @@ def attainable_maximum(fine_tuned_by_run: np.ndarray, draws: int = 1000) -> tupl
         return float("nan"), float("nan"), float("nan")
     found = _rank_correlation(fine_tuned_by_run), *bootstrap_interval(fine_tuned_by_run, draws)
     q = np.maximum(np.array(found, float), 0.0)  # keeps nan
-    maximum, low, high = np.sqrt(runs * q / (1 + (runs - 1) * q)).tolist()
-    return maximum, low, high
+    return tuple(np.sqrt(runs * q / (1 + (runs - 1) * q)).tolist())
 
 
 def given_inclusion(values: np.ndarray, is_in: np.ndarray) -> np.ndarray:
@@ -80,22 +78,17 @@ def given_inclusion(values: np.ndarray, is_in: np.ndarray) -> np.ndarray:
 
 
 def own_inclusion(membership: np.ndarray, targets: Sequence[str], tasks: Sequence[str]) -> np.ndarray | None:
-    """Whether each target's own task is in each subset, (m, k) bool, from membership (m, n); None where a target is no
-    task."""
+    """Whether each target's own task is in each subset, (m, k) bool, from membership (m, n); None where one is no task."""
     if not set(targets) <= set(tasks):
         return None
     return membership[:, [list(tasks).index(name) for name in targets]] > 0
 
 
 def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
-    """Every figure for estimates (m,) of one target.
-
-    Returns:
-        `lds` with its 90 % bootstrap interval `lds_low`, `lds_high`; `lds_top_quarter`, the same of the quarter of the
-        subsets with the lowest fine-tuned values (nan for fewer than 3 of them); `regret`, the fine-tuned value of the
-        subset that is estimated best minus the lowest (nan where estimates are equal); `pearson`; `relative_error`, the mean
-        of |estimate - true| / |true|; and `squared_relative_error`, |estimates - true|^2 / |true|^2 as in the paper.
-    """
+    """Every figure for estimates (m,) of one target: `lds` with its 90 % bootstrap interval; `lds_top_quarter`, of the quarter
+    of the subsets with the lowest fine-tuned values (nan for fewer than 3); `regret`, the fine-tuned value of the subset that
+    is estimated best minus the lowest; `pearson`; `relative_error`, the mean of |estimate - true| / |true|; and
+    `squared_relative_error`, |estimates - true|^2 / |true|^2 as in the paper."""
     estimates, fine_tuned = np.asarray(estimates, float), np.asarray(fine_tuned, float)
     lds = linear_datamodeling_score(estimates, fine_tuned)
     varies = np.isfinite(lds)
@@ -128,11 +121,10 @@ def comparison(
         inclusion: Whether a target's own task is in the subset, (m, k) bool; None where targets are no tasks.
 
     Returns:
-        A row for each target and predictor: `target`, `predictor`, the figures of `judge`, `attainable` with its 90 %
-        interval `attainable_low`, `attainable_high`, and with `inclusion` `lds_given_inclusion` and
-        `attainable_given_inclusion`, the same after `given_inclusion`. Predictor "constant" is the mean of the truth, "own
-        task in the subset" knows nothing but that. With several targets, target "(average)" has the mean of the targets'
-        figures, "(mean over targets)" those of the mean value.
+        A row for each target and predictor: the figures of `judge`, `attainable` with its 90 % interval, and with `inclusion`
+        `lds_given_inclusion` and `attainable_given_inclusion`. Predictor "constant" is the mean of the truth, "own task in the
+        subset" knows nothing but that. With several targets, target "(average)" has the mean of the targets' figures, "(mean
+        over targets)" those of the mean value.
     """
 
     def attainable(by_run: np.ndarray) -> dict[str, float]:
@@ -152,20 +144,20 @@ def comparison(
         for name, values in predictors.items():
             record = {"target": target, "predictor": name, **judge(values[:, k], truth[:, k]), **shared}
             if inclusion is not None:
-                given = np.zeros(len(truth)) if name == INCLUSION else given_inclusion(values[:, k], inclusion[:, k])
+                knows_more = name not in (CONSTANT, INCLUSION)
+                given = given_inclusion(values[:, k], inclusion[:, k]) if knows_more else np.zeros(len(truth))
                 record["lds_given_inclusion"] = linear_datamodeling_score(given, rests[:, k])
             records.append(record)
     frame = pd.DataFrame(records)
     if len(targets) == 1:
         return frame
-    average = frame.groupby("predictor", sort=False).mean(numeric_only=True).reset_index()
-    average.insert(0, "target", AVERAGE)
+    average = frame.groupby("predictor", sort=False).mean(numeric_only=True).reset_index().assign(target=AVERAGE)
     shared = attainable(fine_tuned.mean(axis=1))
     means = [
         {"target": MEAN, "predictor": name, **judge(values.mean(axis=1), truth.mean(axis=1)), **shared}
         for name, values in predictors.items()
     ]
-    return pd.concat([average, pd.DataFrame(means), frame], ignore_index=True)
+    return pd.concat([average, pd.DataFrame(means), frame], ignore_index=True)[frame.columns]
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_comparison_has_every_predictor_for_every_target() -> None:
         assert table.loc[(target, "estimate"), "lds_given_inclusion"] > 0.99
         assert table.loc[(target, "own"), "lds"] == pytest.approx(table.loc[(target, INCLUSION), "lds"])
         assert np.isnan(table.loc[(target, "own"), "lds_given_inclusion"])
-        assert np.isnan(table.loc[(target, CONSTANT), "lds"])
+        assert table.loc[(target, CONSTANT), ["lds", "lds_given_inclusion"]].isna().all()
     lds = [table.loc[(target, "estimate"), "lds"] for target in "abc"]
     assert table.loc[(AVERAGE, "estimate"), "lds"] == pytest.approx(np.mean(lds))
     assert set(comparison({"estimate": truth[:, :1]}, runs[:, :1], ["a"])["target"]) == {"a"}
