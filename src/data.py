@@ -84,11 +84,7 @@ class StoredExamples(Sequence[Example]):
 
 @dataclass(eq=False)
 class TaskData:
-    """All examples of a run, what to tell the user about them, and whose answer rule applies.
-
-    Raises:
-        ValueError: an example's `sample_index` is not its position, or its split is unknown.
-    """
+    """All examples of a run, what to tell the user about them, and whose answer rule applies."""
 
     examples: Sequence[Example]
     notices: tuple[str, ...] = ()  # one-line messages for the script to print
@@ -148,11 +144,7 @@ class TaskData:
         return f"{example.split} row of task {example.task}: {shorten(example.prompt.strip(), 40)!r}"
 
     def indices(self, split: str, tasks: Iterable[int] | None = None) -> np.ndarray:
-        """Ascending sample indices of a split, (.,) int64; of "train" optionally only those of some task ids.
-
-        Raises:
-            ValueError: unknown split, task ids for a split other than "train", or a task id out of range.
-        """
+        """Ascending sample indices of a split, (.,) int64; of "train" optionally only those of some task ids."""
         if split not in SPLITS or (tasks is not None and split != "train"):
             raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}, and task ids for train only")
         if tasks is None:

@@ -114,9 +114,7 @@ class Chat:
         given = _plain({"messages": messages, "tools": tools})
         messages, tools = given.get("messages"), given.get("tools") or None
         if not isinstance(messages, list) or len(messages) < 2:
-            raise ValueError(
-                f"{where}: messages is {shorten(messages)}, expected two or more turns of role and content"
-            )
+            raise ValueError(f"{where}: messages is {shorten(messages)}, expected two or more turns with role, content")
         turns = [_turn(turn, f"{where}: turn {n}", n == len(messages)) for n, turn in enumerate(messages, 1)]
         *before, last = turns
         if last["role"] != "assistant":
@@ -180,10 +178,9 @@ def _layout_of(record: Record, where: str, columns: Columns) -> tuple[str, ...]:
     # a record that lacks one of the columns is told so by the layout it comes nearest to
     layout = max(LAYOUTS, key=lambda names: 9 if set(names) <= set(record) else len(set(names) & set(record)))
     if not set(layout) & set(record):
-        expected = (
-            f"{'; '.join(map(' and '.join, LAYOUTS))}, or name yours with --prompt_column and --completion_column"
-        )
-        raise ValueError(f"{where} has the columns {shorten(', '.join(map(str, record)))}; expected {expected}")
+        known = "; ".join(map(" and ".join, LAYOUTS))
+        expected = f"expected {known}, or name yours with --prompt_column and --completion_column"
+        raise ValueError(f"{where} has the columns {shorten(', '.join(map(str, record)))}; {expected}")
     return layout
 
 
@@ -286,9 +283,7 @@ def _pickle_records(source: str, use_dev_map: bool) -> Iterator[tuple[str, Recor
         splits = dict.fromkeys(frame.index, "train")
         if not isinstance(dev_map, dict) or len(splits) < len(frame) or "_split" in frame or "skill" not in frame:
             expected = f"must hold a dict from skill to index labels, and {source} a column skill and no column _split"
-            raise ValueError(
-                f"{found[0]} {expected}, with index labels that do not repeat; correct them, or remove the map"
-            )
+            raise ValueError(f"{found[0]} {expected}, with labels that do not repeat; correct them, or remove the map")
         for skill, label in ((skill, label) for skill, labels in dev_map.items() for label in labels):
             if label not in splits or frame["skill"].at[label] != skill:
                 wrong = f"holds out row {label!r} of skill {skill!r}, but {source} has no such row of that skill"
@@ -333,10 +328,8 @@ def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
         elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+)?(:\w+)?", source):  # not named like a file
             yield from _hub_records(source)
         else:
-            expected = (
-                f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of save_to_disk, and hub ids"
-            )
-            raise ValueError(f"{source}: instruction data are {expected}")
+            known = f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of save_to_disk, hub ids"
+            raise ValueError(f"{source}: instruction data are {known}")
     except Exception as error:
         if type(error) in (ValueError, FileNotFoundError):  # our own
             raise
@@ -474,10 +467,8 @@ def _split_rows(rows: pa.Table, quotas: Callable[[int], tuple[int, int]], most: 
             (halved if split else bare)[task].add(key)
     halves = stable_sides(halved, lambda n: ((n + 1) // 2, n))
     splits = [halves[key] if split == HALVED else split for split, key in zip(given, keys, strict=True)]
-    tested, validated = (
-        {t for t, split in zip(tasks, splits, strict=True) if split == side} for side in ("test", "validation")
-    )
-    for task in sorted(tested - validated):
+    pairs = set(zip(tasks, splits, strict=True))
+    for task in sorted(task for task, split in pairs if split == "test" and (task, "validation") not in pairs):
         raise ValueError(f"task {task!r} ({where[task]}) has test rows but no validation rows")
     decided = {key: split for key, split in zip(keys, splits, strict=True) if split in HELD_OUT}
     side_of = stable_sides(bare, quotas, decided)
@@ -501,18 +492,11 @@ def load_instruction(
 ) -> TaskData:
     """Instruction data from files, folders and the hub.
 
-    Rows are divided by `stable_sides` over their prompts (of conversations: the turns before the last), unless they say
-    it themselves: in a field `_split`, or by a dev split map beside a pickle, whose rows are halved into validation and
-    test. Tasks of `target_files` are targets only: half validation, half test, or as `_split` says; dev split maps beside
-    those files are not consulted. Without a column that names tasks, a source is a task by its name (`source_names`).
-
-    Args:
-        data_files: Training sources; what `target_files` names too is a target only.
-        target_files: Sources of targets.
-        heldout_share: Share of a task's prompts that validates, and that tests; by default 0.1, with target files 0.
-        max_heldout: At most so many of them.
-        columns: Names of columns that are not the usual ones.
-        load_tokenizer: Gives the tokenizer whose chat template turns conversations into prompts.
+    Of each task `heldout_share` of the prompts (by default 0.1; 0 with target files), at most `max_heldout`, validates and
+    as many test, as `stable_sides` chooses; or as rows say themselves: in a field `_split`, or by a dev split map beside
+    a pickle, whose rows are halved. Tasks of `target_files` are targets only: half validation, half test, or as `_split`
+    says. Without a column that names tasks, a source is a task by its name (`source_names`). The tokenizer's chat template
+    turns conversations into prompts.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -557,9 +541,7 @@ def load_instruction(
         what = "rows are left out: other tasks hold out their prompts, and their own task has enough of them"
         notices.append(f"{left_out:,} {what}")
     if share and (bare := sorted(sources - {task for task, _, split in found if split == "validation"})):
-        what = (
-            "tasks have no held-out rows (too few distinct prompts, or nothing in the dev split map) and are no targets"
-        )
+        what = "tasks have no held-out rows (too few distinct prompts, or none in the dev split map) and are no targets"
         notices.append(f"{len(bare)} of {len(sources)} {what}: {shorten(', '.join(bare), 200)}")
     examples = StoredExamples(table.select(["prompt", "completion", "task"])).with_columns(split=splits)
     return TaskData(examples, (*notices, *chat.notices))

@@ -171,18 +171,6 @@ def test_real_pickles_read_as_pandas_reads_them(shared_data, name):
     assert read_pickle(path) == {skill: labels.tolist() for skill, labels in pd.read_pickle(path).items()}
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
-def test_arrow_arrays_that_begin_inside_their_buffers(tmp_path, monkeypatch, kind):
-    texts, path = ["aa", None, "b", "", "cé", None, "d", "e", None, "ff", "g"], tmp_path / "frame.pkl"
-    part = pyarrow.array(texts, kind).slice(3, 7)
-    array_class = pd.arrays.ArrowExtensionArray
-    frame = pd.DataFrame({0: array_class(part)})
-    # Not every version of Arrow rebases an array before it is pickled.
-    monkeypatch.setattr(array_class, "__getstate__", lambda self: {**vars(self), "_pa_array": part})
-    frame.to_pickle(path)
-    assert plain(read_pickle(path)) == {0: texts[3:10]}
-
-
 def test_label_maps(tmp_path):
     path = tmp_path / "map.pkl"
     content = {"a": np.array([1, 2]), "b": ["x"], "c": pd.Index([3]), "d": [np.int64(5)], "e": pd.RangeIndex(2)}

@@ -18,11 +18,6 @@ from src.instruction import Chat, Columns, load_instruction
 from src.models import load_tokenizer
 from tests.conftest import character_tokenizer, write_sources
 
-TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
 
 def texts(data: TaskData) -> list[tuple[str, ...]]:
     """What matters of every row."""
@@ -69,16 +64,6 @@ def test_every_format_gives_the_same_rows(name: str, frame: pd.DataFrame, tmp_pa
     assert {row.split for row in found.examples} == {"train", "validation", "test"}
 
 
-def test_a_changed_file_is_read_anew(frame: pd.DataFrame, tmp_path: Path) -> None:
-    """No copy of an earlier state of a file is used, even where name, size and number of rows stay."""
-    for name in ("rows.csv", "rows.parquet"):
-        FORMATS[name](frame, tmp_path / name)
-        first = texts(load_instruction([tmp_path / name]))
-        FORMATS[name](frame.assign(targets=frame["targets"].str[::-1]), tmp_path / name)
-        second = texts(load_instruction([tmp_path / name]))
-        assert [row[3][::-1] for row in second] == [row[3] for row in first] and first != second
-
-
 LAYOUTS = {
     "prompt": (lambda p, a, t: {"prompt": p, "completion": a, "task": t}, Columns()),
     "named": (lambda p, a, t: {"q": p, "a": a, "from": t}, Columns("from", "q", "a")),
@@ -99,7 +84,7 @@ def test_every_layout_gives_the_same_rows(layout: str, frame: pd.DataFrame, tmp_
 
 def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled() -> None:
     tokenizer = character_tokenizer(end_appended=False)
-    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ eos_token }}")
+    tokenizer.chat_template = CALLING.replace("{{ m.content or '' }}", "{{ m.content }}{{ eos_token }}")
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
     prompt, completion, _ = Chat(lambda: tokenizer).texts(turns, "here")
     assert prompt.count("<assistant>") == 2 and prompt.endswith("<assistant>") and completion == "a"
@@ -139,9 +124,7 @@ def test_damaged_sources_are_named(frame: pd.DataFrame, tmp_path: Path, monkeypa
         with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*\); write it again"):
             load_instruction([tmp_path / name])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"^nobody/nothing:train: no such file or folder, and as a data set on the hub"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing:train: no such file .* data set on the hub"):
         load_instruction(["nobody/nothing:train"])
     FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")
     with pytest.raises(ValueError, match="row 1: inputs is None, expected text"):
@@ -196,24 +179,32 @@ CALLING = (
 )
 
 
-@pytest.fixture
-def chat() -> Callable[..., PreTrainedTokenizerFast]:
-    """Makes a function that gives a tokenizer with a chat template."""
-
-    def with_template(template: str = CALLING) -> Callable[[], PreTrainedTokenizerFast]:
-        tokenizer = character_tokenizer(end_appended=False)
-        tokenizer.chat_template = template
-        return lambda: tokenizer
-
-    return with_template
+def chat(template: str = CALLING) -> Callable[[], PreTrainedTokenizerFast]:
+    """Gives a tokenizer with a chat template."""
+    tokenizer = character_tokenizer(end_appended=False)
+    tokenizer.chat_template = template
+    return lambda: tokenizer
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_files_are_read_as_tools_write_them(name: str, tmp_path: Path, chat: Callable) -> None:
+def test_files_are_read_as_tools_write_them(name: str, tmp_path: Path) -> None:
     content, prompt, completion = WRITTEN[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (row,) = load_instruction([tmp_path / name], load_tokenizer=chat()).examples
     assert (row.prompt, row.completion, row.task) == (prompt, completion, name.split(".")[0])
+
+
+def test_conversations_in_parquet_are_those_in_jsonl(tmp_path: Path) -> None:
+    """A columnar file has nulls where rows have different keys."""
+    turns = [
+        *said(("user", "q")),
+        {"role": "assistant", "tool_calls": [CALL]},
+        *said(("tool", "r"), ("assistant", "a")),
+    ]
+    rows = [{"messages": turns}, {"messages": said(("user", "p"), ("assistant", "b"))}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    found = load_instruction([tmp_path / "rows.parquet"], load_tokenizer=chat())
+    assert texts(found) == texts(load_instruction([lines(tmp_path / "rows.jsonl", rows)], load_tokenizer=chat()))
 
 
 def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path: Path) -> None:
@@ -222,10 +213,16 @@ def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path: Path) -> None
     assert row.prompt == "q\nc\n"
 
 
-@pytest.mark.parametrize("name", ["id.csv", "short.csv", "first.csv"])
-def test_a_csv_row_never_shifts(name: str, tmp_path: Path) -> None:
-    texts = {"id.csv": "id,prompt,completion\n0,q,a,note\n", "short.csv": "id,prompt,completion\nq,a\n", "first.csv": "prompt,completion\n0,q,a\n"}  # fmt: skip
-    (tmp_path / name).write_text(texts[name])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("id.csv", "id,prompt,completion\n0,q,a,note\n"),
+        ("short.csv", "id,prompt,completion\nq,a\n"),
+        ("first.csv", "prompt,completion\n0,q,a\n"),
+    ],
+)
+def test_a_csv_row_never_shifts(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}, row 1 has \d fields, and the first line names \d columns \("):
         load_instruction([tmp_path / name])
 
@@ -296,16 +293,13 @@ def test_a_task_column_is_for_the_sources_that_have_it(tmp_path: Path) -> None:
     assert (data.tasks, data.targets) == (("a", "b"), ("goal",))
     data = load_instruction([mixed])
     assert data.tasks == ("mixed",) and "--task_column source would make 2 of it" in data.notices[0]
-    with pytest.raises(
-        ValueError, match=r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such a column"
-    ):
+    with pytest.raises(ValueError, match=r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such"):
         load_instruction([mixed], [goal], columns=Columns("kind"))
 
 
-def test_splits_and_texts_are_the_same_on_any_day(tmp_path: Path, chat: Callable) -> None:
-    source = lines(
-        tmp_path / "chat.jsonl", [{"messages": said(("user", f"q{i}"), ("assistant", "a"))} for i in range(20)]
-    )
+def test_splits_and_texts_are_the_same_on_any_day(tmp_path: Path) -> None:
+    talks = [{"messages": said(("user", f"q{i}"), ("assistant", "a"))} for i in range(20)]
+    source = lines(tmp_path / "chat.jsonl", talks)
 
     def loaded(template: str) -> TaskData:
         return load_instruction([source], load_tokenizer=chat(template))
@@ -327,7 +321,7 @@ def test_splits_and_texts_are_the_same_on_any_day(tmp_path: Path, chat: Callable
         ("{% for m in messages %}{{ m", "unexpected end"),
     ],
 )
-def test_what_a_template_raises_names_the_row(template: str, reason: str, tmp_path: Path, chat: Callable) -> None:
+def test_what_a_template_raises_names_the_row(template: str, reason: str, tmp_path: Path) -> None:
     source = lines(tmp_path / "chat.jsonl", [CHAT])
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take this") as caught:
         load_instruction([source], load_tokenizer=chat(template))
