@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from safetensors.numpy import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
-from src.gradients import GradientCollector, StoreWriter, collect_gradients
+from src import gradients, store
+from src.gradients import GradientCollector, collect_gradients
 from src.processes import Processes
 from src.projection import make_projection
 from src.stages import placed
+from src.store import StoreWriter
 from tests.commands import ROOT
 from tests.faults import Stages, srun_environments, torchrun_environments
 from tests.test_models import adapted, make_datamodule
@@ -142,69 +145,60 @@ def test_sharded_training_is_whole_training(track: tuple[Path, list[str]], stage
     pd.testing.assert_frame_equal(*truths, rtol=1e-4)
 
 
-def test_a_dead_process_leaves_what_it_has_finished(model_folders: dict[str, str], tmp_path: Path) -> None:
-    """Of two processes one dies in the middle; afterwards one process alone, or three, compute only what is missing."""
+def test_a_dead_process_leaves_what_it_has_finished(
+    model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes one dies in the middle; afterwards three compute only what is missing, and wait in step."""
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=60)
-    data = datamodule.data
-    rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
-    samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
-    projection = make_projection("sketch", 16, 0)
+    data, rows = datamodule.data, np.arange(len(datamodule.data))
+    samples = {"sample_index": rows, "key": datamodule.row_keys(rows), "task": data.task_of_sample}
+    samples |= {"target": data.target_of_sample, "target_tokens": datamodule.target_tokens}
+    taken: list[int] = []
+    monkeypatch.setattr(store, "FLUSH_SECONDS", 0)
+    collect, lock = gradients._collect, threading.Lock()
 
-    def writer(name: str) -> StoreWriter:
-        return StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "", representation_size=32)
+    def in_turn(*arguments: object) -> None:
+        with lock:  # the model is one
+            collect(*arguments)
 
-    def take(store: StoreWriter, rank: int, world: int) -> None:
-        """What one process does between two of its waits."""
-        batches = datamodule.budgeted(store.missing())[rank::world]
-        if batches:
-            shard = store.shard(rank, np.concatenate(batches))
-            collect_gradients(model, datamodule, projection, shard, output_function="loss")
-            shard.flush()
+    monkeypatch.setattr(gradients, "_collect", in_turn)
+    original = GradientCollector.__call__
 
-    whole = writer("whole")
-    collect_gradients(model, datamodule, projection, whole, output_function="loss")
-    whole.finish({})
-    cut = writer("cut")
-    take(cut, 0, 2)
-    dead = cut.shard(1, np.concatenate(datamodule.budgeted(cut.missing())[1::2]))
-    collected = dead.missing()[:3]
-    for batch in datamodule.evaluation_batches(collected):  # three samples are done, then it dies
-        index = batch["sample_index"].numpy()
-        position = np.searchsorted(rows, index)
-        parts = (
-            np.load(tmp_path / "whole" / f"{name}.npy")[position]
-            for name in ("projected", "outputs", "representations")
-        )
-        dead.write(index, *parts)
-    dead.flush()
+    def take(name: str, world: int, most: int) -> StoreWriter:
+        """What the processes leave of which the last ends after so many batches; the first's writer."""
+        barrier, opened, calls, waits = threading.Barrier(world), [], [], []
 
-    again = writer("cut")  # the same command, started again
-    again.absorb()
-    assert not set(collected) & set(again.missing()) and 0 < len(again.missing()) < len(rows) / 2
-    shares = [np.concatenate(datamodule.budgeted(again.missing())[rank::3]) for rank in range(3)]
-    assert sorted(np.concatenate(shares)) == sorted(again.missing())  # each sample once
-    for rank in range(3):
-        take(again, rank, 3)
-    again.absorb()
-    again.finish({})
+        def counted(collector: GradientCollector, batch: dict) -> tuple:
+            calls.append(threading.current_thread().name)
+            if calls.count(f"{world - 1}") > most:
+                raise KeyboardInterrupt
+            taken.extend(batch["sample_index"].tolist())
+            return original(collector, batch)
+
+        def process(rank: int) -> None:
+            processes = Processes(rank, world, "cpu", lambda: waits.append(rank) or barrier.wait())
+            options = {"output_function": "loss", "processes": processes}
+            try:
+                collect_gradients(model, datamodule, make_projection("sketch", 16, 0), opened[rank], **options)
+            except (KeyboardInterrupt, threading.BrokenBarrierError):
+                barrier.abort()
+
+        monkeypatch.setattr(GradientCollector, "__call__", counted)
+        opened += [StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "", 32) for _ in range(world)]
+        threads = [threading.Thread(target=process, args=[rank], name=f"{rank}") for rank in range(world)]
+        for step in (threading.Thread.start, threading.Thread.join):
+            list(map(step, threads))
+        assert len({waits.count(rank) for rank in range(world)}) == 1 or most < 100
+        return opened[0]
+
+    take("whole", 1, 100).finish({})
+    take("cut", 2, 1)
+    taken.clear()
+    of = take("cut", 3, 100)
+    assert len(set(taken)) == len(taken) < len(rows)
+    of.finish({})
     for name in ("projected", "outputs", "representations"):
         expected, found = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("whole", "cut"))
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(found, expected)
     assert not list(tmp_path.glob(".cut*"))
-
-
-def test_waiting_is_in_step(model_folders: dict[str, str], tmp_path: Path) -> None:
-    """The first process takes shards over before and after; every process waits the same number of times."""
-    model = adapted(model_folders["llama"])
-    datamodule = make_datamodule(model, tmp_path)
-    rows = datamodule.data.indices("train")
-    samples = {"sample_index": rows, "task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
-    waits = []
-    for rank in (1, 0):
-        store = StoreWriter(tmp_path / "store", {"dim": 8}, samples, 8, "")
-        processes = Processes(rank, 2, "cpu", lambda rank=rank: waits.append(rank))
-        collect_gradients(
-            model, datamodule, make_projection("sketch", 8, 0), store, output_function="loss", processes=processes
-        )
-    assert waits == [1, 1, 0, 0]
