@@ -36,10 +36,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from src import cli
 from src.datamodule import TaskDataModule
-from src.gradients import GradientCollector, StoreWriter, collect_gradients
+from src.gradients import GradientCollector, collect_gradients
 from src.instruction import load_instruction
 from src.models import LanguageModel, LoraShape, add_adapter
 from src.projection import Projection, make_projection
+from src.store import StoreWriter
 
 VOCABULARY = 4096
 KINDS = ("sketch", "two_sided", "dense")
@@ -191,10 +192,11 @@ class Bench:
         data = self.datamodule.data
         rows = data.indices("train")
         samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+        samples |= {"key": self.datamodule.row_keys(rows), "target_tokens": self.datamodule.target_tokens[rows]}
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             projection = make_projection(kind, self.dim, 0)
-            groups = {"tasks": (samples["task"], len(data.tasks)), "targets": (samples["target"], len(data.targets))}
-            store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "", groups=groups)
+            names = {"tasks": data.tasks, "targets": data.targets}
+            store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "", names=names)
             collect_gradients(
                 self.model, self.datamodule, projection, store, output_function="loss", autocast=self.autocast
             )

@@ -22,8 +22,8 @@ import numpy as np
 
 from src import cli
 from src.estimation import estimate
-from src.gradients import StoredPart, StoreWriter
 from src.paths import read_manifest
+from src.store import StoredPart, StoreWriter
 
 
 def anonymous_bytes() -> int:
@@ -58,20 +58,20 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
     is_target = np.arange(args.rows) % 10 == 0
     samples = {
         "sample_index": np.arange(args.rows),
+        "key": np.char.mod("%08x", np.arange(args.rows)),
         "task": np.where(is_target, -1, tasks),
         "target": np.where(is_target, tasks % args.targets, -1),
         "target_tokens": rng.integers(1, 100, args.rows),
     }
-    groups = {"tasks": (samples["task"], args.tasks), "targets": (samples["target"], args.targets)}
-    writer = StoreWriter(folder, {"dim": args.dim, "output_function": "loss"}, samples, args.dim, "", groups=groups)
+    names = {"tasks": list(map(str, range(args.tasks))), "targets": list(map(str, range(args.targets)))}
+    writer = StoreWriter(folder, {"dim": args.dim, "output_function": "loss"}, samples, args.dim, "", names=names)
     means = rng.standard_normal((args.tasks, args.dim), np.float32)
     order = rng.permutation(args.rows)
     for start in cli.progress(range(0, args.rows, 4096), desc="rows", unit="batch"):
         index = np.sort(order[start : start + 4096])
         rows = rng.standard_normal((len(index), args.dim), np.float32) + means[tasks[index]]
         writer.write(index, rows, rng.random(len(index), np.float32))
-    names = {"tasks": list(map(str, range(args.tasks))), "targets": list(map(str, range(args.targets)))}
-    writer.finish({**names, "step": 0})
+    writer.finish({"step": 0})
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -448,7 +448,7 @@ class TaskDataModule(pl.LightningDataModule):
             parts = self.tokens.prompts[index], self.tokens.completions[index]
             digest = hashlib.blake2b(f"{len(parts[0])} {self.loss_on_prompt}".encode(), digest_size=16)
             for ids in parts:
-                digest.update(np.ascontiguousarray(ids))
+                digest.update(ids.tobytes())
             keys.append(digest.hexdigest())
         return np.array(keys, dtype="<U32")
 

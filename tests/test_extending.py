@@ -15,11 +15,11 @@ from torch import Tensor
 from src.data import TaskData, require_file
 from src.datamodule import Batch
 from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part, _shares, _target_means, _tensor
-from src.store import StoredPart, open_store
 from src.instruction import FORMATS, Record, _numbered
 from src.models import LORA_TARGETS, LanguageModel, load_checkpoint, per_sample_loss
 from src.selection import METHODS, Estimate, Method, SelectionPath, Step
 from src.stages import load_data, make_datamodule
+from src.store import StoredPart, open_store
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources

@@ -12,8 +12,8 @@ import pytest
 
 from src.estimates import Estimator, reference_estimates
 from src.estimation import estimate
-from src.store import open_store
 from src.selection import forward_selection
+from src.store import open_store
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
 

@@ -12,9 +12,9 @@ import torch
 
 from src import gradients
 from src.cli import run_stage
-from src.gradients import GradientCollector, StoreWriter, collect_gradients, fitting_budget
+from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.projection import make_projection
-from tests.commands import run_script
+from src.store import StoreWriter
 from tests.conftest import write_sources
 from tests.faults import Stages
 from tests.test_models import adapted, make_datamodule
@@ -53,7 +53,13 @@ def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str],
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=10_000)
     rows = datamodule.data.indices("train")
-    samples = {"sample_index": rows, "task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
+    samples = {
+        "sample_index": rows,
+        "key": datamodule.row_keys(rows),
+        "target_tokens": datamodule.target_tokens[rows],
+        "task": datamodule.data.task_of_sample[rows],
+        "target": np.full(len(rows), -1),
+    }
 
     def collect(name: str) -> np.ndarray:
         store = StoreWriter(tmp_path / name, {}, samples, 16, "")
@@ -134,23 +140,3 @@ def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stag
     gradients = [*STAGE_2, *flags, "--project_dim", "16", "--max_tokens_per_batch"]
     outcome = stages.run(workspace, [*gradients, "80000"], memory=100 << 20)
     assert outcome.status == 0 and "batches are halved" in outcome.output, outcome.output
-
-
-def test_rows_of_half_precision(here: list[str], tmp_path: Path) -> None:
-    """Half the room, near the same rows, estimates from them; a gradient too large for it is refused."""
-    run_script(*STAGE_2, *here, "--project_dim", "32", "--run", "0", "--row_dtype", "float32")
-    run_script(*STAGE_2, *here, "--project_dim", "48", "--row_dtype", "float16")
-    run_script(*STAGE_2, *here, "--project_dim", "48", "--row_dtype", "float32", "--max_tokens_per_batch", "auto", "--run", "0",
-               "--output_function", "margin")  # fmt: skip
-    (half,) = Path("gradients").glob("*dim_48_run_0")
-    rows = np.load(half / "step_step=8" / "projected.npy")
-    assert rows.dtype == np.float16
-    run_script("fast_estimate_linear_regression_alpaca.py", *here, "--project_dim", "48", "--number_of_subsets", "4",
-               "--save_name", "half")  # fmt: skip
-    with pytest.raises(ValueError, match="row_dtype: found float16, expected float32"):
-        run_script(*STAGE_2, *here, "--project_dim", "48", "--row_dtype", "float32")
-    samples = {"sample_index": np.arange(2), "task": np.zeros(2, int), "target": np.full(2, -1)}
-    for size in (1e6, 1e-9):
-        store = StoreWriter(tmp_path / "store", {}, samples, 4, "", row_dtype="float16")
-        with pytest.raises(ValueError, match=r"does not fit into float16.*--row_dtype float32"):
-            store.write(np.arange(2), np.full((2, 4), size, np.float32), np.zeros(2, np.float32))

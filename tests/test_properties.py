@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from src.data import SPLITS, StoredExamples, TaskData, stable_split, store_texts
 from src.estimation import ESTIMATORS, Part, Rows, estimate, task_moments
 from src.frames import read_pickle
-from src.store import open_store
 from src.paths import results_dir, slug, subset_file
 from src.projection import make_projection
 from src.selection import forward_selection
+from src.store import open_store
 from src.subsets import membership_matrix, read_subsets, write_subsets
 from tests.test_stages import here, track
 

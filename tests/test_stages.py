@@ -19,10 +19,10 @@ from src.cli import run_stage
 from src.datamodule import TaskDataModule, tokenize_once
 from src.estimation import estimate
 from src.gradients import outputs_of
-from src.store import open_store
 from src.instruction import load_instruction
 from src.models import LanguageModel, load_base_model, load_checkpoint
 from src.stages import load_data, make_datamodule
+from src.store import open_store
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources

@@ -15,8 +15,8 @@ from src.datamodule import TaskDataModule
 from src.estimation import Part, estimate, task_moments
 from src.finetune import FineTuning, TrainingPlan
 from src.gradients import outputs_of
-from src.store import open_store
 from src.models import LanguageModel, load_base_model
+from src.store import open_store
 from tests.commands import run_script
 from tests.test_stages import here, track
 
