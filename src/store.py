@@ -175,8 +175,8 @@ class StoreWriter:
 
     def unfinished(self, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
         """Those batches of sample indices that have one still to be computed; they are computed as a whole."""
-        missing = self.missing()
-        return [batch for batch in batches if np.isin(batch, missing).any()]
+        missing, indices = self._is_missing, self.samples["sample_index"]
+        return [batch for batch in batches if missing[np.searchsorted(indices, batch)].any()]
 
     def write(
         self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray, representations: np.ndarray | None = None
