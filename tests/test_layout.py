@@ -29,6 +29,7 @@ ORDER = [
     "projection",
     "estimation",
     "calibration",
+    "store",
     "gradients",
     "subsets",
     "selection",
