@@ -36,10 +36,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from src import config, console
 from src.datamodule import TaskDataModule
-from src.gradients import GradientCollector, StoreWriter, collect_gradients
+from src.gradients import GradientCollector, collect_gradients
 from src.instruction import load_instruction
 from src.models import LanguageModel, LoraShape, add_adapter
 from src.projection import Projection, make_projection
+from src.store import StoreWriter
 
 VOCABULARY = 4096
 KINDS = ("sketch", "two_sided", "dense")

@@ -43,9 +43,8 @@ class StoreWriter:
     """The rows of one checkpoint on their way to disk.
 
     Rows go to memory-mapped arrays in a hidden `.part` folder, which `finish` gives its name; a killed run is resumed from
-    it. Where the rows that are there, finished or not, are not just those asked for (data were added, dropped, corrected,
-    renamed), those with the same keys are taken over and only the others are `missing`. Rows with the same key are
-    computed once.
+    it. Rows that an earlier run, finished or not, took of other data (before some were added, dropped, corrected, renamed)
+    are taken over where keys are the same. Rows with the same key are computed once.
 
     Args:
         folder: The part's final folder.
@@ -61,8 +60,7 @@ class StoreWriter:
     Attributes:
         complete: The finished folder has just these rows.
         reused: How many of the R rows were taken over.
-        to_compute: Sample indices of the other rows, done or not: batches are cut from these, so that no row depends on
-            where a run was killed.
+        to_compute: Sample indices of the others, done or not: batches are cut from these, wherever a run was killed.
 
     Raises:
         ValueError: the folder is of another request.
@@ -97,9 +95,9 @@ class StoreWriter:
             if not self.partial.is_dir():  # else other rows were begun, which are kept
                 self._tidy()
             return
-        sizes = {PROJECTED: (dim,), OUTPUTS: ()} | (
-            {REPRESENTATIONS: (representation_size,)} if representation_size else {}
-        )
+        sizes: dict[str, tuple[int, ...]] = {PROJECTED: (dim,), OUTPUTS: ()}
+        if representation_size:
+            sizes[REPRESENTATIONS] = (representation_size,)
         if (found := self._found(self.partial)) != self.fingerprint:
             if found is not None:  # other rows: absorbed like a shard
                 _remove(shard := self._shard(found))
@@ -115,8 +113,9 @@ class StoreWriter:
         """Fingerprint of the rows in a folder, of this request; None where there are none."""
         if folder == self.folder and folder.is_dir():
             found = read_manifest(folder, self.repair)
-        elif (arrays := read_arrays(folder / SAMPLES)) is not None:
-            found = json.loads(str(arrays["made_from"]))
+        elif (folder / SAMPLES).is_file():
+            with np.load(folder / SAMPLES) as arrays:
+                found = json.loads(str(arrays["made_from"]))
         else:
             return None
         check_manifest(folder, found, self.request, self.repair)
@@ -176,11 +175,8 @@ class StoreWriter:
 
     def unfinished(self, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
         """Those batches of sample indices that have one still to be computed; they are computed as a whole."""
-        missing = self._is_missing
-        return [batch for batch in batches if missing[self._positions(batch)].any()]
-
-    def _positions(self, sample_index: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.samples["sample_index"], sample_index)
+        missing, indices = self._is_missing, self.samples["sample_index"]
+        return [batch for batch in batches if missing[np.searchsorted(indices, batch)].any()]
 
     def write(
         self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray, representations: np.ndarray | None = None
@@ -198,7 +194,7 @@ class StoreWriter:
                 f"{self.describe(int(sample_index[at]))}: its {what} is not finite at {self.folder.name}; look at the "
                 "row's text, lower the learning rate of meta-training, or take gradients with --precision 32"
             )
-        positions = self._positions(sample_index)
+        positions = np.searchsorted(self.samples["sample_index"], sample_index)
         for array, values in zip(self._arrays.values(), (rows, outputs, representations), strict=False):
             array[positions] = values
         self._written[positions] = True
@@ -303,7 +299,7 @@ class StoredPart:
         """Representations (R, H); FileNotFoundError where the store was made without."""
         if REPRESENTATIONS not in self.manifest["files"]:
             raise FileNotFoundError(
-                f"{self.folder} holds no representations; remove it and take the gradients again with --representations"
+                f"{self.folder} holds no representations; take its gradients with --representations"
             )
         return np.load(self.folder / REPRESENTATIONS, mmap_mode="r")
 
@@ -379,7 +375,7 @@ class StoredPart:
     def moments(
         self, name: str, groups: np.ndarray, number: int, weight_by: str, outers: bool, represented: bool = False
     ) -> TaskMoments:
-        """The moments of the rows of each of so many groups, computed once and kept in a .npz beside the rows."""
+        """The moments of so many groups of rows, computed once and kept in a .npz beside the rows."""
         by_token = weight_by == "token"
         file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
         made_from = self.manifest[FINGERPRINT] + f"^{CURVATURE_POWER}" * by_token

@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from src import gradients
-from src.console import run_stage
-from src.gradients import GradientCollector, StoreWriter, collect_gradients, fitting_budget
+from src.cli import run_stage
+from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.projection import make_projection
+from src.store import StoreWriter
 from tests.conftest import write_sources
 from tests.faults import Stages
 from tests.test_models import adapted, make_datamodule
+from tests.test_stages import here, track
 
+__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
+STAGE_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs"]
 ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"),
@@ -49,7 +53,13 @@ def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str],
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=10_000)
     rows = datamodule.data.indices("train")
-    samples = {"sample_index": rows, "task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
+    samples = {
+        "sample_index": rows,
+        "key": datamodule.row_keys(rows),
+        "target_tokens": datamodule.target_tokens[rows],
+        "task": datamodule.data.task_of_sample[rows],
+        "target": np.full(len(rows), -1),
+    }
 
     def collect(name: str) -> np.ndarray:
         store = StoreWriter(tmp_path / name, {}, samples, 16, "")
@@ -64,8 +74,7 @@ def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str],
 def test_a_batch_that_ends_the_memory_is_halved(
     error: Exception, collecting: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rows fit, more do not: the same rows as with memory for all. One that does not fit alone is named, and errors
-    of other kinds are not hidden."""
+    """Three rows fit, more do not: the same rows as with memory for all; one that does not fit alone is named."""
     expected = collecting("all")
     monkeypatch.setattr(gradients, "GradientCollector", small := fitting(3, error))
     np.testing.assert_allclose(collecting("three"), expected, rtol=1e-4, atol=1e-6)
@@ -75,9 +84,12 @@ def test_a_batch_that_ends_the_memory_is_halved(
         ValueError, match=r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing"
     ):
         collecting("none")
+
+
+def test_other_errors_of_a_batch_are_not_hidden(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "GradientCollector", fitting(3, RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        collecting("other")
+        collecting("store")
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -111,14 +123,20 @@ def test_auto_doubles_the_budget_while_a_batch_fits(rows: int, model_folders: di
 def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stages, workspace: Path) -> None:
     """A process that may take 100 MB more: a batch of gradients is halved, a training step ends in one line."""
     write_sources(workspace / "sources.jsonl", {f"{name} {'long ' * 30}": 200 for name in ("up", "down")})
-    flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora"]
+    flags = [
+        "--data_files",
+        "sources.jsonl",
+        "--data_key",
+        "long",
+        "--model_key",
+        model_folders["llama"],
+        "--train_lora",
+    ]
     training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
     outcome = stages.run(workspace, [*training, "--batch_size", "320", "--save_name", "large"], memory=100 << 20)
     assert outcome.status == 1 and "Traceback" not in outcome.output, outcome.output
     assert "error: out of memory (asked for " in outcome.output.splitlines()[-1]
     assert stages.run(workspace, [*training, "--batch_size", "8"]).status == 0
-    stage_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags]
-    outcome = stages.run(
-        workspace, [*stage_2, "--project_dim", "16", "--max_tokens_per_batch", "80000"], memory=100 << 20
-    )
+    gradients = [*STAGE_2, *flags, "--project_dim", "16", "--max_tokens_per_batch"]
+    outcome = stages.run(workspace, [*gradients, "80000"], memory=100 << 20)
     assert outcome.status == 0 and "batches are halved" in outcome.output, outcome.output
