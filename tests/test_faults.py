@@ -341,7 +341,7 @@ def test_artifacts_of_another_version_are_no_parents(world: World, monkeypatch: 
     monkeypatch.chdir(world.after(2, "version"))
     for path in Path("gradients").glob(f"*/*/{MANIFEST}"):
         edit(path, lambda text: text.replace(f'"version": {ARTIFACT_VERSION}', '"version": 2'))
-    with pytest.raises((ValueError, FileNotFoundError), match="called that|no projected gradients"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"called that|no projected gradients"):
         run_script(STAGE_3, *NAMED)
     with pytest.raises(ValueError, match=f"has version 2, this code reads version {ARTIFACT_VERSION}; remove"):
         run_script(*STAGE_2, *NAMED, *DIM, "--representations")

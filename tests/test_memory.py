@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from src import gradients
-from src.cli import run_stage
+from src.console import run_stage
 from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.projection import make_projection
 from src.store import StoreWriter

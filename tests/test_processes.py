@@ -76,7 +76,7 @@ def test_rows_are_those_of_one_process(
     strategy: str, count: int, launcher: str, track: tuple[Path, list[str]], stages: Stages, tmp_path: Path
 ) -> None:
     """The stage on the CPU (gloo), however it is started: the whole model in each process, or its weights spread."""
-    folder, flags = track
+    folder, _ = track
     workspace = tmp_path / "workspace"
     shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients"))
     options = ["--strategy", strategy, "--accelerator", "cpu", "--project_dim", "32", "--max_tokens_per_batch", "200"]
