@@ -17,7 +17,9 @@ from src import config, console
 def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The flags that were typed."""
     shown = (config.ChosenTasks, config.NameConfig, config.ClustersConfig)
-    return config.stage_parser(__doc__, shown, (config.DataConfig, config.ModelConfig)).parse_args(argv)
+    return config.stage_parser(
+        __doc__, shown, (config.DataConfig, config.ModelConfig, config.TrainingConfig)
+    ).parse_args(argv)
 
 
 def main(args: Any) -> None:

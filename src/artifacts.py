@@ -29,7 +29,7 @@ SAMPLED_TASKS = Path("sampled_tasks")
 RESULTS = Path("results")
 DATA = Path("data")
 SAVED = Path("saved")
-TOKENS = Path("cache") / "tokens"
+TOKENS, LOCKS = Path("cache") / "tokens", Path("cache") / "locks"
 ALPACA_FILE = DATA / "alpaca_data" / "alpaca_final.pkl"
 FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
 ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
@@ -207,11 +207,20 @@ def os_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def _is_running(process: str) -> bool:
+    try:
+        return (
+            Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )  # a dead child not waited for
+    except OSError:
+        return not Path("/proc").is_dir()
+
+
 def _beside(path: Path) -> Path:
     """A temporary name beside a path, with its ending; those that killed processes left there are removed."""
     for left in path.parent.glob(f".{glob.escape(path.stem)}.*.part{glob.escape(path.suffix)}"):
         process = left.name.removesuffix(f".part{path.suffix}").rpartition(".")[2]
-        if process.isdigit() and Path("/proc").is_dir() and not Path("/proc", process).exists():
+        if process.isdigit() and not _is_running(process):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
 
@@ -270,8 +279,8 @@ def locked(*paths: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         for path in sorted(set(paths)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=1)
+            LOCKS.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(LOCKS / f"{slug(str(path))}.lock", timeout=1)
             try:
                 held.enter_context(lock)
             except Timeout:

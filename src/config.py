@@ -45,9 +45,8 @@ def number(
         value = kind(text)
         if not (low <= value <= high and value > above and math.isfinite(value)):
             bounds = f"above {above:g}" if above > -math.inf else f"of at least {low:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text}: expected a number {bounds}" + (f", at most {high:g}" if high < math.inf else "")
-            )
+            bounds = f"from {low:g} to {high:g}" if high < math.inf else bounds
+            raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' * (kind is int)}number {bounds}")
         return value
 
     convert.__name__ = "number"
@@ -646,10 +645,18 @@ def parent_of(
     return None
 
 
+def _without_batch_size(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """What is typed, but for the batch size that the published commands give to stages that do not train."""
+    if "batch_size" in typed:
+        say_once("note: --batch_size has no effect where nothing is trained")
+    return {name: value for name, value in typed.items() if name != "batch_size"}
+
+
 def from_run(cls: type[Config], typed: Mapping[str, Any], **defaults: Any) -> tuple[Config, Path | None]:
     """The configuration of stage 2, and the folder of the meta-training that it goes on from; None where checkpoints of
     another trainer are named. Data may be others than in meta-training: a source can be added later."""
     made_by, data = "stage 1 (custom_train.py or custom_train_alpaca.py)", [f.name for f in fields(DataConfig)]
+    typed = _without_batch_size(typed)
     wanted = {"run": 0, **typed}
     parent = parent_of(cls, wanted, f"{META_INITIALIZATIONS}/*", made_by=made_by, ignoring=data)
     config = inherit(cls, typed, parent[1] if parent else None, **defaults)
@@ -667,6 +674,7 @@ def from_store(cls: type[Config], typed: Mapping[str, Any], output_function: str
     Raises:
         FileNotFoundError: there is no store.
     """
+    typed = _without_batch_size(typed)
     wanted = {"run": 0, "output_function": output_function or "loss", **typed}
     parent = parent_of(cls, wanted, f"{GRADIENTS}/*/*", made_by="stage 2")
     if parent is None:

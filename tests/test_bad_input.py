@@ -120,7 +120,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "a folder for a file": (TRAIN, data("folder.jsonl"), r"bad/folder\.jsonl is a folder without data files"),
     "a pickle that runs code": (TRAIN, data("code.pkl"), r"bad/code\.pkl cannot be read .* asks for (posix|os)\.system"),
     "no pickle": (TRAIN, data("plain.pkl"), r"bad/plain\.pkl is not a pickle"),
-    "both kinds of data": (TRAIN, ["--train_instruction"], r"--data_files and --train_instruction, which names files of its own; leave one of them out"),
+    "both kinds of data": (TRAIN, ["--train_instruction"], r"--train_instruction names files of its own; leave it or --data_files out"),
     "nothing left to train on": (TRAIN, ["--heldout_share", "0.5", "--save_name", "n"], r"held-out shares 0\.5 and 0\.5"),
     # models
     "unknown model": (TRAIN, ["--model_key", "nobody/nothing", "--save_name", "n"], r"--model_key nobody/nothing: cannot load"),
@@ -147,9 +147,9 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "no GPU": (TRAIN, ["--accelerator", "cuda"], r"--accelerator cuda: this machine has no CUDA GPU"),
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
-    "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora with --strategy fsdp: 4-bit weights"),
-    "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--data_files is instruction data, and --dataset_key chain of thought"),
-    "adapter of another model": (TRAIN, [*OF_ANOTHER, "--save_name", "n"], r"bad/checkpoint does not fit .*model_key: found .*, expected bad/tokens; base_fingerprint: found .*pass --model_key"),
+    "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora is for .* and not --strategy fsdp"),
+    "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--dataset_key None there, strategy_qa typed"),
+    "adapter of another model": (TRAIN, [*OF_ANOTHER, "--save_name", "n"], r"bad/checkpoint is an adapter of the base model .*, and --model_key is bad/tokens; pass --model_key"),
     "adapter of another rank": (TRAIN, ["--load_model_dir", "bad/checkpoint", "--lora_rank", "8", "--save_name", "n"], r"bad/checkpoint has an adapter of rank 4.*--lora_rank 4"),
     "no checkpoint": (TRAIN, ["--load_model_dir", "none/step_step=1", "--save_name", "n"], r"--load_model_dir none/step_step=1: no folder"),
     # subsets
@@ -166,9 +166,9 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     # gradients
     "other rank": (GRADIENTS, ["--lora_rank", "8"], r"does not exist|rank"),
     "no dimension": (GRADIENTS, ["--project_dim", "0"], r"--project_dim.*at least 1"),
-    "other run": (GRADIENTS, ["--run", "3"], r"run_3 does not exist; make it with: python custom_train"),
+    "other run": (GRADIENTS, ["--run", "3"], r"--run 0 there, 3 typed"),
     # estimates
-    "no store": (ESTIMATE, ["--project_dim", "77"], r"no projected gradients in .*dim_77"),
+    "no store": (ESTIMATE, ["--project_dim", "77"], r"--project_dim 32 there, 77 typed"),
     "rho": (ESTIMATE, ["--rho", "-1"], r"--rho.*above 0"),
     "larger than all": (ESTIMATE, ["--subset_size", "9", "--sampled_tasks", "bad/new.txt"], r"subset size 9"),
     "more than exist": (ESTIMATE, ["--number_of_subsets", "99", "--sampled_tasks", "bad/new.txt"], r"99 subsets of 2 out of 4 tasks.*only 6 exist"),
@@ -186,7 +186,6 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     # chain of thought
     "unknown data set": (COT, ["--dataset_key", "nothing", "--model_key", "-llama"], r"nothing"),
     "data set that climbs": (COT, ["--dataset_key", "../../etc/passwd", "--model_key", "-llama"], r"\.\./\.\./etc/passwd"),
-    "no data set": (COT_ESTIMATE, [], r"--dataset_key"),
     "no texts for a model": (BASE_MODEL, ["--data_files", "bad/empty.jsonl", "--output_dir", "bad/new"], r"bad/empty\.jsonl is empty"),
 }  # fmt: skip
 
@@ -217,6 +216,8 @@ def arguments_of(script: str, own: list[str], flags: list[str]) -> tuple[str, li
         shared = []
     elif name in (ESTIMATE, SELECT):
         shared += ["--project_dim", "32"]
+    if name in (ESTIMATE, SELECT, EXPORT) or script == GRADIENTS:
+        shared += ["--save_name", "toy"]
     if "-no-lora" in own:
         shared.remove("--train_lora")
     llama = flags[flags.index("--model_key") + 1]
@@ -270,12 +271,13 @@ def test_odd_names_of_tasks_work(
         module = load_script(name)
         run_stage(module.main, module.parse_args([*own, *flags, *more]))
 
-    run(TRAIN, "--epochs", "1", "--checkpoint_at", "1.0")
-    run(GRADIENTS, "--project_dim", "8")
-    run(ESTIMATE, "--project_dim", "8", "--number_of_subsets", "3", "--save_name", "odd")
-    run(SELECT, "--project_dim", "8", "--save_name", "odd", "--per_target", "--weights")
-    run(EXPORT, "--task_idxes", "0", "2", "--save_name", "odd")
-    run(TRAIN, "--task_weights", "sampled_tasks/odd_weights.csv", "--epochs", "1", "--save_name", "odd")
+    odd = ["--save_name", "odd"]
+    run(TRAIN, *odd, "--epochs", "1", "--checkpoint_at", "1.0")
+    run(GRADIENTS, *odd, "--project_dim", "8")
+    run(ESTIMATE, *odd, "--number_of_subsets", "3")
+    run(SELECT, *odd, "--per_target", "--weights")
+    run(EXPORT, *odd, "--task_idxes", "0", "2")
+    run(TRAIN, *odd, "--task_weights", "sampled_tasks/odd_weights.csv")
     exported = [json.loads(line)["task"] for line in Path("results/odd/selected.jsonl").read_text().splitlines()]
     assert sorted(set(exported)) == sorted({sorted(names)[0], sorted(names)[2]})
     assert [path.name for path in [*tmp_path.iterdir(), *(tmp_path / "deep").iterdir()]] == ["deep", "workspace"]

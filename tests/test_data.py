@@ -27,9 +27,7 @@ from src.cot import (
     judge,
     load_cot,
     parse_preset,
-    predict_answer,
     save_predictions,
-    summarize,
 )
 from src.data import Example, TaskData, stable_split
 from src.frames import read_pickle
@@ -504,29 +502,31 @@ def test_extract_answers(dataset_key, text, expected):
     assert extract_answers(dataset_key, text) == expected
 
 
-def test_predict_answer_by_marker():
-    assert predict_answer("strategy_qa", "yes --> no yes", "ft_cot_token") == "no"
-    assert predict_answer("strategy_qa", "yes or no", "ft_cot_token") == "no"  # no marker: the last one
-    assert predict_answer("strategy_qa", "yes or no", "ft_token") == "yes"
-    assert predict_answer("strategy_qa", "no --> maybe", "ft_cot_token") is None
-    assert predict_answer("gsm8k", "1 The answer is 2. The answer is 3", "fs_cot") == "2"
-    assert predict_answer("gsm8k", "5, so 6", None) == "5"
+@pytest.mark.parametrize(
+    ("dataset_key", "text", "template", "answer"),
+    [
+        ("strategy_qa", "yes --> no yes", "ft_cot_token", "no"),
+        ("strategy_qa", "yes or no", "ft_cot_token", "no"),  # no marker: the last one
+        ("strategy_qa", "yes or no", "ft_token", "yes"),
+        ("gsm8k", "1 The answer is 2. The answer is 3", "fs_cot", "2"),
+        ("gsm8k", "5, so 6", None, "5"),
+    ],
+)
+def test_the_answer_stands_behind_the_marker(dataset_key, text, template, answer):
+    assert judge(dataset_key, text, answer, template)["correct"]
+    assert not judge("strategy_qa", "no --> maybe", "no", "ft_cot_token")["correct"]
 
 
-def test_judge_and_summarize():
+def test_completions_are_judged():
     right = {"correct": True, "contains_answer": True, "correct_format": True}
     assert judge("strategy_qa", "a --> maybe no", "No", "ft_cot_token") == right
     wrong = judge("strategy_qa", "no, then yes", "no", "ft_cot_token")
     assert wrong == {"correct": False, "contains_answer": True, "correct_format": False}
     assert judge("svamp", "3.0000001", "3", None)["correct"] and not judge("svamp", "3.1", "3", None)["correct"]
     assert judge("gsm8k", "1000", "1,000", None)["correct"] and not judge("gsm8k", "18.0", "18", None)["correct"]
-    judged = [wrong, judge("strategy_qa", "--> no", "no", "ft_cot_token")]
-    assert summarize(judged) == {"accuracy": 0.5, "contains_answer": 1.0, "correct_format": 0.5}
     for key in DATASET_KEYS:  # cleaning twice changes nothing
         once = clean_answer(key, "1,234")
         assert clean_answer(key, str(once)) == once
-    with pytest.raises(ValueError):
-        extract_answers("squad", "x")
 
 
 # --- chain of thought: files --------------------------------------------------------------------------------
@@ -700,8 +700,6 @@ def test_predictions_are_written_in_the_completion_format(project, tmp_path):
     assert list(content["data"]) == ["10", "11"]
     texts = {"question": "q11?", "answer": "Yes", "prompt": "q11? ###", "completion": "because --> yes"}
     assert content["data"]["11"] == [{"sample_index": 11, "completion_index": 0, **texts}]
-    with pytest.raises(ValueError, match="sample index 99"):
-        save_predictions(path, data, {99: "x"}, base_model="t5_small", preset_key="ft_cot")
     assert json.loads(path.read_text()) == content and [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -126,8 +126,6 @@ def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stag
     flags = [
         "--data_files",
         "sources.jsonl",
-        "--data_key",
-        "long",
         "--model_key",
         model_folders["llama"],
         "--train_lora",
@@ -135,8 +133,8 @@ def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stag
     training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
     outcome = stages.run(workspace, [*training, "--batch_size", "320", "--save_name", "large"], memory=100 << 20)
     assert outcome.status == 1 and "Traceback" not in outcome.output, outcome.output
-    assert "error: out of memory (asked for " in outcome.output.splitlines()[-1]
+    assert "error: out of memory" in outcome.output.splitlines()[-1]
     assert stages.run(workspace, [*training, "--batch_size", "8"]).status == 0
-    gradients = [*STAGE_2, *flags, "--project_dim", "16", "--max_tokens_per_batch"]
+    gradients = [*STAGE_2, "--project_dim", "16", "--max_tokens_per_batch"]
     outcome = stages.run(workspace, [*gradients, "80000"], memory=100 << 20)
     assert outcome.status == 0 and "batches are halved" in outcome.output, outcome.output

@@ -31,6 +31,7 @@ ESTIMATES = ["fast_estimate_linear_regression.py", "--project_dim", "16", "--out
              "--num_clusters", "4", "--number_of_subsets", "3", "--evaluate", "displaced", "--max_new_tokens", "6"]  # fmt: skip
 OURS = [
     r"loading the libraries …",
+    r"going on from [\w/.=-]+",
     r"No CUDA GPU here: everything runs on the CPU\.",
     r"note: \S+D_addsub\.json: \d+ of \d+ completions are left out, as their answer is wrong",
     r"Wrote [\w/.]+.*",

@@ -166,6 +166,7 @@ def test_a_dead_process_leaves_what_it_has_finished(model_folders: dict[str, str
     data = datamodule.data
     rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
     samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
+    samples |= {"key": datamodule.row_keys(rows), "target_tokens": datamodule.target_tokens[rows]}
     projection = make_projection("sketch", 16, 0)
 
     def writer(name: str) -> StoreWriter:
@@ -217,6 +218,7 @@ def test_waiting_is_in_step(model_folders: dict[str, str], tmp_path: Path) -> No
     datamodule = make_datamodule(model, tmp_path)
     rows = datamodule.data.indices("train")
     samples = {"sample_index": rows, "task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
+    samples |= {"key": datamodule.row_keys(rows), "target_tokens": datamodule.target_tokens[rows]}
     waits = []
     for rank in (1, 0):
         store = StoreWriter(tmp_path / "store", {"dim": 8}, samples, 8, "")

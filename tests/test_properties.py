@@ -13,16 +13,17 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from src.artifacts import results_dir, slug, subset_file
-from src.data import SPLITS, StoredExamples, TaskData, stable_split, store_texts
+from src.data import SPLITS, TEXT, StoredExamples, TaskData, stable_split, store_rows
 from src.estimation import ESTIMATORS, Part, Rows, estimate, task_moments
 from src.frames import read_pickle
-from src.gradients import open_store
 from src.selection import forward_selection
+from src.store import open_store
 from src.subsets import membership_matrix
 from tests.test_stages import here, track
 
@@ -86,8 +87,8 @@ def test_splits_do_not_depend_on_the_order_of_rows(keys: list[str], share: float
 def test_stored_texts_are_the_texts(rows: list[tuple[str, str, str]]) -> None:
     """By position, by slice and in a loop; surrogates aside, which no file in UTF-8 has."""
     rows = [tuple(text.encode("utf-8", "replace").decode() for text in row) for row in rows]
-    table = store_texts((prompt, completion) for prompt, completion, _ in rows)
-    examples = StoredExamples(table, ["t"] * len(rows), [split for *_, split in rows])
+    table = store_rows(rows, pa.schema({"prompt": TEXT, "completion": TEXT, "split": TEXT}))
+    examples = StoredExamples(table).with_columns(task=["t"] * len(rows))
     found = [(example.prompt, example.completion, example.split) for example in examples]
     assert found == rows and [examples[i] for i in range(len(rows))] == list(examples) == examples[:]
     assert TaskData(examples).fingerprint == TaskData(tuple(examples)).fingerprint
