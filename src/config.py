@@ -223,7 +223,7 @@ class GenerationConfig:
     """generation (chain of thought)"""
 
     inference_batch_size: int = flag(32, "rows of a generation batch", COUNT, "N", free=True)
-    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, "N")
+    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, "N", free=True)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 from transformers import PreTrainedTokenizerBase
 
-from src.artifacts import atomic_write, shorten, whole_folder, write_json
+from src.artifacts import atomic_write, whole_folder, write_json
 from src.console import progress, say_once
 from src.data import TaskData
 
@@ -140,15 +140,7 @@ def tokenize(
 
 def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
     """Ids of each text, without special tokens around it."""
-    try:
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:
-        if len(texts) > 1:  # find the one that cannot be read
-            return [_ids([text], tokenizer)[0] for text in texts]
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} cannot read the text {shorten(repr(texts[0]))} "
-            f"({type(error).__name__}: {error}); correct the text, or remove the row"
-        ) from error
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if len(texts) else []
 
 
 def _joined(prompt: str, completion: str, head: Ids, whole: Ids, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:

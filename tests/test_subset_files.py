@@ -27,8 +27,8 @@ def test_flags_that_contradict_a_file_are_named(
 ) -> None:
     path = Path("pairs.txt")
     path.write_text("0 1\n1 2\n0 3\n")
-    named = ["--project_dim", "32", "--sampled_tasks", str(path), "--save_name", "pairs"]
-    run_script("fast_estimate_linear_regression_alpaca.py", *here, *named, *flags)
+    named = ["--project_dim", "32", "--sampled_tasks", str(path), "--save_name", "toy"]
+    run_script("fast_estimate_linear_regression_alpaca.py", *named, *flags)
     said = [line for line in capsys.readouterr().out.splitlines() if str(path) in line and "is taken" in line]
     assert [line.partition("pairs.txt ")[2].partition(";")[0] for line in said] == notices
     assert path.read_text() == "0 1\n1 2\n0 3\n"

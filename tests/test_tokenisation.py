@@ -208,13 +208,6 @@ def test_an_encoders_cut_prompt_keeps_its_end() -> None:
         assert completion == tokenizer(text)["input_ids"][:length]
 
 
-@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
-def test_an_unreadable_text_is_named(architecture: str) -> None:
-    texts = [("a", "b"), ("good", "b\ud800"), ("c", "\ud800")]
-    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot read the text '(good)?b\\ud800'.*remove the row"):
-        tokens_of(make("bytes"), texts, architecture)
-
-
 def test_a_tokenizers_fingerprint_does_not_change_in_use() -> None:
     saved = backend("bytes")
     saved.enable_truncation(20)
