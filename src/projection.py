@@ -25,6 +25,7 @@ _GROUP_ENTRIES, _RUN_ENTRIES = 1 << 18, 1 << 15
 # Entries of G formed at once, over a chunk of samples: 8 MB, and 512 MB on a GPU, where many small kernels take long.
 _CHUNK_ENTRIES, _CUDA_CHUNK_ENTRIES = 1 << 21, 1 << 27
 # Signs of the dense matrix unpacked at once, 4 bytes each.
+_KEPT_BYTES = 1 << 26  # of the dense projection's bits of one matrix
 _DENSE_ENTRIES = 1 << 24
 
 
@@ -188,19 +189,26 @@ class _TwoSided:
 
 
 class _Dense:
-    """The paper's +-1/sqrt(d) matrix (arXiv:2409.19458), kept as bits, p d / 8 bytes, and unpacked block by block. Slow:
-    the reference that the others are judged by."""
+    """The paper's +-1/sqrt(d) matrix (arXiv:2409.19458), unpacked block by block from bits, which are kept (p d / 8 bytes) or,
+    of a large matrix, drawn again each time. Slow: the reference that the others are judged by."""
 
     def __init__(self, stream: Stream, shape: Shape, dim: int, device: torch.device) -> None:
-        self.shape, self.dim = shape, dim
-        packed = _random_bytes(stream("signs"), math.prod(shape) * math.ceil(dim / 64) * 64)
-        self.lines = torch.from_numpy(packed.reshape(math.prod(shape), -1)).to(device)
+        self.shape, self.dim, self.stream, self.device = shape, dim, stream, device
+        self.words, parameters = math.ceil(dim / 64), math.prod(shape)
+        self.kept = self.lines(0, parameters) if parameters * self.words * 8 <= _KEPT_BYTES else None
+
+    def lines(self, start: int, stop: int) -> Tensor:
+        """The bits of parameters start to stop, (stop - start, bytes)."""
+        bits = self.stream("signs").advance(start * self.words)
+        packed = _random_bytes(bits, (stop - start) * self.words * 64).reshape(stop - start, -1)
+        return torch.from_numpy(packed).to(self.device)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Rows of G, and the +-1 of their parameters: (rows * in, d)."""
-        bit = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.lines.device)  # numpy.packbits fills from the top
+        bit = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.device)  # numpy.packbits fills from the top
         for block in _blocks(self.shape[0], _DENSE_ENTRIES // (self.shape[1] * self.dim)):
-            packed = self.lines[block.start * self.shape[1] : block.stop * self.shape[1]]
+            start, stop = block.start * self.shape[1], block.stop * self.shape[1]
+            packed = self.lines(start, stop) if self.kept is None else self.kept[start:stop]
             ones = (packed.unsqueeze(2) >> bit) & 1
             yield block, ones.flatten(1)[:, : self.dim].to(dtype).mul_(2).sub_(1)
 
@@ -214,7 +222,7 @@ class _Dense:
         return lifted.view(self.shape) / math.sqrt(self.dim)
 
     def packed_signs(self) -> np.ndarray:
-        return self.lines.numpy()
+        return self.lines(0, math.prod(self.shape)).cpu().numpy()
 
 
 class _Identity:

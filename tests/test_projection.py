@@ -209,3 +209,15 @@ NONE, SKETCH, ZEROS, ROWS = make("none"), make("sketch"), torch.zeros(2, 3, 4), 
 def test_bad_requests_are_refused(message: str, ask: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=message):
         ask()
+
+
+def test_a_large_dense_matrix_is_drawn_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is the same one."""
+    factors = torch.randn(2, 3, 5), torch.randn(2, 3, 7)
+    found = []
+    for kept in (module._KEPT_BYTES, 0):
+        monkeypatch.setattr(module, "_KEPT_BYTES", kept)
+        rows = torch.zeros(2, 70)
+        make_projection("dense", 70, 0).add("a", (5, 7), *factors, rows)
+        found.append(rows)
+    assert torch.equal(*found) and found[0].abs().sum() > 0
