@@ -23,6 +23,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from src.distributed import is_first_process
+
 META_INITIALIZATIONS = Path("external_lightning_logs")
 GRADIENTS = Path("gradients")
 SAMPLED_TASKS = Path("sampled_tasks")
@@ -272,21 +274,16 @@ def replace_folder(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(*paths: Path) -> Iterator[None]:
-    """Hold artifacts against other processes that would write them too; a holder that dies gives them back.
-
-    Raises:
-        ValueError: another process holds one.
-    """
+    """Hold artifacts against other runs that would write them too; a holder that dies gives them back. Of several
+    processes of a run the first holds them. ValueError: another run holds one."""
     with contextlib.ExitStack() as held:
-        for path in sorted(set(paths)):
+        for path in sorted(set(paths)) if is_first_process() else ():
             LOCKS.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(LOCKS / f"{slug(str(path))}.lock", timeout=1)
             try:
-                held.enter_context(lock)
+                held.enter_context(FileLock(LOCKS / f"{slug(str(path))}.lock", timeout=1))
             except Timeout:
-                raise ValueError(
-                    f"{path} is being written by another process; wait until it has ended, or end it and start again"
-                ) from None
+                wait = "wait until it has ended, or end it and start again"
+                raise ValueError(f"{path} is being written by another process; {wait}") from None
         yield
 
 
