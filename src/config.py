@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from src import artifacts
 from src.artifacts import ALPACA_FILE, FLAN_FILE, GRADIENTS, META_INITIALIZATIONS, ZS_COT_FILE, slug
 from src.console import Parser, say_once
-from src.distributed import Hardware, resolve_hardware
+from src.distributed import PRECISIONS, Hardware, resolve_hardware
 
 ALL_TASKS = "all"
 AUTO = "auto"
@@ -76,8 +76,7 @@ class InstructionData:
     """data (instruction)"""
 
     data_files: tuple[str, ...] = flag((), "training sources: .jsonl, .json, .csv, .tsv, .parquet or .pkl files, "
-        "folders of them or that datasets saved, or hub ids such as org/name:split", metavar="SOURCE", nargs="+",
-        shown=str(ALPACA_FILE))  # fmt: skip
+        "folders, saved data sets, or hub ids as org/name:split", metavar="SOURCE", nargs="+", shown=str(ALPACA_FILE))  # fmt: skip
     target_files: tuple[str, ...] = flag((), "target tasks, never trained on; half of each is for validation, half for "
         "the final test", metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
     train_instruction: bool = flag(False, f"take Alpaca, FLAN v2 and chain of thought together: {ALPACA_FILE}, "
@@ -86,8 +85,7 @@ class InstructionData:
         shown="inputs, prompt, messages, conversations or instruction, whichever is there")  # fmt: skip
     completion_column: str | None = flag(None, "column of the completions, in sources that have it", metavar="NAME",
         shown="targets, completion, output or response, or the last of the messages")  # fmt: skip
-    loss_on_prompt: bool = flag(False, "count a decoder's prompt in the loss, as published",
-        shown="the completion only")  # fmt: skip
+    loss_on_prompt: bool = flag(False, "count a decoder's prompts in the loss, as published", shown="do not")
 
     @property
     def sources(self) -> list[str]:
@@ -103,9 +101,8 @@ class RowsConfig:
     task_column: str | None = flag(None, "column that names a row's task, in sources that have it; chain of thought: "
         "field of the completions or of the data set", metavar="NAME", shown="_task_name, skill or task; without one "
         "a source is a task, and chain of thought one task, which --load_clusters divides")  # fmt: skip
-    heldout_share: float | None = flag(None, "share of each task's different prompts held out for validation, and "
-        "again for test; chain of thought: of the training questions, for validation alone", SHARE,
-        shown="0.1; with --target_files 0")  # fmt: skip
+    heldout_share: float | None = flag(None, "share of a task's different prompts for validation, and again for test; "
+        "chain of thought: of training questions, for validation", SHARE, shown="0.1; with --target_files 0")  # fmt: skip
     max_heldout: int | None = flag(None, "most prompts of a task held out for validation, and for test", COUNT,
         shown="50; chain of thought 500")  # fmt: skip
 
@@ -114,12 +111,9 @@ class RowsConfig:
 class CotData:
     """data (chain of thought)"""
 
-    dataset_key: str | None = flag(None, "data set: strategy_qa, commonsense_qa, gsm8k and so on", metavar="KEY",
-        shown="instruction data")  # fmt: skip
-    preset_key: str = flag("ft_cot", "training rows: ft, ft_cot or ft_cot_t70_<k>aug with k of 1 2 4 8 16 32 64",
-        metavar="KEY")  # fmt: skip
-    keep_incorrect: bool = flag(False, "also train on completions with a wrong answer, as published",
-        shown="right answers only")  # fmt: skip
+    dataset_key: str | None = flag(None, "data set: strategy_qa, gsm8k, …", metavar="KEY", shown="instruction data")
+    preset_key: str = flag("ft_cot", "rows: ft, ft_cot, ft_cot_t70_<k>aug with k of 1 2 4 8 16 32 64", metavar="KEY")
+    keep_incorrect: bool = flag(False, "train on completions with a wrong answer too, as published", shown="do not")
 
 
 @dataclass(frozen=True)
@@ -129,8 +123,7 @@ class CotFiles:
     train_key: str = flag("ft_cot", "free label of the run, kept in prediction files", metavar="KEY", free=True)
     split_key: str = flag("default", "which split: <data_dir>/split/<data set>__<key>.json", metavar="KEY")
     data_dir: str = flag("data", "folder of dataset/ and split/", metavar="FOLDER")
-    saved_dir: str = flag("saved", "folder of completion_data/: the teacher's completions are read there, the model's "
-        "own are written there", metavar="FOLDER")  # fmt: skip
+    saved_dir: str = flag("saved", "folder of completion_data/: the teacher's and the model's own", metavar="FOLDER")
 
 
 @dataclass(frozen=True)
@@ -147,8 +140,8 @@ class DataConfig(InstructionData, RowsConfig, CotData, CotFiles):
 class ModelConfig:
     """model"""
 
-    model_key: str = flag("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "hub id, folder, or short key such as "
-        "flan_t5_base", metavar="MODEL")  # fmt: skip
+    model_key: str = flag("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        "hub id, folder, or short key such as flan_t5_base", metavar="MODEL")  # fmt: skip
     train_lora: bool = flag(False, "train a LoRA adapter", shown="every weight")
     lora_rank: int = flag(16, "rank of the adapter, with --train_lora", COUNT)
     lora_alpha: int = flag(32, "scale of the adapter: its update counts alpha / rank, with --train_lora", COUNT)
@@ -156,10 +149,8 @@ class ModelConfig:
         "regular expression, or all-linear", metavar="NAME", nargs="+", shown="the attention's inputs, by architecture")  # fmt: skip
     base_dtype: str = flag("float32", "numbers that the base model's weights are held in under --train_lora; the "
         "adapter is float32", choices=("float32", "bfloat16"))  # fmt: skip
-    use_qlora: bool = flag(False, "hold the base model in 4 bits (bitsandbytes NF4), compute in bfloat16",
-        shown="as --base_dtype says")  # fmt: skip
-    gradient_checkpointing: bool = flag(False, "compute activations again in the backward: less memory, more time",
-        free=True, shown="keep them")  # fmt: skip
+    use_qlora: bool = flag(False, "hold the base model in 4 bits (NF4), compute in bfloat16", shown="see --base_dtype")
+    gradient_checkpointing: bool = flag(False, "save memory: compute activations twice", free=True, shown="do not")
     max_length: int = flag(512, "longest row (decoder) or prompt (encoder-decoder), in tokens", COUNT)
     max_target_length: int = flag(512, "longest completion of an encoder-decoder, in tokens", COUNT)
 
@@ -189,8 +180,8 @@ class GenerationConfig:
 class CheckpointShares:
     """meta-training"""
 
-    checkpoint_at: tuple[float, ...] = flag((0.0, 0.08, 0.33), "keep checkpoints at these shares of the optimizer "
-        "steps, 0 for the start: where gradients are taken", SHARE, nargs="*")  # fmt: skip
+    checkpoint_at: tuple[float, ...] = flag((0.0, 0.08, 0.33),
+        "shares of the optimizer steps to keep checkpoints at, for gradients; 0: the start", SHARE, nargs="*")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,6 +190,8 @@ class MetaTrainingConfig(CheckpointShares):
 
     stop_after_checkpoints: bool = flag(False, "end with the last of them: estimates need no more", free=True,
         shown="train to the end, for the model trained on everything")  # fmt: skip
+    load_model_dir: str | None = flag(None, "start from this checkpoint in external_lightning_logs/",
+        metavar="CHECKPOINT", shown="the base model")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,14 +207,6 @@ class ChosenTasks:
 
 
 @dataclass(frozen=True)
-class StartConfig:
-    """start"""
-
-    load_model_dir: str | None = flag(None, "start from this checkpoint in external_lightning_logs/",
-        metavar="CHECKPOINT", shown="the base model")  # fmt: skip
-
-
-@dataclass(frozen=True)
 class RunsConfig:
     """repetitions"""
 
@@ -232,11 +217,10 @@ class RunsConfig:
 class NameConfig:
     """run"""
 
-    save_name: str | None = flag(None, "name of the run: later stages go on from it and take from it every flag that "
-        "is not typed", metavar="NAME",
-        shown="stage 1: made of model and data; later: the last finished run that fits what is typed")  # fmt: skip
-    results_name: str | None = flag(None, "name of a table of results, and of the selections made of it",
-        metavar="NAME", free=True, shown="--save_name")  # fmt: skip
+    save_name: str | None = flag(None, "name of the run; later stages take from it every flag that is not typed",
+        metavar="NAME", shown="stage 1: made of model and data; later: the last that fits what is typed")  # fmt: skip
+    results_name: str | None = flag(None, "name of a table of results and of the selections made of it", metavar="NAME",
+        free=True, shown="--save_name")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -249,9 +233,8 @@ class HardwareConfig:
         "processes", choices=("auto", "cuda", "cpu"), free=True)  # fmt: skip
     strategy: str = flag("auto", "several processes: ddp, the whole model in each, or fsdp, its weights spread over "
         "them; auto is ddp", choices=("auto", "ddp", "fsdp"), free=True)  # fmt: skip
-    precision: str = flag("32", "32 bits, or mixed precision in 16 or bf16; or Lightning's names: 32-true, 16-mixed, "
-        "bf16-mixed, and bf16-true, which is bf16 with --base_dtype bfloat16", metavar="NAME", free=True,
-        choices=("32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"))  # fmt: skip
+    precision: str = flag("32", "32 bits, or mixed precision in 16 or bf16; or as Lightning spells it, such as bf16-mixed; "
+        "bf16-true adds --base_dtype bfloat16", metavar="NAME", free=True, choices=("32", "16", "bf16", *PRECISIONS))  # fmt: skip
     num_nodes: int = flag(1, "machines, each with as many processes", COUNT, free=True)
 
     @property
@@ -269,14 +252,7 @@ class ProjectionConfig:
         choices=("sketch", "two_sided", "dense", "none"))  # fmt: skip
     output_function: str = flag("loss", "what is differentiated: the mean loss of a sample's target tokens, or their "
         "mean log-odds as in the paper", choices=("loss", "margin"))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PublishedConfig:
-    """published flags without effect"""
-
-    project_gradients: bool = flag(False, "taken for the published commands: gradients are always projected", free=True,
-        shown="they are")  # fmt: skip
+    project_gradients: bool = flag(False, "published; has no effect", free=True, shown="gradients are projected")
 
 
 @dataclass(frozen=True)
@@ -293,8 +269,7 @@ class CheckpointsConfig:
 class GradientConfig:
     """gradients"""
 
-    representations: bool = flag(False, "also keep each sample's pooled hidden states, for --estimator representation",
-        shown="do not")  # fmt: skip
+    representations: bool = flag(False, "also keep hidden states, for --estimator representation", shown="do not")
     save_projection_matrix: bool = flag(False, "also write the projection's random signs, packed in bits, beside the "
         "gradients of each checkpoint", free=True, shown="do not; the seed draws them again")  # fmt: skip
     max_tokens_per_batch: Any = flag(4096, "rows times longest row of a batch, or auto: on a GPU twice that and so on, "  # noqa: RUF009
@@ -326,8 +301,7 @@ class EstimatorConfig:
         "the target; logistic: the paper's regression, for --output_function margin; alignment: inner product of mean "
         "gradients, as in LESS; representation: similarity of hidden states, for stage 2's --representations; "
         "constant: the loss before training", metavar="NAME", free=True)  # fmt: skip
-    rho: float = flag(1e-3, "strength of the ridge: lambda is rho times the mean squared norm of a gradient", POSITIVE,
-        free=True)  # fmt: skip
+    rho: float = flag(1e-3, "ridge strength lambda, in mean squared norms of a gradient", POSITIVE, free=True)
     weight_by: str | None = flag(None, "what weighs the same in an estimate: target tokens, rows, or the tasks of a "
         "subset", free=True, choices=("token", "sample", "task"), shown="as the meta-training was")  # fmt: skip
 
@@ -364,20 +338,17 @@ class ApproximationConfig:
 class SelectionConfig:
     """selection"""
 
-    method: str = flag("forward", "forward: add the best task again and again; backward: remove the worst",
+    method: str = flag("forward", "forward: add the best task, again and again; backward: remove the worst",
         metavar="NAME", alias="--direction")  # fmt: skip
-    start_from: tuple[int, ...] = flag((), "ids of the tasks to start with", int, "ID", nargs="+",
-        shown="none; backward: all")  # fmt: skip
+    start_from: tuple[int, ...] = flag((), "tasks to start with", int, "ID", nargs="+", shown="none; backward: all")
     max_tasks: int | None = flag(None, "most tasks in the subset", COUNT, shown="no limit")
     budget_rows: int | None = flag(None, "at most so many training rows", COUNT, shown="no limit")
     try_at_most: int | None = flag(None, "after the first step try only so many tasks, those that looked best when "
         "last tried; for thousands of tasks", COUNT, shown="all")  # fmt: skip
     refine: int | None = flag(None, "really fine-tune the K best subsets on the way, as the run was trained, and "
         "select the best of them", COUNT, "K", shown="trust the estimates")  # fmt: skip
-    weights: bool = flag(False, "also find how much to draw from each task, for --task_weights of stage 1's script",
-        shown="do not")  # fmt: skip
-    per_target: bool = flag(False, "select for each target by itself, and show how much each task alone helps each "
-        "target", shown="one subset for the mean over the targets")  # fmt: skip
+    weights: bool = flag(False, "also find how much to draw from each task, for --task_weights", shown="do not")
+    per_target: bool = flag(False, "select for each target; show what each task alone does", shown="do not")
 
 
 # --- the stages' configurations ------------------------------------------------------------------------------
@@ -413,12 +384,12 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, GenerationConfig, NameC
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, StartConfig, RunsConfig, ClustersConfig):
+class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, RunsConfig, ClustersConfig):
     """Stages 1 and 5."""
 
 
 @dataclass(frozen=True)
-class StoreConfig(RunConfig, CheckpointsConfig, ProjectionConfig, PublishedConfig):
+class StoreConfig(RunConfig, CheckpointsConfig, ProjectionConfig):
     """What names a store of projected gradients."""
 
     def store_dir(self, run_folder: Path | None) -> Path:
@@ -529,13 +500,8 @@ def _misfit(path: Path, differing: Sequence[str], made_by: str) -> ValueError:
 
 
 def parent_of(
-    cls: type,
-    typed: Mapping[str, Any],
-    pattern: str,
-    made_by: str,
-    ignoring: Sequence[str] = (),
-    optional: bool = False,
-) -> tuple[Path, dict[str, Any]] | None:
+    cls: type, typed: Mapping[str, Any], pattern: str, made_by: str, ignoring: Sequence[str] = (), *, optional: bool = False
+) -> tuple[Path, dict[str, Any]] | None:  # fmt: skip
     """The finished artifact that a stage goes on from, and its manifest: that of the --save_name or --load_model_dir that is
     typed, else the last that contradicts nothing that is typed, but for the flags that are ignored.
 
@@ -556,11 +522,9 @@ def parent_of(
         if not of_name and optional:
             return None
         if not of_name and not wanted.keys() - {"run", "output_function"}:
-            called = (
-                ", ".join(sorted({found["config"]["save_name"] or path.name for path, found in there})) or "nothing"
-            )
-            what = "nothing finished is called that"
-            raise ValueError(f"--save_name {name}: {what}; there is {called}; make it with {made_by}")
+            called = sorted({found["config"]["save_name"] or path.name for path, found in there}) or ["nothing"]
+            what = f"nothing finished is called that; there is {', '.join(called)}"
+            raise ValueError(f"--save_name {name}: {what}; make it with {made_by}")
         if not of_name:
             say_once(f"note: no run is called {name}: one without a name is taken, and {name} names what is made of it")
         there = of_name or [(path, found) for path, found in there if not found["config"]["save_name"]]
