@@ -45,10 +45,8 @@ def cluster_tasks(store: Path, part: StoredPart, num_clusters: int, seed: int) -
             clusters[training] = cluster_samples(np.asarray(part.rows[training], np.float32), num_clusters, seed)
         write_arrays(path, kept := {"clusters": clusters, "key": part.samples["key"]})
         sizes = np.bincount(clusters[training])
-        print(
-            f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters of {sizes.min():,} to "
-            f"{sizes.max():,} rows, median {np.median(sizes):,.0f}."
-        )
+        about = f"{num_clusters} clusters of {sizes.min():,} to {sizes.max():,} rows, median {np.median(sizes):,.0f}"
+        print(f"Wrote {path}: {training.sum():,} training rows in {about}.")
     return kept["clusters"], [f"cluster_{number:04d}" for number in range(num_clusters)]
 
 
@@ -138,6 +136,7 @@ class Estimator:
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
         self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
+        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
         if self.levels is not None and not self.levels.whole:
             when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
@@ -200,11 +199,6 @@ class Estimator:
             for of_all, of_others in zip(calibrated, without(estimates[same]), strict=True):
                 of_all[same] = of_others
         return rho, calibrated
-
-    @property
-    def ranks_only(self) -> bool:
-        """Whether the estimates are no losses, or their levels are not known, so that only their order says something."""
-        return self.levels is None
 
     @property
     def meta_training(self) -> dict[str, Any]:

@@ -38,10 +38,8 @@ def load_data(config: RunConfig) -> TaskData:
         architecture = models.model_kind(config.model_key)
         return cot.load_cot(config.dataset_key, config.preset_key, architecture=architecture, **options)
     if missing := [file for file in config.sources if not config.data_files and not Path(file).is_file()]:
-        raise FileNotFoundError(
-            f"no data: name your files with --data_files (chain of thought: --dataset_key); without, {missing[0]} is "
-            "expected, which does not exist"
-        )
+        name_them = "name your files with --data_files (chain of thought: --dataset_key)"
+        raise FileNotFoundError(f"no data: {name_them}; without, {missing[0]} is expected, which does not exist")
     return instruction.load_instruction(
         config.sources,
         config.target_files,
@@ -59,10 +57,9 @@ def make_datamodule(config: RunConfig, data: TaskData, model: models.LanguageMod
     datamodule = TaskDataModule(data, model.tokenizer, model.kind, token_cache=artifacts.TOKENS, **options)
     longest = int(datamodule.row_lengths.max())
     if model.kind == "decoder" and model.context is not None and longest > model.context:
-        raise ValueError(
-            f"--max_length {config.max_length}: a row has {longest} tokens, and {model.key} reads {model.context}; pass "
-            f"--max_length {model.context}, which cuts prompts at their beginning"
-        )
+        found = f"a row has {longest} tokens, and {model.key} reads {model.context}"
+        repair = f"pass --max_length {model.context}, which cuts prompts at their beginning"
+        raise ValueError(f"--max_length {config.max_length}: {found}; {repair}")
     check_vocabulary(model, datamodule)
     console.say_notices((*data.notices, *datamodule.tokens.notices))
     return datamodule
@@ -111,10 +108,8 @@ def check_base(config: ModelConfig, checkpoint: Path, manifest: Mapping[str, Any
     given = artifacts.folder_fingerprint(ours)
     on_hub = not (trained_on or given or key.startswith((".", "/", "~")))  # a path that is gone may have been any
     if trained_on != given if trained_on and given else on_hub and theirs.name.lower() != ours.name.lower():
-        raise ValueError(
-            f"{checkpoint} is an adapter of the base model {key}, and --model_key is {config.model_key}; pass "
-            f"--model_key {key}"
-        )
+        other = f"and --model_key is {config.model_key}; pass --model_key {key}"
+        raise ValueError(f"{checkpoint} is an adapter of the base model {key}, {other}")
 
 
 def model_at(config: RunConfig, checkpoint: Path) -> models.LanguageModel:
@@ -305,13 +300,9 @@ def remove_checkpoints(folder: Path, start: Path | None) -> float:
 
 
 def fine_tune_subsets(
-    config: TrainConfig,
-    data: TaskData,
-    subsets: Sequence[tuple[int, ...]],
-    task_shares: np.ndarray | None = None,
-    *,
+    config: TrainConfig, data: TaskData, subsets: Sequence[tuple[int, ...]], task_shares: np.ndarray | None = None, *,
     keep_model: bool = True,
-) -> None:
+) -> None:  # fmt: skip
     """Fine-tune once for each subset and seed, and append a row of losses for each.
 
     The base model is loaded once; the adapter starts from the same state for every subset. Rows that are there are not
@@ -340,18 +331,12 @@ def fine_tune_subsets(
             datamodule = datamodule or make_datamodule(config, data, model)
             for _, subset in of_run:
                 started = time.perf_counter()
+                callbacks = [finetune.FitProgress(f"subset {bar.n + 1} of {bar.total}", leave=False)]
                 values, losses = finetune.fine_tune_on_subset(
-                    model,
-                    start,
-                    datamodule,
-                    subset,
-                    plan,
-                    config.hardware,
-                    seed=run,
-                    task_shares=task_shares,
-                    callbacks=[finetune.FitProgress(f"subset {bar.n + 1} of {bar.total}", leave=False)],
-                )
-                seconds = round(time.perf_counter() - started, 3)
+                    model, start, datamodule, subset, plan, config.hardware, seed=run, task_shares=task_shares,
+                    callbacks=callbacks,
+                )  # fmt: skip
+                values["seconds"] = round(time.perf_counter() - started, 3)
                 state = models.state_to_save(model) if kept and model.is_sharded else None
                 if is_first_process():
                     if kept:
@@ -363,7 +348,7 @@ def fine_tune_subsets(
                         frame = pd.DataFrame({"sample_index": rows, "target": targets, "loss": losses[rows]})
                         tables.write_table(artifacts.losses_file(folder, subset, run), frame)
                     if not table.has(subset, run):
-                        table.append(subset, run, {**values, "seconds": seconds})
+                        table.append(subset, run, values)
                 bar.update(1)
     if is_first_process():
         say_fine_tuned(table, data, subsets, kept)
@@ -386,10 +371,8 @@ def say_fine_tuned(
     table: tables.ResultsTable, data: TaskData, subsets: Sequence[tuple[int, ...]], kept: Sequence[Path]
 ) -> None:
     """Print the last line of fine-tuning: what was written, and of one subset how good it is."""
-    print(
-        f"Wrote {table.path}: {counted(len(table.frame), 'row')}, losses of {counted(len(data.targets), 'target')} each."
-        + (" Of several subsets no model is kept." if len(subsets) > 1 else "")
-    )
+    about = f"{counted(len(table.frame), 'row')}, losses of {counted(len(data.targets), 'target')} each."
+    print(f"Wrote {table.path}: {about}{' Of several subsets no model is kept.' if len(subsets) > 1 else ''}")
     if kept:
         print(f"Wrote {', '.join(map(str, kept))}: the fine-tuned model" + ("s." if len(kept) > 1 else "."))
     tested = tables.columns_of(table.frame, tables.TEST_LOSS)
