@@ -22,7 +22,7 @@ from src import config, console
 
 SHOWN = (
     config.CotData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig,
-    config.MetaTrainingConfig, config.ChosenTasks, config.StartConfig, config.RunsConfig, config.ClustersConfig, config.NameConfig,
+    config.MetaTrainingConfig, config.ChosenTasks, config.RunsConfig, config.ClustersConfig, config.NameConfig,
     config.HardwareConfig,
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {"model_key": "flan_t5_base", "lr": 3e-4, "batch_size": 8, "epochs": 20}

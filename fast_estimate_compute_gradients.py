@@ -21,7 +21,6 @@ SHOWN = (
 )  # fmt: skip
 INHERITED = (
     config.CotData, config.CotFiles, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig,
-    config.PublishedConfig,
 )  # fmt: skip
 
 

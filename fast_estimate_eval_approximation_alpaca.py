@@ -20,7 +20,7 @@ SHOWN = (
     config.NameConfig, config.CheckpointsConfig, config.ProjectionConfig, config.GradientConfig,
     config.ApproximationConfig, config.HardwareConfig,
 )  # fmt: skip
-INHERITED = (config.DataConfig, config.ModelConfig, config.TrainingConfig, config.PublishedConfig)
+INHERITED = (config.DataConfig, config.ModelConfig, config.TrainingConfig)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:

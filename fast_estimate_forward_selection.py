@@ -20,7 +20,7 @@ SHOWN = (
 )  # fmt: skip
 INHERITED = (
     config.DataConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig, config.GradientConfig,
-    config.RunsConfig, config.PublishedConfig,
+    config.RunsConfig,
 )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ SHOWN = (
 )  # fmt: skip
 INHERITED = (
     config.CotData, config.CotFiles, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig, config.GradientConfig,
-    config.PublishedConfig,
 )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ SHOWN = (
 )  # fmt: skip
 INHERITED = (
     config.InstructionData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GradientConfig,
-    config.PublishedConfig,
 )  # fmt: skip
 
 

@@ -23,30 +23,20 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-META_INITIALIZATIONS = Path("external_lightning_logs")
-GRADIENTS = Path("gradients")
-SAMPLED_TASKS = Path("sampled_tasks")
-RESULTS = Path("results")
-DATA = Path("data")
-SAVED = Path("saved")
-TOKENS, LOCKS = Path("cache") / "tokens", Path("cache") / "locks"
-ALPACA_FILE = DATA / "alpaca_data" / "alpaca_final.pkl"
-FLAN_FILE = DATA / "alpaca_data" / "flan_dataset.pkl"
-ZS_COT_FILE = DATA / "alpaca_data" / "zs_cot_dataset.pkl"
-BENCHMARK_DATA = DATA / "benchmark"
+from src.distributed import is_first_process
 
-MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"
-WEIGHTS = "*.safetensors"
-RESULTS_FILE = "results.csv"
-MODELS = "models"
-LOSSES = "losses"
-ESTIMATES_FILE = "estimates.csv"
-SELECTED_ROWS = "selected.jsonl"
-MIXTURE_FILE = "mixture.json"
-REPORT_FILE = "report.html"
-SUMMARY_FILE = "summary.json"
-ESTIMATES_FIGURE = "estimates.png"
+META_INITIALIZATIONS, GRADIENTS = Path("external_lightning_logs"), Path("gradients")
+SAMPLED_TASKS, RESULTS = Path("sampled_tasks"), Path("results")
+DATA, SAVED = Path("data"), Path("saved")
+TOKENS, LOCKS = Path("cache/tokens"), Path("cache/locks")
+ALPACA_FILE, BENCHMARK_DATA = DATA / "alpaca_data" / "alpaca_final.pkl", DATA / "benchmark"
+FLAN_FILE, ZS_COT_FILE = (ALPACA_FILE.with_name(name) for name in ("flan_dataset.pkl", "zs_cot_dataset.pkl"))
+
+MANIFEST, UNFINISHED, WEIGHTS = "manifest.json", "unfinished.json", "*.safetensors"
+RESULTS_FILE, MODELS, LOSSES = "results.csv", "models", "losses"
+SELECTED_ROWS, MIXTURE_FILE = "selected.jsonl", "mixture.json"
+REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
+ESTIMATES_FILE, ESTIMATES_FIGURE = "estimates.csv", "estimates.png"
 AFFINITY_FILE, AFFINITY_FIGURE = "affinity.csv", "affinity.png"
 COMPARISON_FILE, COMPARISON_FIGURE = "comparison.csv", "comparison.png"
 SELECTION_FILE, SELECTION_FIGURE = "selection.csv", "selection.png"
@@ -67,9 +57,7 @@ def slug(key: str) -> str:
     Absolute paths keep their last two components. A name that is too long ends in a hash of its key, and a key that
     carries nothing printable becomes that hash; no result ever climbs out of its folder.
     """
-    parts = [part for part in Path(key).parts if part not in ("/", ".", "..")]
-    if Path(key).is_absolute():
-        parts = parts[-2:]
+    parts = [part for part in Path(key).parts if part not in ("/", ".", "..")][-2 if Path(key).is_absolute() else 0 :]
     name = re.sub(r"[^A-Za-z0-9._=+-]+", "-", "-".join(parts)).strip(".-")
     if name and len(name) <= LONGEST_NAME:
         return name
@@ -167,25 +155,17 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def resolve_checkpoint(load_model_dir: str) -> Path:
-    """The checkpoint folder that `--load_model_dir` names: below `external_lightning_logs/`, or a path.
-
-    A trailing `.ckpt` is accepted and dropped.
-
-    Raises:
-        FileNotFoundError: no such folder; the message lists what is there.
-    """
+    """The checkpoint folder that `--load_model_dir` names: below `external_lightning_logs/`, or a path. A trailing `.ckpt`
+    is accepted and dropped. FileNotFoundError: no such folder; the message lists what is there."""
     name = load_model_dir.removesuffix("/").removesuffix(".ckpt")
-    candidates = [META_INITIALIZATIONS / name, Path(name)]
-    for candidate in candidates:
+    ours = META_INITIALIZATIONS / name
+    for candidate in (ours, Path(name)):
         if candidate.is_dir():
             return candidate
-    parent = candidates[0].parent if candidates[0].parent.is_dir() else META_INITIALIZATIONS
-    there = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
-    listing = f"{parent} holds: {', '.join(there)}" if there else f"{parent} holds no checkpoint yet"
-    raise FileNotFoundError(
-        f"--load_model_dir {load_model_dir}: no folder {candidates[0]} ({listing}); train it first with "
-        "custom_train.py or custom_train_alpaca.py"
-    )
+    parent = ours.parent if ours.parent.is_dir() else META_INITIALIZATIONS
+    there = ", ".join(sorted(entry.name for entry in parent.glob("*/"))) or "no checkpoint yet"
+    repair = "train it first with custom_train.py or custom_train_alpaca.py"
+    raise FileNotFoundError(f"--load_model_dir {load_model_dir}: no folder {ours} ({parent} holds: {there}); {repair}")
 
 
 # --- writing so that a reader never sees half a file ---------------------------------------------------------
@@ -208,10 +188,8 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 def _is_running(process: str) -> bool:
-    try:
-        return (
-            Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        )  # a dead child not waited for
+    try:  # Z: a dead child not waited for
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return not Path("/proc").is_dir()
 
@@ -228,10 +206,7 @@ def _beside(path: Path) -> Path:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success, flushed to disk, it replaces `path`, on failure it is removed.
-
-    Raises:
-        OSError: nothing can be written there; it names `path`.
-    """
+    OSError: nothing can be written there; it names `path`."""
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path)
@@ -272,21 +247,16 @@ def replace_folder(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(*paths: Path) -> Iterator[None]:
-    """Hold artifacts against other processes that would write them too; a holder that dies gives them back.
-
-    Raises:
-        ValueError: another process holds one.
-    """
+    """Hold artifacts against other runs that would write them too; a holder that dies gives them back. Of several
+    processes of a run the first holds them. ValueError: another run holds one."""
     with contextlib.ExitStack() as held:
-        for path in sorted(set(paths)):
+        for path in sorted(set(paths)) if is_first_process() else ():
             LOCKS.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(LOCKS / f"{slug(str(path))}.lock", timeout=1)
             try:
-                held.enter_context(lock)
+                held.enter_context(FileLock(LOCKS / f"{slug(str(path))}.lock", timeout=1))
             except Timeout:
-                raise ValueError(
-                    f"{path} is being written by another process; wait until it has ended, or end it and start again"
-                ) from None
+                wait = "wait until it has ended, or end it and start again"
+                raise ValueError(f"{path} is being written by another process; {wait}") from None
         yield
 
 
@@ -310,16 +280,11 @@ def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], repair: str, names: Iterable[str] | None = None) -> None:
-    """Refuse an artifact of which files that its manifest lists (or those of them that are named) are gone or cut.
-
-    Raises:
-        FileNotFoundError: a file is gone.
-        ValueError: its size is another.
-    """
-    for name, size in manifest.get("files", {}).items():
-        if names is not None and name not in names:
-            continue
-        path = folder / name
+    """Refuse an artifact of which files that its manifest lists (or those of them that are named) are gone
+    (FileNotFoundError) or cut (ValueError)."""
+    sizes: Mapping[str, int] = manifest.get("files", {})
+    for name in [name for name in sizes if names is None or name in names]:
+        path, size = folder / name, sizes[name]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is gone, {folder / MANIFEST} lists it. {repair}")
         if (found := path.stat().st_size) != size:
@@ -327,12 +292,8 @@ def check_files(folder: Path, manifest: Mapping[str, Any], repair: str, names: I
 
 
 def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
-    """Read an artifact's manifest; `made_by` is the script that makes it, for the message.
-
-    Raises:
-        FileNotFoundError: the artifact is absent or unfinished.
-        ValueError: the manifest is damaged or of another version.
-    """
+    """Read an artifact's manifest; `made_by` is the script that makes it, for the message. FileNotFoundError: the artifact
+    is absent or unfinished. ValueError: the manifest is damaged or of another version."""
     path = folder / MANIFEST
     repair = f"remove {folder} and run: python {made_by}"
     if not path.is_file():
@@ -358,18 +319,16 @@ def finished(pattern: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def check_manifest(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], repair: str) -> None:
-    """Refuse an artifact that was made from something else.
-
-    Raises:
-        ValueError: names every entry that differs with both values, and the repair.
-    """
+    """Refuse an artifact that was made from something else. ValueError: names every entry that differs with both values,
+    and the repair."""
     expected = json.loads(json.dumps(expected, default=str))
-    differing = [key for key in expected if found.get(key) != expected[key]]
+    differing = [
+        f"{key}: found {shorten(found.get(key))}, expected {shorten(value)}"
+        for key, value in expected.items()
+        if found.get(key) != value
+    ]
     if differing:
-        details = "; ".join(
-            f"{key}: found {shorten(found.get(key))}, expected {shorten(expected[key])}" for key in differing
-        )
-        raise ValueError(f"{folder} does not fit what is asked for: {details}. {repair}")
+        raise ValueError(f"{folder} does not fit what is asked for: {'; '.join(differing)}. {repair}")
 
 
 def shorten(value: Any, length: int = 80) -> str:

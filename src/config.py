@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +15,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from src.artifacts import (
-    ALPACA_FILE,
-    FLAN_FILE,
-    GRADIENTS,
-    META_INITIALIZATIONS,
-    ZS_COT_FILE,
-    finished,
-    resolve_checkpoint,
-    slug,
-    source_names,
-)
+from src import artifacts
+from src.artifacts import ALPACA_FILE, FLAN_FILE, GRADIENTS, META_INITIALIZATIONS, ZS_COT_FILE, slug
 from src.console import Parser, say_once
-from src.distributed import Hardware, resolve_hardware
+from src.distributed import PRECISIONS, Hardware, resolve_hardware
 
 ALL_TASKS = "all"
 AUTO = "auto"
@@ -55,45 +45,26 @@ def number(
 
 COUNT, NOT_NEGATIVE, POSITIVE = number(int, 1), number(float, 0), number(float, above=0)
 SHARE = number(float, 0, high=1)
+METAVARS = {COUNT: "N", int: "N", NOT_NEGATIVE: "X", POSITIVE: "X", SHARE: "SHARE"}
 
 
 def share_or_count(text: str) -> float | int:
     """A share of the tasks between 0 and 1, or a whole number of them."""
     value = float(text)
-    if 0 < value < 1:
-        return value
-    if value < 1 or value != int(value):
+    if not 0 < value < 1 and (value < 1 or value != int(value)):
         raise argparse.ArgumentTypeError(f"{text}: expected a share between 0 and 1, or a whole number of tasks")
-    return int(value)
+    return value if value < 1 else int(value)
 
 
 def flag(
-    default: Any,
-    help: str,
-    type: Callable[[str], Any] = str,
-    metavar: str | None = None,
-    *,
-    shown: str | None = None,
-    choices: Sequence[str] | None = None,
-    nargs: str | None = None,
-    alias: str | None = None,
-    free: bool = False,
-) -> Any:
-    """A field of a configuration and its flag.
-
-    Args:
-        default: Value where nothing is typed and nothing is inherited.
-        help: Its meaning; the default is added.
-        type: Converts what is typed.
-        metavar: What stands for the value.
-        shown: The default in words.
-        choices: Allowed values.
-        nargs: As argparse takes it.
-        alias: Another name.
-        free: It may differ from the run that is gone on from.
-    """
-    metadata = {"help": help, "type": type, "metavar": metavar, "shown": shown, "choices": choices, "nargs": nargs,
-                "alias": alias, "free": free}  # fmt: skip
+    default: Any, help: str, type: Callable[[str], Any] = str, metavar: str | None = None, *, free: bool = False,
+    shown: str | None = None, alias: str | None = None, nargs: str | None = None, choices: Sequence[str] | None = None,
+) -> Any:  # fmt: skip
+    """A field of a configuration and its flag. Help adds the default, or what is `shown` in its place; a `free` flag may
+    differ from the run that a stage goes on from; `alias` is another name, the rest as argparse takes it."""
+    options = {"type": type, "metavar": metavar or METAVARS.get(type), "nargs": nargs, "choices": choices}
+    metadata = {"help": help, "shown": shown, "alias": alias, "free": free,
+                "options": {name: value for name, value in options.items() if value is not None}}  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -104,23 +75,17 @@ def flag(
 class InstructionData:
     """data (instruction)"""
 
-    data_files: tuple[str, ...] = flag(
-        (), "training sources: .jsonl, .json, .csv, .tsv, .parquet or .pkl files, folders of them or that datasets saved, "
-        "or hub ids such as org/name:split", nargs="+", metavar="SOURCE", shown=str(ALPACA_FILE))  # fmt: skip
-    target_files: tuple[str, ...] = flag(
-        (), "target tasks that are never trained on; half of each is for validation, half for the final test",
-        nargs="+", metavar="SOURCE", shown="each training task is a target too")  # fmt: skip
-    train_instruction: bool = flag(
-        False, f"take Alpaca, FLAN v2 and chain of thought together: {ALPACA_FILE}, {FLAN_FILE.name}, {ZS_COT_FILE.name}",
-        shown="--data_files")  # fmt: skip
-    prompt_column: str | None = flag(
-        None, "column of the prompts, in sources that have it", metavar="NAME",
+    data_files: tuple[str, ...] = flag((), "training sources: .jsonl, .json, .csv, .tsv, .parquet or .pkl files, "
+        "folders, saved data sets, or hub ids as org/name:split", metavar="SOURCE", nargs="+", shown=str(ALPACA_FILE))  # fmt: skip
+    target_files: tuple[str, ...] = flag((), "target tasks, never trained on; half of each is for validation, half for "
+        "the final test", metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
+    train_instruction: bool = flag(False, f"take Alpaca, FLAN v2 and chain of thought together: {ALPACA_FILE}, "
+        f"{FLAN_FILE.name}, {ZS_COT_FILE.name}", shown="--data_files")  # fmt: skip
+    prompt_column: str | None = flag(None, "column of the prompts, in sources that have it", metavar="NAME",
         shown="inputs, prompt, messages, conversations or instruction, whichever is there")  # fmt: skip
-    completion_column: str | None = flag(
-        None, "column of the completions, in sources that have it", metavar="NAME",
+    completion_column: str | None = flag(None, "column of the completions, in sources that have it", metavar="NAME",
         shown="targets, completion, output or response, or the last of the messages")  # fmt: skip
-    loss_on_prompt: bool = flag(
-        False, "count a decoder's prompt in the loss, as published", shown="the completion only")  # fmt: skip
+    loss_on_prompt: bool = flag(False, "count a decoder's prompts in the loss, as published", shown="do not")
 
     @property
     def sources(self) -> list[str]:
@@ -133,15 +98,12 @@ class InstructionData:
 class RowsConfig:
     """tasks and held-out rows"""
 
-    task_column: str | None = flag(
-        None, "column that names a row's task, in sources that have it; chain of thought: field of the completions or of "
-        "the data set", metavar="NAME", shown="_task_name, skill or task; without one a source is a task, and chain of thought one "
-        "task, which --load_clusters divides")  # fmt: skip
-    heldout_share: float | None = flag(
-        None, "share of each task's different prompts held out for validation, and again for test; chain of thought: of "
-        "the training questions, for validation alone", SHARE, "SHARE", shown="0.1; with --target_files 0")  # fmt: skip
-    max_heldout: int | None = flag(
-        None, "most prompts of a task held out for validation, and for test", COUNT, "N",
+    task_column: str | None = flag(None, "column that names a row's task, in sources that have it; chain of thought: "
+        "field of the completions or of the data set", metavar="NAME", shown="_task_name, skill or task; without one "
+        "a source is a task, and chain of thought one task, which --load_clusters divides")  # fmt: skip
+    heldout_share: float | None = flag(None, "share of a task's different prompts for validation, and again for test; "
+        "chain of thought: of training questions, for validation", SHARE, shown="0.1; with --target_files 0")  # fmt: skip
+    max_heldout: int | None = flag(None, "most prompts of a task held out for validation, and for test", COUNT,
         shown="50; chain of thought 500")  # fmt: skip
 
 
@@ -149,12 +111,9 @@ class RowsConfig:
 class CotData:
     """data (chain of thought)"""
 
-    dataset_key: str | None = flag(
-        None, "data set: strategy_qa, commonsense_qa, gsm8k and so on", metavar="KEY", shown="instruction data")  # fmt: skip
-    preset_key: str = flag(
-        "ft_cot", "training rows: ft, ft_cot or ft_cot_t70_<k>aug with k of 1 2 4 8 16 32 64", metavar="KEY")  # fmt: skip
-    keep_incorrect: bool = flag(
-        False, "also train on completions with a wrong answer, as published", shown="right answers only")  # fmt: skip
+    dataset_key: str | None = flag(None, "data set: strategy_qa, gsm8k, …", metavar="KEY", shown="instruction data")
+    preset_key: str = flag("ft_cot", "rows: ft, ft_cot, ft_cot_t70_<k>aug with k of 1 2 4 8 16 32 64", metavar="KEY")
+    keep_incorrect: bool = flag(False, "train on completions with a wrong answer too, as published", shown="do not")
 
 
 @dataclass(frozen=True)
@@ -164,9 +123,7 @@ class CotFiles:
     train_key: str = flag("ft_cot", "free label of the run, kept in prediction files", metavar="KEY", free=True)
     split_key: str = flag("default", "which split: <data_dir>/split/<data set>__<key>.json", metavar="KEY")
     data_dir: str = flag("data", "folder of dataset/ and split/", metavar="FOLDER")
-    saved_dir: str = flag(
-        "saved", "folder of completion_data/: the teacher's completions are read there, the model's own are written there",
-        metavar="FOLDER")  # fmt: skip
+    saved_dir: str = flag("saved", "folder of completion_data/: the teacher's and the model's own", metavar="FOLDER")
 
 
 @dataclass(frozen=True)
@@ -183,127 +140,102 @@ class DataConfig(InstructionData, RowsConfig, CotData, CotFiles):
 class ModelConfig:
     """model"""
 
-    model_key: str = flag(
-        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-        "hub id, local folder, or short key such as flan_t5_base", metavar="MODEL")  # fmt: skip
+    model_key: str = flag("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        "hub id, folder, or short key such as flan_t5_base", metavar="MODEL")  # fmt: skip
     train_lora: bool = flag(False, "train a LoRA adapter", shown="every weight")
-    lora_rank: int = flag(16, "rank of the adapter, with --train_lora", COUNT, "N")
-    lora_alpha: int = flag(32, "scale of the adapter: its update counts alpha / rank, with --train_lora", COUNT, "N")
-    lora_target_modules: tuple[str, ...] | None = flag(
-        None, "layers that carry the adapter: ends of their names, a regular expression, or all-linear", nargs="+",
-        metavar="NAME", shown="the attention's inputs, by architecture")  # fmt: skip
-    base_dtype: str = flag(
-        "float32", "numbers that the base model's weights are held in under --train_lora; the adapter is float32",
-        choices=("float32", "bfloat16"))  # fmt: skip
-    use_qlora: bool = flag(
-        False, "hold the base model in 4 bits (bitsandbytes NF4) and compute in bfloat16", shown="as --base_dtype says")  # fmt: skip
-    gradient_checkpointing: bool = flag(
-        False, "compute activations again in the backward: less memory, more time, the same numbers", free=True,
-        shown="keep them")  # fmt: skip
-    max_length: int = flag(512, "longest row (decoder) or prompt (encoder-decoder), in tokens", COUNT, "N")
-    max_target_length: int = flag(512, "longest completion of an encoder-decoder, in tokens", COUNT, "N")
+    lora_rank: int = flag(16, "rank of the adapter, with --train_lora", COUNT)
+    lora_alpha: int = flag(32, "scale of the adapter: its update counts alpha / rank, with --train_lora", COUNT)
+    lora_target_modules: tuple[str, ...] | None = flag(None, "layers that carry the adapter: ends of their names, a "
+        "regular expression, or all-linear", metavar="NAME", nargs="+", shown="the attention's inputs, by architecture")  # fmt: skip
+    base_dtype: str = flag("float32", "numbers that the base model's weights are held in under --train_lora; the "
+        "adapter is float32", choices=("float32", "bfloat16"))  # fmt: skip
+    use_qlora: bool = flag(False, "hold the base model in 4 bits (NF4), compute in bfloat16", shown="see --base_dtype")
+    gradient_checkpointing: bool = flag(False, "save memory: compute activations twice", free=True, shown="do not")
+    max_length: int = flag(512, "longest row (decoder) or prompt (encoder-decoder), in tokens", COUNT)
+    max_target_length: int = flag(512, "longest completion of an encoder-decoder, in tokens", COUNT)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """training"""
 
-    batch_size: int = flag(128, "rows of a training batch, per device", COUNT, "N")
-    accumulate: int = flag(1, "batches per optimizer step", COUNT, "N")
-    lr: float = flag(2e-5, "learning rate of AdamW", POSITIVE, "X")
-    loss_over: str = flag(
-        "token", "what a batch's loss is the mean over: its target tokens, or the mean losses of its rows",
-        choices=("token", "row"))  # fmt: skip
-    weight_decay: float = flag(0.0, "weight decay of AdamW", NOT_NEGATIVE, "X")
-    epochs: int = flag(10, "passes over the rows", COUNT, "N")
+    batch_size: int = flag(128, "rows of a training batch, per device", COUNT)
+    accumulate: int = flag(1, "batches per optimizer step", COUNT)
+    lr: float = flag(2e-5, "learning rate of AdamW", POSITIVE)
+    loss_over: str = flag("token", "what a batch's loss is the mean over: its target tokens, or the mean losses of its "
+        "rows", choices=("token", "row"))  # fmt: skip
+    weight_decay: float = flag(0.0, "weight decay of AdamW", NOT_NEGATIVE)
+    epochs: int = flag(10, "passes over the rows", COUNT)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """generation (chain of thought)"""
 
-    inference_batch_size: int = flag(32, "rows of a generation batch", COUNT, "N", free=True)
-    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, "N", free=True)
+    inference_batch_size: int = flag(32, "rows of a generation batch", COUNT, free=True)
+    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, free=True)
 
 
 @dataclass(frozen=True)
 class CheckpointShares:
     """meta-training"""
 
-    checkpoint_at: tuple[float, ...] = flag(
-        (0.0, 0.08, 0.33), "keep checkpoints at these shares of the optimizer steps, 0 for the start: where gradients are "
-        "taken", SHARE, "SHARE", nargs="*", shown="0 0.08 0.33")  # fmt: skip
+    checkpoint_at: tuple[float, ...] = flag((0.0, 0.08, 0.33),
+        "shares of the optimizer steps to keep checkpoints at, for gradients; 0: the start", SHARE, nargs="*")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MetaTrainingConfig(CheckpointShares):
     """meta-training"""
 
-    stop_after_checkpoints: bool = flag(
-        False, "end with the last of them: estimates need no more", free=True,
+    stop_after_checkpoints: bool = flag(False, "end with the last of them: estimates need no more", free=True,
         shown="train to the end, for the model trained on everything")  # fmt: skip
+    load_model_dir: str | None = flag(None, "start from this checkpoint in external_lightning_logs/",
+        metavar="CHECKPOINT", shown="the base model")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ChosenTasks:
     """fine-tuning on subsets"""
 
-    subset_file: str | None = flag(
-        None, "fine-tune the base model once for each line of a sampled_tasks file and append a row of losses for each",
-        metavar="FILE", shown="meta-training on all tasks")  # fmt: skip
-    task_weights: str | None = flag(
-        None, "fine-tune the base model once on rows drawn from the tasks in these shares, a CSV that "
-        "fast_estimate_forward_selection.py --weights writes", metavar="FILE", shown="meta-training")  # fmt: skip
-    task_idxes: tuple[Any, ...] | None = flag(
-        None, "fine-tune once on these tasks, or on `all`; without ids, only evaluate the base model",
-        number(int, 0, word=ALL_TASKS), "ID", nargs="*", shown="meta-training")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StartConfig:
-    """start"""
-
-    load_model_dir: str | None = flag(
-        None, "start from this checkpoint below external_lightning_logs/", metavar="CHECKPOINT", shown="the base model")  # fmt: skip
+    subset_file: str | None = flag(None, "fine-tune the base model once for each line of a sampled_tasks file and "
+        "append a row of losses for each", metavar="FILE", shown="meta-training on all tasks")  # fmt: skip
+    task_weights: str | None = flag(None, "fine-tune the base model once on rows drawn from the tasks in these shares, "
+        "a CSV that fast_estimate_forward_selection.py --weights writes", metavar="FILE", shown="meta-training")  # fmt: skip
+    task_idxes: tuple[Any, ...] | None = flag(None, "fine-tune once on these tasks, or on `all`; without ids, only "
+        "evaluate the base model", number(int, 0, word=ALL_TASKS), "ID", nargs="*", shown="meta-training")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunsConfig:
     """repetitions"""
 
-    runs: int = flag(1, "repetitions, with seeds 0, 1, …", COUNT, "N", free=True)
+    runs: int = flag(1, "repetitions, with seeds 0, 1, …", COUNT, free=True)
 
 
 @dataclass(frozen=True)
 class NameConfig:
     """run"""
 
-    save_name: str | None = flag(
-        None, "name of the run: later stages go on from it and take from it every flag that is not typed", metavar="NAME",
-        shown="stage 1: made of model and data; later: the last finished run that fits what is typed")  # fmt: skip
-    results_name: str | None = flag(
-        None, "name of a table of results and of the selections made of it", metavar="NAME", free=True,
-        shown="--save_name")  # fmt: skip
+    save_name: str | None = flag(None, "name of the run; later stages take from it every flag that is not typed",
+        metavar="NAME", shown="stage 1: made of model and data; later: the last that fits what is typed")  # fmt: skip
+    results_name: str | None = flag(None, "name of a table of results and of the selections made of it", metavar="NAME",
+        free=True, shown="--save_name")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
     """hardware"""
 
-    devices: tuple[int, ...] | None = flag(
-        None, "GPU numbers: `--devices 1` is the second GPU, `--devices 0 1 2 3` four GPUs", int, "GPU", nargs="+",
-        alias="--device", free=True, shown="GPU 0; ignored without a GPU")  # fmt: skip
-    accelerator: str = flag(
-        "auto", "auto takes a GPU where there is one; `cpu` with several --devices runs as many processes",
-        choices=("auto", "cuda", "cpu"), free=True)  # fmt: skip
-    strategy: str = flag(
-        "auto", "several processes: ddp, the whole model in each, or fsdp, its weights spread over them; auto is ddp",
-        choices=("auto", "ddp", "fsdp"), free=True)  # fmt: skip
-    precision: str = flag(
-        "32", "32 bits, or mixed precision in 16 or bf16; or Lightning's names: 32-true, 16-mixed, bf16-mixed, and "
-        "bf16-true, which is bf16 with --base_dtype bfloat16", metavar="NAME", free=True,
-        choices=("32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"))  # fmt: skip
-    num_nodes: int = flag(1, "machines, each with as many processes", COUNT, "N", free=True)
+    devices: tuple[int, ...] | None = flag(None, "GPU numbers: `--devices 1` is the second GPU, `--devices 0 1 2 3` "
+        "four GPUs", int, "GPU", nargs="+", alias="--device", free=True, shown="GPU 0; ignored without a GPU")  # fmt: skip
+    accelerator: str = flag("auto", "auto takes a GPU where there is one; `cpu` with several --devices runs as many "
+        "processes", choices=("auto", "cuda", "cpu"), free=True)  # fmt: skip
+    strategy: str = flag("auto", "several processes: ddp, the whole model in each, or fsdp, its weights spread over "
+        "them; auto is ddp", choices=("auto", "ddp", "fsdp"), free=True)  # fmt: skip
+    precision: str = flag("32", "32 bits, or mixed precision in 16 or bf16; or as Lightning spells it, such as bf16-mixed; "
+        "bf16-true adds --base_dtype bfloat16", metavar="NAME", free=True, choices=("32", "16", "bf16", *PRECISIONS))  # fmt: skip
+    num_nodes: int = flag(1, "machines, each with as many processes", COUNT, free=True)
 
     @property
     def hardware(self) -> Hardware:
@@ -315,31 +247,20 @@ class HardwareConfig:
 class ProjectionConfig:
     """projection"""
 
-    project_dim: int = flag(
-        400, "dimension d of the projected gradients", COUNT, "N", alias="--project_dimension")  # fmt: skip
-    projection: str = flag(
-        "sketch", "kind of random projection; none keeps all p coordinates",
+    project_dim: int = flag(400, "dimension d of the projected gradients", COUNT, alias="--project_dimension")
+    projection: str = flag("sketch", "kind of random projection; none keeps all p coordinates",
         choices=("sketch", "two_sided", "dense", "none"))  # fmt: skip
-    output_function: str = flag(
-        "loss", "what is differentiated: the mean loss of a sample's target tokens, or their mean log-odds as in the paper",
-        choices=("loss", "margin"))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PublishedConfig:
-    """published flags without effect"""
-
-    project_gradients: bool = flag(
-        False, "taken for the published commands: gradients are always projected", free=True, shown="they are")  # fmt: skip
+    output_function: str = flag("loss", "what is differentiated: the mean loss of a sample's target tokens, or their "
+        "mean log-odds as in the paper", choices=("loss", "margin"))  # fmt: skip
+    project_gradients: bool = flag(False, "published; has no effect", free=True, shown="gradients are projected")
 
 
 @dataclass(frozen=True)
 class CheckpointsConfig:
     """meta-initialization"""
 
-    load_model_dir: tuple[str, ...] | None = flag(
-        None, "checkpoints: below external_lightning_logs/, for example RUN/epoch_epoch=17, or folders that peft or another "
-        "trainer saved", nargs="+", metavar="CHECKPOINT", free=True,
+    load_model_dir: tuple[str, ...] | None = flag(None, "checkpoints: below external_lightning_logs/, for example "
+        "RUN/epoch_epoch=17, or folders that peft or another trainer saved", metavar="CHECKPOINT", nargs="+", free=True,
         shown="those that --checkpoint_at kept in this run; later stages all that have gradients, averaged")  # fmt: skip
     run: int = flag(0, "number of the run, and seed of its projection and subsets", number(int, 0), "N")
 
@@ -348,108 +269,86 @@ class CheckpointsConfig:
 class GradientConfig:
     """gradients"""
 
-    representations: bool = flag(
-        False, "also keep each sample's pooled hidden states, for --estimator representation", shown="do not")  # fmt: skip
-    save_projection_matrix: bool = flag(
-        False, "also write the projection's random signs, packed in bits, beside the gradients of each checkpoint",
-        free=True, shown="do not; the seed draws them again")  # fmt: skip
-    max_tokens_per_batch: Any = flag(  # noqa: RUF009
-        4096, "rows times longest row of a batch, or auto: on a GPU twice that and so on, as long as a batch fits",
-        number(int, 1, word=AUTO), "TOKENS", free=True)  # fmt: skip
+    representations: bool = flag(False, "also keep hidden states, for --estimator representation", shown="do not")
+    save_projection_matrix: bool = flag(False, "also write the projection's random signs, packed in bits, beside the "
+        "gradients of each checkpoint", free=True, shown="do not; the seed draws them again")  # fmt: skip
+    max_tokens_per_batch: Any = flag(4096, "rows times longest row of a batch, or auto: on a GPU twice that and so on, "  # noqa: RUF009
+        "as long as a batch fits", number(int, 1, word=AUTO), "TOKENS", free=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ClustersConfig:
     """clusters as tasks"""
 
-    load_clusters: bool = flag(
-        False, "tasks are clusters of the training samples by their projected gradients, made on first use and kept",
-        free=True, shown="the data's own tasks")  # fmt: skip
-    num_clusters: int = flag(100, "number of clusters, with --load_clusters", COUNT, "N", free=True)
+    load_clusters: bool = flag(False, "tasks are clusters of the training samples by their projected gradients, made "
+        "on first use and kept", free=True, shown="the data's own tasks")  # fmt: skip
+    num_clusters: int = flag(100, "number of clusters, with --load_clusters", COUNT, free=True)
 
 
 @dataclass(frozen=True)
 class TargetConfig:
     """target"""
 
-    target_task: tuple[str, ...] | None = flag(
-        None, "target tasks", nargs="+", metavar="NAME", free=True,
-        shown="stage 3: every task with validation rows; selection: the mean over the tasks of --target_files, else over all")  # fmt: skip
+    target_task: tuple[str, ...] | None = flag(None, "target tasks", metavar="NAME", nargs="+", free=True,
+        shown="stage 3: all with validation rows; selection: the mean over --target_files, else over all")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EstimatorConfig:
     """estimation"""
 
-    estimator: str = flag(
-        "ridge", "ridge: quadratic models of the subset and of the target; linear: first order in the target; logistic: the "
-        "paper's regression, for --output_function margin; alignment: inner product of mean gradients, as in LESS; "
-        "representation: similarity of hidden states, for stage 2's --representations; constant: the loss before training",
-        metavar="NAME", free=True)  # fmt: skip
-    rho: float = flag(
-        1e-3, "strength of the ridge: lambda is rho times the mean squared norm of a gradient", POSITIVE, "X", free=True)  # fmt: skip
-    weight_by: str | None = flag(
-        None, "what weighs the same in an estimate: target tokens, rows, or the tasks of a subset",
-        choices=("token", "sample", "task"), free=True, shown="as the meta-training was")  # fmt: skip
+    estimator: str = flag("ridge", "ridge: quadratic models of the subset and of the target; linear: first order in "
+        "the target; logistic: the paper's regression, for --output_function margin; alignment: inner product of mean "
+        "gradients, as in LESS; representation: similarity of hidden states, for stage 2's --representations; "
+        "constant: the loss before training", metavar="NAME", free=True)  # fmt: skip
+    rho: float = flag(1e-3, "ridge strength lambda, in mean squared norms of a gradient", POSITIVE, free=True)
+    weight_by: str | None = flag(None, "what weighs the same in an estimate: target tokens, rows, or the tasks of a "
+        "subset", free=True, choices=("token", "sample", "task"), shown="as the meta-training was")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SubsetsConfig:
     """subsets"""
 
-    sampled_tasks: str | None = flag(
-        None, "file of subsets, one a line; read if it is there, else drawn and written", metavar="FILE",
-        shown="sampled_tasks/<run>.txt")  # fmt: skip
-    number_of_subsets: int | None = flag(
-        None, "subsets to draw", COUNT, "N", shown="1000, or as many as there are")  # fmt: skip
-    subset_size: Any = flag(  # noqa: RUF009
-        None, "share of the tasks in each, or their number", share_or_count, "SIZE", shown="0.5")  # fmt: skip
-    calibrate: str | None = flag(
-        None, "results of five or more really fine-tuned subsets (stage 1's script with --subset_file): also write "
-        "calibrated estimates and their 90 % prediction intervals", metavar="CSV", shown="estimates as they are")  # fmt: skip
-    evaluate: str = flag(
-        "first_order", "linear algebra alone, or also run the validation rows through the model at the displaced weights",
-        choices=("first_order", "displaced"))  # fmt: skip
-    scale: float | None = flag(
-        None, "length of the displacement, with --evaluate displaced, as a share of the norm of the trained weights",
-        POSITIVE, "X", shown="as long as the solution is")  # fmt: skip
+    sampled_tasks: str | None = flag(None, "file of subsets, one a line; read if it is there, else drawn and written",
+        metavar="FILE", shown="sampled_tasks/<run>.txt")  # fmt: skip
+    number_of_subsets: int | None = flag(None, "subsets to draw", COUNT, shown="1000, or as many as there are")
+    subset_size: Any = flag(None, "share or number of the tasks in each", share_or_count, "SIZE", shown="0.5")  # noqa: RUF009
+    calibrate: str | None = flag(None, "results of five or more really fine-tuned subsets (stage 1's script with "
+        "--subset_file): also write calibrated estimates and their 90 % prediction intervals", metavar="CSV",
+        shown="estimates as they are")  # fmt: skip
+    evaluate: str = flag("first_order", "linear algebra alone, or also run the validation rows through the model at "
+        "the displaced weights", choices=("first_order", "displaced"))  # fmt: skip
+    scale: float | None = flag(None, "length of the displacement, with --evaluate displaced, as a share of the norm of "
+        "the trained weights", POSITIVE, shown="as long as the solution is")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ApproximationConfig:
     """stage 2, or the approximation error"""
 
-    compute_pretrained_outputs: bool = flag(
-        False, "compute outputs and gradients at the checkpoints, which is stage 2",
+    compute_pretrained_outputs: bool = flag(False, "compute outputs and gradients at the checkpoints, which is stage 2",
         shown="measure the first-order approximation error there")  # fmt: skip
-    scale: tuple[float, ...] = flag(
-        (0.02, 0.04, 0.06, 0.08, 0.1), "lengths of the displacements as a share of the norm of the trained weights",
-        POSITIVE, "X", nargs="+", shown="0.02 0.04 0.06 0.08 0.1")  # fmt: skip
-    seed: tuple[int, ...] = flag((0,), "seeds of the random directions", int, "N", nargs="+", shown="0")
+    scale: tuple[float, ...] = flag((0.02, 0.04, 0.06, 0.08, 0.1), "lengths of the displacements as a share of the "
+        "norm of the trained weights", POSITIVE, nargs="+")  # fmt: skip
+    seed: tuple[int, ...] = flag((0,), "seeds of the random directions", int, nargs="+")
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
     """selection"""
 
-    method: str = flag(
-        "forward", "forward: add the best task again and again; backward: remove the worst", metavar="NAME",
-        alias="--direction")  # fmt: skip
-    start_from: tuple[int, ...] = flag(
-        (), "ids of the tasks to start with", int, "ID", nargs="+", shown="none; backward: all")  # fmt: skip
-    max_tasks: int | None = flag(None, "most tasks in the subset", COUNT, "N", shown="no limit")
-    budget_rows: int | None = flag(None, "at most so many training rows", COUNT, "N", shown="no limit")
-    try_at_most: int | None = flag(
-        None, "after the first step try only so many tasks, those that looked best when last tried; for thousands of tasks",
-        COUNT, "N", shown="all")  # fmt: skip
-    refine: int | None = flag(
-        None, "really fine-tune the K best subsets on the way, as the run was trained, and select the best of them", COUNT,
-        "K", shown="trust the estimates")  # fmt: skip
-    weights: bool = flag(
-        False, "also find how much to draw from each task, for --task_weights of stage 1's script", shown="do not")  # fmt: skip
-    per_target: bool = flag(
-        False, "select for each target by itself, and show how much each task alone helps each target",
-        shown="one subset for the mean over the targets")  # fmt: skip
+    method: str = flag("forward", "forward: add the best task, again and again; backward: remove the worst",
+        metavar="NAME", alias="--direction")  # fmt: skip
+    start_from: tuple[int, ...] = flag((), "tasks to start with", int, "ID", nargs="+", shown="none; backward: all")
+    max_tasks: int | None = flag(None, "most tasks in the subset", COUNT, shown="no limit")
+    budget_rows: int | None = flag(None, "at most so many training rows", COUNT, shown="no limit")
+    try_at_most: int | None = flag(None, "after the first step try only so many tasks, those that looked best when "
+        "last tried; for thousands of tasks", COUNT, shown="all")  # fmt: skip
+    refine: int | None = flag(None, "really fine-tune the K best subsets on the way, as the run was trained, and "
+        "select the best of them", COUNT, "K", shown="trust the estimates")  # fmt: skip
+    weights: bool = flag(False, "also find how much to draw from each task, for --task_weights", shown="do not")
+    per_target: bool = flag(False, "select for each target; show what each task alone does", shown="do not")
 
 
 # --- the stages' configurations ------------------------------------------------------------------------------
@@ -466,7 +365,7 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, GenerationConfig, NameC
 
     def name(self, run: int = 0, suffix: str | None = None) -> str:
         """`<model>_<data>[_<preset>][_lora_r_<r>][_<suffix>]_run_<k>`."""
-        names = dict.fromkeys(source_names(self.sources).values())
+        names = dict.fromkeys(artifacts.source_names(self.sources).values())
         data = "instruction" if self.train_instruction and not self.dataset_key else "+".join(names)
         parts = [slug(self.model_key), slug(self.dataset_key or data)]
         parts += [slug(self.preset_key)] if self.dataset_key else []
@@ -485,12 +384,12 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, GenerationConfig, NameC
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, StartConfig, RunsConfig, ClustersConfig):
+class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, RunsConfig, ClustersConfig):
     """Stages 1 and 5."""
 
 
 @dataclass(frozen=True)
-class StoreConfig(RunConfig, CheckpointsConfig, ProjectionConfig, PublishedConfig):
+class StoreConfig(RunConfig, CheckpointsConfig, ProjectionConfig):
     """What names a store of projected gradients."""
 
     def store_dir(self, run_folder: Path | None) -> Path:
@@ -527,6 +426,7 @@ Config = TypeVar("Config", bound=RunConfig)
 RECORDED = {f.name for group in (DataConfig, ModelConfig, TrainingConfig, GenerationConfig, ProjectionConfig, GradientConfig)
             for f in fields(group)} | {"save_name", "run", "precision", "checkpoint_at"}  # fmt: skip
 """What a manifest records for the stages after it."""
+DATA_FLAGS = tuple(f.name for f in fields(DataConfig))
 
 
 def add_flags(parser: argparse.ArgumentParser, *groups: type, hidden: bool = False, **defaults: Any) -> None:
@@ -534,27 +434,37 @@ def add_flags(parser: argparse.ArgumentParser, *groups: type, hidden: bool = Fal
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
         for f in fields(group):
-            about = f.metadata
-            default = defaults.get(f.name, f.default)
-            shown = f"{default:g}" if isinstance(default, float) else default
-            shown = shown if about["shown"] is None or f.name in defaults else about["shown"]
-            text = f"{about['help']} (default: {'none' if shown is None else shown})".replace("%", "%%")
-            options: dict[str, Any] = {"help": argparse.SUPPRESS if hidden else text, "default": None}
-            if isinstance(f.default, bool):
-                options["action"] = "store_true"
-            else:
-                names = ("type", "metavar", "choices", "nargs")
-                options |= {name: about[name] for name in names if about[name] is not None}
-            section.add_argument(f"--{f.name}", *filter(None, [about["alias"]]), **options)
+            about, default = f.metadata, defaults.get(f.name, f.default)
+            shown = _words(default) if about["shown"] is None or f.name in defaults else about["shown"]
+            text = f"{about['help']} (default: {shown})".replace("%", "%%")
+            options = {"action": "store_true"} if isinstance(f.default, bool) else about["options"]
+            names = filter(None, [f"--{f.name}", about["alias"]])
+            section.add_argument(*names, help=argparse.SUPPRESS if hidden else text, default=None, **options)
+
+
+def stage_parser(
+    doc: str | None, shown: Sequence[type], inherited: Sequence[type] = (), also: Sequence[type] = (), **defaults: Any
+) -> Parser:
+    """The parser of a stage: the groups of flags that its help explains, those that it takes from its run unless they are
+    typed, and those that it takes too without a line of their own."""
+    notes = [(doc or "").rstrip()]
+    if inherited:
+        notes.append("Flags of data, model and training are those of the run; typed as for stage 1, they must agree.")
+    if also:
+        notes.append("Taken too: " + " ".join(f"--{f.name}" for group in also for f in fields(group)))
+    parser = Parser("\n\n".join(notes))
+    add_flags(parser, *shown, **defaults)
+    add_flags(parser, *inherited, *also, hidden=True, **defaults)
+    return parser
 
 
 def typed_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were typed, by name; lists become tuples."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(args).items()
-        if value is not None
-    }
+    return _with_tuples({name: value for name, value in vars(args).items() if value is not None})
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def recorded(config: RunConfig) -> dict[str, Any]:
@@ -562,90 +472,74 @@ def recorded(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name in RECORDED}
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values of a flag are the same; paths may be written in two ways, and sources in any order."""
-    one, other = (
-        sorted(map(_comparable, value)) if isinstance(value, (list, tuple)) and value and isinstance(value[0], str)
-        else json.loads(json.dumps(_comparable(value)))
-        for value in (one, other)
-    )  # fmt: skip
-    return bool(one == other)
+def contradictions(cls: type, typed: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """Flags that were typed and are another in a manifest's configuration, each with both values."""
+    there = manifest["config"]
+    names = [f.name for f in fields(cls) if f.name in typed and f.name in there and not f.metadata["free"]]
+    differing = [name for name in names if _comparable(typed[name]) != _comparable(there[name])]
+    return [f"--{name} {_words(there[name])} there, {_words(typed[name])} typed" for name in differing]
 
 
 def _comparable(value: Any) -> Any:
+    """A value of a flag in one spelling: paths may be written in two ways, names of sources stand in any order."""
+    if isinstance(value, (list, tuple)):
+        values = [_comparable(one) for one in value]
+        return sorted(values) if values and isinstance(values[0], str) else values
     return os.path.relpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
-def contradictions(cls: type, typed: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """Flags that were typed and are another in a manifest's configuration, each with both values."""
-    config = manifest["config"]
-    return [
-        f"--{f.name} {_words(config[f.name])} there, {_words(typed[f.name])} typed"
-        for f in fields(cls)
-        if f.name in typed and f.name in config and not f.metadata["free"] and not _same(typed[f.name], config[f.name])
-    ]
-
-
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_words, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _misfit(path: Path, differing: Sequence[str], made_by: str) -> ValueError:
+    repair = f"Leave these flags out, or make another with {made_by}"
+    return ValueError(f"{path} does not fit what is typed: {'; '.join(differing)}. {repair}")
 
 
 def parent_of(
-    cls: type,
-    typed: Mapping[str, Any],
-    pattern: str,
-    *,
-    made_by: str,
-    ignoring: Sequence[str] = (),
-    optional: bool = False,
-) -> tuple[Path, dict[str, Any]] | None:
-    """The finished artifact that a stage goes on from: that of the --save_name or --load_model_dir that is typed, else the
-    last that contradicts nothing that is typed.
+    cls: type, typed: Mapping[str, Any], pattern: str, made_by: str, ignoring: Sequence[str] = (), *, optional: bool = False
+) -> tuple[Path, dict[str, Any]] | None:  # fmt: skip
+    """The finished artifact that a stage goes on from, and its manifest: that of the --save_name or --load_model_dir that is
+    typed, else the last that contradicts nothing that is typed, but for the flags that are ignored.
 
-    Args:
-        cls: Class of the stage's configuration.
-        typed: Its flags that were typed.
-        pattern: Of the artifacts' folders.
-        made_by: What makes one, for messages.
-        ignoring: Flags that may differ too.
-        optional: Where no name is typed, none need fit.
-
-    Raises:
-        ValueError: no artifact is called so, or each contradicts what is typed; both values are named.
+    `pattern` is of the artifacts' folders; `made_by` says in messages what makes one. Where it is `optional`, none need fit
+    that no name asks for. ValueError: no artifact is called so, or each contradicts what is typed; both values are named.
     """
-    names = ("save_name", "load_model_dir")
-    wanted = {name: value for name, value in typed.items() if name not in (*ignoring, *names)}
-    there = [(path, found) for path, found in finished(pattern) if "config" in found]
-    if named := typed.get("load_model_dir"):
-        folders = {resolve_checkpoint(name).resolve() for name in ([named] if isinstance(named, str) else named)}
+    wanted = {name: value for name, value in typed.items() if name not in (*ignoring, "save_name", "load_model_dir")}
+    there = [(path, found) for path, found in artifacts.finished(pattern) if "config" in found]
+    name, checkpoints = typed.get("save_name"), typed.get("load_model_dir")
+    if checkpoints:
+        names = [checkpoints] if isinstance(checkpoints, str) else checkpoints
+        folders = {artifacts.resolve_checkpoint(one).resolve() for one in names}
         runs = {folder.parent for folder in folders}
-        there = [(p, found) for p, found in there if p.resolve() in runs or Path(found.get("checkpoint_dir", "")).resolve() in folders]  # fmt: skip
-    elif name := typed.get("save_name"):
+        there = [(path, found) for path, found in there
+                 if path.resolve() in runs or Path(found.get("checkpoint_dir", "")).resolve() in folders]  # fmt: skip
+    elif name:
         of_name = [(path, found) for path, found in there if found["config"]["save_name"] == name]
         if not of_name and optional:
             return None
         if not of_name and not wanted.keys() - {"run", "output_function"}:
-            called = sorted({found["config"]["save_name"] or path.name for path, found in there})
-            raise ValueError(f"--save_name {name}: nothing finished is called that; there is {', '.join(called) or 'nothing'}; "
-                             f"make it with {made_by}")  # fmt: skip
+            called = sorted({found["config"]["save_name"] or path.name for path, found in there}) or ["nothing"]
+            what = f"nothing finished is called that; there is {', '.join(called)}"
+            raise ValueError(f"--save_name {name}: {what}; make it with {made_by}")
         if not of_name:
             say_once(f"note: no run is called {name}: one without a name is taken, and {name} names what is made of it")
         there = of_name or [(path, found) for path, found in there if not found["config"]["save_name"]]
-    fitting = [(path, found) for path, found in there if not contradictions(cls, wanted, found)]
-    if fitting:
-        if not any(name in typed for name in names):
+    differing = [contradictions(cls, wanted, found) for _, found in there]
+    if fitting := [one for one, others in zip(there, differing, strict=True) if not others]:
+        if "save_name" not in typed and "load_model_dir" not in typed:
             say_once(f"going on from {fitting[-1][0]}")
         return fitting[-1]
-    if there and not (optional and not typed.get("save_name")):
-        path, found = min(there, key=lambda one: len(contradictions(cls, wanted, one[1])))
-        raise ValueError(
-            f"{path} does not fit what is typed: {'; '.join(contradictions(cls, wanted, found))}. Leave these flags out, or "
-            f"make another with {made_by}"
-        )
+    if there and (name or not optional):
+        nearest = min(range(len(there)), key=lambda position: len(differing[position]))
+        raise _misfit(there[nearest][0], differing[nearest], made_by)
     return None
 
 
-def _without_batch_size(typed: Mapping[str, Any]) -> dict[str, Any]:
+def _for_gradients(typed: Mapping[str, Any]) -> dict[str, Any]:
     """What is typed, but for the batch size that the published commands give to stages that do not train."""
     if "batch_size" in typed:
         say_once("note: --batch_size has no effect where nothing is trained")
@@ -655,28 +549,18 @@ def _without_batch_size(typed: Mapping[str, Any]) -> dict[str, Any]:
 def from_run(cls: type[Config], typed: Mapping[str, Any], **defaults: Any) -> tuple[Config, Path | None]:
     """The configuration of stage 2, and the folder of the meta-training that it goes on from; None where checkpoints of
     another trainer are named. Data may be others than in meta-training: a source can be added later."""
-    made_by, data = "stage 1 (custom_train.py or custom_train_alpaca.py)", [f.name for f in fields(DataConfig)]
-    typed = _without_batch_size(typed)
-    wanted = {"run": 0, **typed}
-    parent = parent_of(cls, wanted, f"{META_INITIALIZATIONS}/*", made_by=made_by, ignoring=data)
-    config = inherit(cls, typed, parent[1] if parent else None, **defaults)
-    return config, parent[0] if parent else None
+    typed, stage_1 = _for_gradients(typed), "stage 1 (custom_train.py or custom_train_alpaca.py)"
+    parent = parent_of(cls, {"run": 0, **typed}, f"{META_INITIALIZATIONS}/*", stage_1, DATA_FLAGS)
+    folder, manifest = parent or (None, None)
+    return inherit(cls, typed, manifest, **defaults), folder
 
 
 def from_store(cls: type[Config], typed: Mapping[str, Any], output_function: str | None = None) -> tuple[Config, Path]:
-    """The configuration of stages 3 and 4, and the store of gradients that they go on from.
-
-    Args:
-        cls: Class of the configuration.
-        typed: Flags that were typed.
-        output_function: The one whose gradients are needed, where it matters.
-
-    Raises:
-        FileNotFoundError: there is no store.
-    """
-    typed = _without_batch_size(typed)
+    """The configuration of stages 3 and 4, and the store of gradients, of this output function where it matters, that they
+    go on from. FileNotFoundError: there is none."""
+    typed = _for_gradients(typed)
     wanted = {"run": 0, "output_function": output_function or "loss", **typed}
-    parent = parent_of(cls, wanted, f"{GRADIENTS}/*/*", made_by="stage 2")
+    parent = parent_of(cls, wanted, f"{GRADIENTS}/*/*", "stage 2")
     if parent is None:
         raise FileNotFoundError(
             f"no projected gradients in {GRADIENTS}/ fit; make them with: python fast_estimate_compute_gradients.py or "
@@ -689,91 +573,63 @@ def for_training(typed: Mapping[str, Any], **defaults: Any) -> TrainConfig:
     """The configuration of stages 1 and 5. Fine-tuning takes what is not typed from the run of this --save_name, or from
     the last one that fits, and its data as they were when gradients were last taken; meta-training from a run of the same
     name alone."""
-    fine_tunes = any(name in typed for name in ("subset_file", "task_weights", "task_idxes"))
+    named, fine_tunes = "save_name" in typed, any(f.name in typed for f in fields(ChosenTasks))
     given = {name: value for name, value in typed.items() if name != "load_model_dir"}
-    parent = None
-    if fine_tunes or "save_name" in typed:
-        made_by = "another --save_name" if "save_name" in typed else "stage 1"
-        data = [f.name for f in fields(DataConfig)] if fine_tunes else []
-        parent = parent_of(
-            TrainConfig, given, f"{META_INITIALIZATIONS}/*", made_by=made_by, ignoring=data, optional=True
-        )
-    if parent is None:
-        return inherit(TrainConfig, typed, **defaults)
-    found = dict(parent[1])
-    if fine_tunes:
-        stores = [store for _, store in finished(f"{GRADIENTS}/*/*")
-                  if Path(store["checkpoint_dir"]).parent.resolve() == parent[0].resolve()]  # fmt: skip
-        last = stores[-1]["config"] if stores else found["config"]
-        found["config"] = found["config"] | {f.name: last[f.name] for f in fields(DataConfig)}
-        if differing := contradictions(TrainConfig, given, found):
-            if "save_name" in typed:
-                raise ValueError(f"{parent[0]} does not fit what is typed: {'; '.join(differing)}. Leave these flags out, or "
-                                 "choose another --save_name")  # fmt: skip
-            return inherit(TrainConfig, typed, **defaults)
-    return inherit(TrainConfig, typed, found, **defaults)
+    made_by, ignoring = "stage 1 and another --save_name", DATA_FLAGS if fine_tunes else ()
+    runs, manifest, parent = f"{META_INITIALIZATIONS}/*", None, None
+    if named or fine_tunes:
+        parent = parent_of(TrainConfig, given, runs, made_by, ignoring, optional=True)
+    if parent:
+        folder, manifest = parent
+        if fine_tunes:
+            stores = [store for _, store in artifacts.finished(f"{GRADIENTS}/*/*")
+                      if Path(store["checkpoint_dir"]).parent.resolve() == folder.resolve()]  # fmt: skip
+            last = [manifest, *stores][-1]["config"]
+            manifest = {**manifest, "config": manifest["config"] | {name: last[name] for name in DATA_FLAGS}}
+            differing = contradictions(TrainConfig, given, manifest)
+            if differing and named:
+                raise _misfit(folder, differing, made_by)
+            manifest = None if differing else manifest
+    return inherit(TrainConfig, typed, manifest, **defaults)
 
 
 def inherit(
     cls: type[Config], typed: Mapping[str, Any], manifest: Mapping[str, Any] | None = None, **defaults: Any
 ) -> Config:
-    """A stage's configuration: what is typed, else what the artifact that it goes on from records, else the defaults."""
+    """A stage's configuration: what is typed, else what the artifact that it goes on from records, else the defaults.
+    ValueError: flags contradict each other; both are named."""
     names = {f.name for f in fields(cls)}
-    values = {**defaults, **(manifest["config"] if manifest else {}), **typed}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = _with_tuples({**defaults, **(manifest["config"] if manifest else {}), **typed})
     config = cls(**{name: value for name, value in values.items() if name in names})
-    return _settled(config, typed)
+    _refuse_contradictions(config)
+    _say_what_has_no_effect(config, typed)
+    in_16_bits = config.train_lora and config.precision in ("bf16-true", "16-true")
+    return dataclasses.replace(config, base_dtype="bfloat16") if in_16_bits else config
 
 
-def _settled(config: Config, typed: Mapping[str, Any]) -> Config:
-    """Refuse flags that contradict each other, and say which have no effect.
-
-    Raises:
-        ValueError: names both flags.
-    """
-    changes: dict[str, Any] = {}
-    if config.precision in ("bf16-true", "16-true"):
-        if config.train_lora:
-            changes = {"base_dtype": "bfloat16"}
-        else:
-            say_once(
-                f"note: --precision {config.precision} is taken as bf16-mixed: weights that are trained stay in 32 bits"
-            )
+def _refuse_contradictions(config: RunConfig) -> None:
     if config.use_qlora and (not config.train_lora or config.strategy == "fsdp"):
-        raise ValueError("--use_qlora is for a base model that stays as it is, whole on each device: pass --train_lora, "
-                         "and not --strategy fsdp")  # fmt: skip
+        needs = "pass --train_lora, and not --strategy fsdp"
+        raise ValueError(f"--use_qlora is for a base model that stays as it is, whole on each device: {needs}")
     if config.base_dtype != "float32" and not config.train_lora:
         raise ValueError("--base_dtype bfloat16 is for a base model that stays as it is; pass --train_lora too")
     if config.dataset_key and (config.data_files or config.target_files or config.train_instruction):
-        raise ValueError("--data_files, --target_files and --train_instruction are instruction data, --dataset_key is chain "
-                         "of thought; name one of them")  # fmt: skip
+        flags = "--data_files, --target_files and --train_instruction are instruction data"
+        raise ValueError(f"{flags}, --dataset_key is chain of thought; name one of them")
     if config.data_files and config.train_instruction:
         raise ValueError("--train_instruction names files of its own; leave it or --data_files out")
+
+
+def _say_what_has_no_effect(config: RunConfig, typed: Mapping[str, Any]) -> None:
+    if config.precision in ("bf16-true", "16-true") and not config.train_lora:
+        taken = "is taken as bf16-mixed: weights that are trained stay in 32 bits"
+        say_once(f"note: --precision {config.precision} {taken}")
+    lora = config.train_lora, "--train_lora: every weight is trained"
     without_effect = {
-        "lora_rank lora_alpha lora_target_modules": (config.train_lora, "--train_lora: every weight is trained"),
+        **dict.fromkeys(("lora_rank", "lora_alpha", "lora_target_modules"), lora),
         "num_clusters": (getattr(config, "load_clusters", True), "--load_clusters"),
         "scale": (getattr(config, "evaluate", "displaced") == "displaced", "--evaluate displaced"),
     }
-    for flags, (has_effect, other) in without_effect.items():
-        for name in flags.split():
-            if name in typed and not has_effect:
-                say_once(f"note: --{name} has no effect without {other}")
-    return dataclasses.replace(config, **changes) if changes else config
-
-
-def stage_parser(
-    doc: str | None, shown: Sequence[type], inherited: Sequence[type] = (), also: Sequence[type] = (), **defaults: Any
-) -> Parser:
-    """The parser of a stage: the groups of flags that its help explains, those that it takes from its run unless they are
-    typed, and those that it takes too without a line of their own."""
-    notes = []
-    if inherited:
-        notes.append(
-            "Flags of data, model and training are those of the run; typed as for stage 1, they must agree with it."
-        )
-    if also:
-        notes.append("Taken too: " + " ".join(f"--{f.name}" for group in also for f in fields(group)))
-    parser = Parser("\n\n".join([(doc or "").rstrip(), *notes]))
-    add_flags(parser, *shown, **defaults)
-    add_flags(parser, *inherited, *also, hidden=True, **defaults)
-    return parser
+    for name, (has_effect, other) in without_effect.items():
+        if name in typed and not has_effect:
+            say_once(f"note: --{name} has no effect without {other}")

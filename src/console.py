@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TextIO
@@ -36,13 +37,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str | None, positionals: str = "") -> None:
         prog = (_typed or sys.argv)[0]
-        super().__init__(
-            prog=prog,
-            usage=" ".join(filter(None, ["python", prog, positionals, "[flags]"])),
-            description=doc,
-            formatter_class=lambda prog: _Help(prog, max_help_position=32, width=110),
-            allow_abbrev=False,
-        )
+        usage = " ".join(filter(None, ["python", prog, positionals, "[flags]"]))
+        layout = partial(_Help, max_help_position=32, width=110)
+        super().__init__(prog=prog, usage=usage, description=doc, formatter_class=layout, allow_abbrev=False)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Refuse unknown flags with those that were probably meant."""
@@ -108,16 +105,12 @@ def progress(
     watched = sys.stderr.isatty()
     if not watched:
         options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "miniters": 1}
-    known = total is not None or hasattr(iterable, "__len__")
     done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
     pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"
-    options |= {
-        "disable": not is_first_process(),
-        "bar_format": pattern if known else "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]",
-    }
-    return _Bar(
-        iterable, desc=desc, total=total, unit=unit, dynamic_ncols=watched, delay=SHOWN_AFTER_SECONDS, **options
-    )
+    if total is None and not hasattr(iterable, "__len__"):
+        pattern = "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]"
+    options |= {"bar_format": pattern, "dynamic_ncols": watched, "delay": SHOWN_AFTER_SECONDS}
+    return _Bar(iterable, desc=desc, total=total, unit=unit, disable=not is_first_process(), **options)
 
 
 class _Bar(tqdm):
@@ -170,10 +163,9 @@ def spent(started: float) -> dict[str, float]:
     """Seconds since `started` (`time.perf_counter`) and the process's largest memory so far in bytes, for a manifest."""
     import torch
 
-    peaks = {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        peaks["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
-    return {"seconds": time.perf_counter() - started, **peaks}
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_gpu = {"peak_gpu_memory": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    return {"seconds": time.perf_counter() - started, "peak_memory": taken, **on_gpu}
 
 
 # --- running -------------------------------------------------------------------------------------------------
@@ -240,23 +232,15 @@ def quiet_libraries() -> None:
 
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|bad_alloc|ALLOC_FAILED", re.I)
-_SAVES_MEMORY = {
-    "accumulate": "a smaller --batch_size with a larger --accumulate",
-    "max_tokens_per_batch": "a smaller --max_tokens_per_batch",
-    "gradient_checkpointing": "--gradient_checkpointing",
-    "precision": "--precision bf16",
-    "base_dtype": "--base_dtype bfloat16",
-    "use_qlora": "--use_qlora",
-    "strategy": "--strategy fsdp",
-    "max_length": "a smaller --max_length",
-    "project_dim": "a smaller --project_dim",
-}
-"""Flag that a script may have -> how it saves memory."""
+_SAVES_MEMORY = ("a smaller --batch_size with a larger --accumulate", "a smaller --max_tokens_per_batch",
+                 "--gradient_checkpointing", "--precision bf16", "--base_dtype bfloat16", "--use_qlora", "--strategy fsdp",
+                 "a smaller --max_length", "a smaller --project_dim")  # fmt: skip
+"""What saves memory, where a script has the last flag that is named."""
 _CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO), "free space there, or raise the limit"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is to be; move it away"),
-    errno.EISDIR: "a folder stands where a file is to be; move it away",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make that folder writable, or work in another one"),
+    errno.EISDIR: "a folder stands where a file is to be; move it away",
 }
 """What to do about errors of the operating system that a user can mend."""
 
@@ -272,14 +256,12 @@ def _line_about(error: Exception, flags: Iterable[str]) -> str | None:
     """An error that the user can mend in one line: what, where, and the cure. None for other errors."""
     if is_out_of_memory(error):
         asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
-        cures = ", ".join(cure for flag, cure in _SAVES_MEMORY.items() if flag in flags)
+        cures = ", ".join(cure for cure in _SAVES_MEMORY if re.findall(r"--(\w+)", cure)[-1] in flags)
         return f"out of memory{f' (asked for {asked[1]} more)' if asked else ''}" + (f"; try {cures}" if cures else "")
     if isinstance(error, OSError) and error.errno in _CURES:
         what = error.strerror or type(error).__name__
-        return (
-            f"cannot use {error.filename}: {what[:1].lower()}{what[1:]}; {_CURES[error.errno]}, then run the same command "
-            "again: what was finished is kept"
-        )
+        then = f"{_CURES[error.errno]}, then run the same command again: what was finished is kept"
+        return f"cannot use {error.filename}: {what[:1].lower()}{what[1:]}; {then}"
     return str(error) if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)) else None
 
 

@@ -16,75 +16,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.artifacts import (
-    COMPARISON_FIGURE,
-    COMPARISON_FILE,
-    ESTIMATES_FILE,
-    MANIFEST,
-    clusters_file,
-    file_sizes,
-    read_manifest,
-    results_dir,
-    subset_file,
-    write_manifest,
-)
+from src import artifacts, evaluation, tables
 from src.config import Config, EstimateConfig, EstimationConfig, TrainConfig, from_store
 from src.console import command_typed, counted, progress, say_notices, spent, waiting_for
 from src.data import TaskData
 from src.datamodule import read_arrays, write_arrays
 from src.estimation import ESTIMATORS, Part, estimate, solutions
-from src.evaluation import (
-    AVERAGE,
-    CALIBRATION_RHOS,
-    MEAN,
-    calibrate,
-    comparison,
-    fit_calibration,
-    own_inclusion,
-)
 from src.figures import comparison_figure
 from src.finetune import evaluate, target_metrics
 from src.models import displaced
 from src.stage_collect import ModelAtPart
 from src.stage_train import load_data, named, training_plan
 from src.store import StoredPart, open_store
-from src.subsets import (
-    DEFAULT_SUBSET_SIZE,
-    cluster_samples,
-    load_or_draw_subsets,
-    membership_matrix,
-    tasks_in_subset,
-)
-from src.tables import (
-    CALIBRATED,
-    ESTIMATE,
-    HIGH,
-    LOW,
-    RANKING_ONLY,
-    SCORE,
-    VALIDATION_LOSS,
-    columns_of,
-    estimate_prefix,
-    fine_tuned_values,
-    lower_is_better,
-    own_targets,
-    parse_subset,
-    read_table,
-    subset_text,
-    write_result,
-    write_table,
-)
+from src.subsets import DEFAULT_SUBSET_SIZE, cluster_samples, load_or_draw_subsets, membership_matrix, tasks_in_subset
+from src.tables import ESTIMATE, VALIDATION_LOSS, parse_subset, subset_text
 
 # --- clusters as tasks ---------------------------------------------------------------------------------------
 
 
 def cluster_tasks(store: Path, part: StoredPart, num_clusters: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Clusters of the training rows as tasks; made on first use and kept beside the store.
-
-    Returns:
-        Cluster of each stored row (R,), -1 for validation rows; names of the clusters.
-    """
-    path, training = clusters_file(store, num_clusters), part.samples["task"] >= 0
+    """Clusters of the training rows as tasks; made on first use and kept beside the store. Gives the cluster of each stored
+    row (R,), -1 for validation rows, and the names of the clusters."""
+    path, training = artifacts.clusters_file(store, num_clusters), part.samples["task"] >= 0
     kept = read_arrays(path)
     if kept is None or not np.array_equal(kept["key"], part.samples["key"]):
         clusters = np.full(len(training), -1, dtype=np.int32)
@@ -92,10 +45,8 @@ def cluster_tasks(store: Path, part: StoredPart, num_clusters: int, seed: int) -
             clusters[training] = cluster_samples(np.asarray(part.rows[training], np.float32), num_clusters, seed)
         write_arrays(path, kept := {"clusters": clusters, "key": part.samples["key"]})
         sizes = np.bincount(clusters[training])
-        print(
-            f"Wrote {path}: {training.sum():,} training rows in {num_clusters} clusters of {sizes.min():,} to "
-            f"{sizes.max():,} rows, median {np.median(sizes):,.0f}."
-        )
+        about = f"{num_clusters} clusters of {sizes.min():,} to {sizes.max():,} rows, median {np.median(sizes):,.0f}"
+        print(f"Wrote {path}: {training.sum():,} training rows in {about}.")
     return kept["clusters"], [f"cluster_{number:04d}" for number in range(num_clusters)]
 
 
@@ -116,14 +67,8 @@ def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> Ta
 
 @dataclass(frozen=True)
 class Levels:
-    """Validation losses that were measured, of every target; nan of one without rows.
-
-    Attributes:
-        base: Of the base model, (k,).
-        all_tasks: Of the model trained on all tasks, (k,).
-        step: After how many optimizer steps.
-        whole: Whether these were all; otherwise `all_tasks` is an estimate of the loss after all of them.
-    """
+    """Validation losses (k,) of the base model and of the model trained on all tasks, after so many optimizer steps; nan of
+    a target without rows. Where these were not all of the steps, not the `whole` training, `all_tasks` is an estimate."""
 
     base: np.ndarray
     all_tasks: np.ndarray
@@ -179,31 +124,24 @@ class Estimator:
             task_of_row, self.tasks = cluster_tasks(store, self.stored[-1], config.num_clusters, config.run)
             self.division = f"clusters_{len(self.tasks)}"
         if kind.output_function not in (None, manifest["output_function"]):
-            raise ValueError(
-                f"--estimator {config.estimator} is of {kind.output_function}s; take the gradients with --output_function "
-                f"{kind.output_function} too"
-            )
+            wanted = f"take the gradients with --output_function {kind.output_function} too"
+            raise ValueError(f"--estimator {config.estimator} is of {kind.output_function}s; {wanted}")
         weight_by = config.weight_by or self.stored[0].weight_by
-        self.parts: list[Part] = [
-            part.estimation_part(
-                task_of_row,
-                len(self.tasks),
-                self.division or "tasks",
-                weight_by=weight_by,
-                by_rows=kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers),
-                represented=kind.represented,
-            )
-            for part in self.stored
-        ]
+        self.parts: list[Part] = []
+        for part in self.stored:
+            by_rows = kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers)
+            options: dict[str, Any] = {"weight_by": weight_by, "by_rows": by_rows, "represented": kind.represented}
+            division = task_of_row, len(self.tasks), self.division or "tasks"
+            self.parts.append(part.estimation_part(*division, **options))
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
         self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
+        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
         if self.levels is not None and not self.levels.whole:
             when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
-            say_notices(
-                [f"the loss of all tasks is estimated: it was last measured {when}, and training may have gone on"]
-            )
+            note = "the loss of all tasks is estimated: it was last measured"
+            say_notices([f"{note} {when}, and training may have gone on"])
         if of_losses and self.levels is None:
             say_notices(["estimates are scores, for ranking only: neither the training's manifest nor gradients at its start "
                          "and later say what the losses of the base model and of all tasks are"])  # fmt: skip
@@ -242,52 +180,39 @@ class Estimator:
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
     ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Estimates calibrated on really fine-tuned subsets.
+        """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs.
 
-        Args:
-            truth: A results table; its validation losses are used, the mean over runs.
-            membership: Subsets to estimate (m, n).
-            targets: Ids of the targets (k,).
-
-        Returns:
-            The ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and upper
-            ends, each (m, k). For a subset that was fine-tuned they come from a map fitted without it.
+        Gives the ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and
+        upper ends, each (m, k). For a subset that was fine-tuned they come from a map fitted without it.
         """
-        subsets, values = fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
+        subsets, values = tables.fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
         known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
         default = self.config.rho
-        by_rho = {rho: self(known, targets, rho) for rho in {*CALIBRATION_RHOS, default}}
+        by_rho = {rho: self(known, targets, rho) for rho in {*evaluation.CALIBRATION_RHOS, default}}
         fine_tuned = values.mean(axis=2)
-        rho, calibration = calibrate(by_rho, fine_tuned, default)
+        rho, calibration = evaluation.calibrate(by_rho, fine_tuned, default)
         estimates = self(membership, targets, rho)
         calibrated = calibration(estimates)
         for left_out, subset in enumerate(known):
             others, same = np.arange(len(known)) != left_out, (np.asarray(membership) == subset).all(axis=1)
-            without = fit_calibration(by_rho[rho][others], fine_tuned[others])
+            without = evaluation.fit_calibration(by_rho[rho][others], fine_tuned[others])
             for of_all, of_others in zip(calibrated, without(estimates[same]), strict=True):
                 of_all[same] = of_others
         return rho, calibrated
 
     @property
-    def ranks_only(self) -> bool:
-        """Whether the estimates are no losses, or their levels are not known, so that only their order says something."""
-        return self.levels is None
-
-    @property
     def meta_training(self) -> dict[str, Any]:
         """The manifest of the meta-training that the gradients were taken on; empty where it is not ours, or gone."""
         folder = Path(self.stored[0].manifest["checkpoint_dir"]).parent
-        return read_manifest(folder, "") if (folder / MANIFEST).is_file() else {}
+        return artifacts.read_manifest(folder, "") if (folder / artifacts.MANIFEST).is_file() else {}
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the estimates depend on and what they cost so far, for the tables made of them."""
         manifest, trained = self.stored[0].manifest, self.meta_training
         shown = ("model_key", "projection", "dim", "seed", "output_function", "data_fingerprint")
-        levels = self.levels and {
-            name: dict(zip(self.targets, getattr(self.levels, name).tolist(), strict=True))
-            for name in ("base", "all_tasks")
-        }
+        names, of_targets = ("base", "all_tasks"), lambda values: dict(zip(self.targets, values.tolist(), strict=True))
+        levels = self.levels and {name: of_targets(getattr(self.levels, name)) for name in names}
         seconds = {"meta_training": trained["seconds"]} if trained else {}
         return {
             **{name: manifest[name] for name in shown},
@@ -311,19 +236,14 @@ class Estimator:
 
     def chosen_targets(self, default: Sequence[str] | None = None) -> list[int]:
         """Ids of the targets that `target_task` names; else the default's, else those that are no training task, else all.
-
-        Raises:
-            ValueError: no such target, or one without validation rows.
-        """
+        ValueError: no such target, or one without validation rows."""
         with_rows = self.targets_with_rows
-        names = self.config.target_task or default or own_targets(with_rows, self.tasks)
+        names = self.config.target_task or default or tables.own_targets(with_rows, self.tasks)
         if unknown := [name for name in names if name not in self.targets]:
             raise ValueError(f"--target_task {unknown[0]}: the targets are {', '.join(self.targets)}")
         if empty := [name for name in names if name not in with_rows]:
-            raise ValueError(
-                f"target {empty[0]} has no validation rows in the store, so nothing can be estimated for it; name other "
-                "targets with --target_task"
-            )
+            why = "has no validation rows in the store, so nothing can be estimated for it"
+            raise ValueError(f"target {empty[0]} {why}; name other targets with --target_task")
         if not names:
             raise ValueError("no target has validation rows in the store, so nothing can be estimated")
         return [self.targets.index(name) for name in names]
@@ -335,54 +255,52 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
     if config.evaluate == "displaced" and ESTIMATORS[config.estimator].solver is None:
         raise ValueError(f"--evaluate displaced: estimator {config.estimator} has no solution to displace weights by")
     estimator = Estimator(config, store)
-    columns = estimator.chosen_targets(estimator.targets_with_rows)
-    truth = read_table(Path(config.calibrate), of_subsets=True) if config.calibrate else None
+    columns, num_tasks = estimator.chosen_targets(estimator.targets_with_rows), len(estimator.tasks)
+    truth = tables.read_table(Path(config.calibrate), of_subsets=True) if config.calibrate else None
     calibration: dict[str, Any] = {"calibrate": config.calibrate}
     if truth is not None:  # before the subsets are drawn and written
-        known, _ = fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
+        known, _ = tables.fine_tuned_values(truth, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
         calibration["calibrated_on"] = known
-    default = subset_file(config.name(config.run, "_".join(filter(None, [config.save_name, estimator.division]))))
-    path = Path(config.sampled_tasks) if config.sampled_tasks else default
-    size, num_tasks = config.subset_size or DEFAULT_SUBSET_SIZE, len(estimator.tasks)
-    subsets = load_or_draw_subsets(path, config.number_of_subsets, num_tasks, size, config.run, tasks=estimator.tasks)
+    name = config.name(config.run, "_".join(filter(None, [config.save_name, estimator.division])))
+    path = Path(config.sampled_tasks) if config.sampled_tasks else artifacts.subset_file(name)
+    size, asked_for = config.subset_size or DEFAULT_SUBSET_SIZE, config.number_of_subsets
+    subsets = load_or_draw_subsets(path, asked_for, num_tasks, size, config.run, tasks=estimator.tasks)
     subsets = list(dict.fromkeys(subsets))
-    sizes = sorted({len(subset) for subset in subsets})
-    asked = []
-    if config.number_of_subsets not in (None, len(subsets)):
-        asked.append(f"holds {len(subsets):,} subsets, and --number_of_subsets asks for {config.number_of_subsets:,}")
-    if config.subset_size and sizes != [tasks_in_subset(num_tasks, config.subset_size)]:
+    sizes, other = sorted({len(subset) for subset in subsets}), []
+    if asked_for not in (None, len(subsets)):
+        other.append(f"holds {len(subsets):,} subsets, and --number_of_subsets asks for {asked_for:,}")
+    if config.subset_size and sizes != [wanted := tasks_in_subset(num_tasks, config.subset_size)]:
         found = counted(sizes[0], "task") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} tasks"
-        wanted = tasks_in_subset(num_tasks, config.subset_size)
-        asked.append(f"holds subsets of {found}, and --subset_size {config.subset_size:g} asks for {wanted}")
-    say_notices(f"{path} {what}; the file is taken, remove it to draw others" for what in asked)
+        other.append(f"holds subsets of {found}, and --subset_size {config.subset_size:g} asks for {wanted}")
+    say_notices(f"{path} {what}; the file is taken, remove it to draw others" for what in other)
     membership = membership_matrix(subsets, num_tasks)
-    tables = {SCORE if estimator.ranks_only else ESTIMATE: estimator(membership, columns)}
+    values = {tables.SCORE if estimator.ranks_only else ESTIMATE: estimator(membership, columns)}
     if truth is not None:
-        rho, values = estimator.calibrated(truth, membership, columns)
-        tables |= dict(zip((CALIBRATED, LOW, HIGH), values, strict=True))
+        rho, calibrated = estimator.calibrated(truth, membership, columns)
+        values |= dict(zip((tables.CALIBRATED, tables.LOW, tables.HIGH), calibrated, strict=True))
         calibration["rho_calibrated"] = rho
-        other = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
+        beside = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
         described = Path(str(config.calibrate)).with_suffix(".json")
         facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
         trained = ", ".join(f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts)
-        print(
-            f"Calibrated on {config.calibrate}{f' (fine-tuned with {trained})' if trained else ''}, with rho {rho:g}{other}."
-        )
-    names = [f"{prefix}/{estimator.targets[column]}" for prefix in tables for column in columns]
-    frame = pd.DataFrame(np.concatenate(list(tables.values()), axis=1), columns=names)
+        how = f" (fine-tuned with {trained})" if trained else ""
+        print(f"Calibrated on {config.calibrate}{how}, with rho {rho:g}{beside}.")
+    names = [f"{prefix}/{estimator.targets[column]}" for prefix in values for column in columns]
+    frame = pd.DataFrame(np.concatenate(list(values.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
     frame.insert(1, "run", config.run)
     if config.evaluate == "displaced":
         frame = pd.concat([frame, displaced_values(config, estimator, membership)], axis=1)
-    folder, facts = results_dir(config.results), estimator.facts
-    write_table(folder / ESTIMATES_FILE, frame)
+    folder, facts = artifacts.results_dir(config.results), estimator.facts
+    written = folder / artifacts.ESTIMATES_FILE
+    tables.write_table(written, frame)
     facts["seconds"]["estimation"] = round(time.perf_counter() - started, 2)
     facts["commands"].append(command_typed())
-    facts |= {"targets": estimator.targets, "subsets": str(path), **calibration}
-    facts |= {"files": file_sizes(folder, [ESTIMATES_FILE]), "peak_memory": spent(started)["peak_memory"]}
-    write_manifest(folder, facts)
+    facts |= {"targets": estimator.targets, "subsets": str(path), "peak_memory": spent(started)["peak_memory"]}
+    facts |= {"files": artifacts.file_sizes(folder, [written.name]), **calibration}
+    artifacts.write_manifest(folder, facts)
     print(
-        f"Wrote {folder / ESTIMATES_FILE}: estimates of {counted(len(subsets), 'subset')} ({path}) for "
+        f"Wrote {written}: estimates of {counted(len(subsets), 'subset')} ({path}) for "
         f"{counted(len(columns), 'target')} in {time.perf_counter() - started:.1f} s. Next: python "
         f"fast_estimate_forward_selection.py{named(config)}, or python notebook/select_random_ensemble.py {folder}"
     )
@@ -418,59 +336,54 @@ def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Se
 
     The targets that are no training task, else all that both tables have, are judged over the subsets that both have.
     The base model and training on all tasks, where the truth has them, stand as predictors: they give every subset the
-    same value.
-
-    Raises:
-        ValueError: the tables have no such target in common, or fewer than three subsets.
+    same value. ValueError: the tables have no such target in common, or fewer than three subsets.
     """
-    started, path, truth = time.perf_counter(), estimates_file, read_table(truth_file, of_subsets=True)
-    estimates = read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
-    manifest = read_manifest(path.parent, "stage 3") if (path.parent / MANIFEST).is_file() else {}
+    started, path, truth = time.perf_counter(), estimates_file, tables.read_table(truth_file, of_subsets=True)
+    estimates = tables.read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
+    manifest = artifacts.read_manifest(path.parent, "stage 3") if (path.parent / artifacts.MANIFEST).is_file() else {}
     tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
-    of_estimates = estimate_prefix(estimates)
-    available = [name for name in columns_of(estimates, of_estimates) if name in columns_of(truth, metric)]
-    targets = target_task or own_targets(available, tasks)
+    of_estimates = tables.estimate_prefix(estimates)
+    available = [
+        name for name in tables.columns_of(estimates, of_estimates) if name in tables.columns_of(truth, metric)
+    ]
+    targets = target_task or tables.own_targets(available, tasks)
     if unknown := [name for name in targets if name not in available]:
-        raise ValueError(
-            f"--target_task {unknown[0]}: both tables have {', '.join(available) or 'no target in common'}"
-        )
-    subsets, values = fine_tuned_values(truth, metric, targets)
+        both = ", ".join(available) or "no target in common"
+        raise ValueError(f"--target_task {unknown[0]}: both tables have {both}")
+    subsets, values = tables.fine_tuned_values(truth, metric, targets)
     common = [position for position, text in enumerate(subsets) if text in estimates.index]
     if len(common) < 3:
         raise ValueError(f"{path} and {truth_file} have {len(common)} subsets in common; a rank correlation needs 3")
     subsets, values = [subsets[position] for position in common], values[common]
-    estimated = RANKING_ONLY if ranks_only else ESTIMATE
+    estimated = tables.RANKING_ONLY if ranks_only else ESTIMATE
     predictions = {
         name: estimates.loc[subsets, [f"{prefix}/{target}" for target in targets]].to_numpy(float)
-        for name, prefix in ((estimated, of_estimates), (CALIBRATED, CALIBRATED))
-        if columns_of(estimates, prefix)
+        for name, prefix in ((estimated, of_estimates), (tables.CALIBRATED, tables.CALIBRATED))
+        if tables.columns_of(estimates, prefix)
     }
     known = {"base model": "", "all tasks": subset_text(range(len(tasks)))} if tasks else {"base model": ""}
     for name, text in known.items():
         if (truth["subset"] == text).any():
             rows = truth.loc[truth["subset"] == text, [f"{metric}/{target}" for target in targets]]
-            constant = lower_is_better(rows, metric).mean(axis=0)
+            constant = tables.lower_is_better(rows, metric).mean(axis=0)
             predictions[name] = np.broadcast_to(constant, predictions[estimated].shape)
     members = membership_matrix([parse_subset(text) for text in subsets], len(tasks)) if tasks else None
-    inclusion = None if members is None else own_inclusion(members, targets, tasks)
+    inclusion = evaluation.own_inclusion(members, targets, tasks) if members is not None else None
     with waiting_for("bootstrap intervals"):
-        table = comparison(predictions, values, targets, inclusion)
+        table = evaluation.comparison(predictions, values, targets, inclusion)
     table.insert(2, "subsets", len(subsets))
     if ranks_only:
         table.loc[table["predictor"] == estimated, ["relative_error", "squared_relative_error"]] = np.nan
-    written = [path.with_name(COMPARISON_FILE), path.with_name(COMPARISON_FIGURE)]
+    written = [path.with_name(artifacts.COMPARISON_FILE), path.with_name(artifacts.COMPARISON_FIGURE)]
     facts = {"estimates": str(path), "truth": str(truth_file), "metric": metric, **spent(started)}
-    write_result(written[0], table, **facts, command=command_typed())
+    tables.write_result(written[0], table, **facts, command=command_typed())
     comparison_figure(predictions[estimated], values.mean(axis=2), table, estimated, written[1], ranks_only=ranks_only)
-    shown = table[table["target"].isin([AVERAGE, MEAN] if len(targets) > 1 else targets)]
+    shown = table[table["target"].isin([evaluation.AVERAGE, evaluation.MEAN] if len(targets) > 1 else targets)]
     print(shown.round(3).to_string(index=False))
     print(LEGEND)
     if left_out := len(set(subsets) & set(manifest.get("calibrated_on", []))):
-        print(
-            f"{CALIBRATED}: {counted(left_out, 'subset')} of {len(subsets)} calibrated the others; each of these is estimated without itself."
-        )
-    print(
-        f"Wrote {written[0]} and {written[1]}: {counted(len(subsets), 'subset')}, {counted(len(targets), 'target')}. Next: "
-        f"stage 3 again with --calibrate {truth_file}"
-    )
+        of = f"{counted(left_out, 'subset')} of {len(subsets)}"
+        print(f"{tables.CALIBRATED}: {of} calibrated the others; each of these is estimated without itself.")
+    about = f"{counted(len(subsets), 'subset')}, {counted(len(targets), 'target')}"
+    print(f"Wrote {written[0]} and {written[1]}: {about}. Next: stage 3 again with --calibrate {truth_file}")
     return table

@@ -6,59 +6,28 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from src.artifacts import (
-    AFFINITY_FIGURE,
-    AFFINITY_FILE,
-    ESTIMATES_FILE,
-    RESULTS,
-    RESULTS_FILE,
-    SCORES_FIGURE,
-    SCORES_FILE,
-    SELECTION_FIGURE,
-    SELECTION_FILE,
-    check_files,
-    read_manifest,
-    results_dir,
-    shorten,
-    subset_file,
-    weights_file,
-)
+from src import artifacts, figures, selection, tables
 from src.config import SelectConfig, TrainConfig, recorded
 from src.console import command_typed, counted, progress, spent
 from src.estimation import mixture_weights
-from src.figures import affinity_figure, scores_figure, selection_figure
-from src.selection import METHODS, SelectionPath, random_ensemble_scores, ranking_convergence, select_by_score
+from src.selection import SelectionPath
 from src.stage_estimate import Estimator, clustered
 from src.stage_train import fine_tune_subsets, load_data, named, valid_subset
 from src.subsets import membership_matrix, write_subsets, write_task_weights
-from src.tables import (
-    ESTIMATE,
-    RANKING_ONLY,
-    SCORE,
-    VALIDATION_LOSS,
-    columns_of,
-    estimate_prefix,
-    mean_over_targets,
-    names_of,
-    own_targets,
-    parse_subset,
-    read_table,
-    subset_text,
-    write_result,
-    write_table,
-)
+from src.tables import ESTIMATE, VALIDATION_LOSS, parse_subset, subset_text
 
 
 def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int]) -> SelectionPath:
     """The search of `method` for the mean over some targets; before refining, a few steps past the best."""
-    if config.method not in METHODS:
-        raise ValueError(f"--method {config.method}: choose one of {', '.join(METHODS)}")
+    if config.method not in selection.METHODS:
+        raise ValueError(f"--method {config.method}: choose one of {', '.join(selection.METHODS)}")
     num_tasks, rows_of_task = len(estimator.tasks), estimator.parts[0].train.counts
-    path = METHODS[config.method].search(
+    path = selection.METHODS[config.method].search(
         lambda membership: estimator(membership & estimator.has_rows, columns).mean(axis=1),
         num_tasks,
         start_from=valid_subset(config.start_from, num_tasks, "start_from"),
@@ -71,47 +40,44 @@ def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int]) -
     )
     num_rows = int(rows_of_task[list(path.selected)].sum())
     if len(path.selected) > (config.max_tasks or num_tasks) or num_rows > (config.budget_rows or num_rows):
-        raise ValueError(
-            f"--method {config.method} selected {counted(len(path.selected), 'task')} with {counted(num_rows, 'row')}, which "
-            "is beyond --max_tasks or --budget_rows; it does not know these flags"
-        )
+        found = f"{counted(len(path.selected), 'task')} with {counted(num_rows, 'row')}"
+        beyond = "which is beyond --max_tasks or --budget_rows; it does not know these flags"
+        raise ValueError(f"--method {config.method} selected {found}, {beyond}")
     return path
 
 
 def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
     """Search on the estimates, for the targets together or for each; write the subsets, the paths and a figure."""
     started, estimator = time.perf_counter(), Estimator(config, store)
-    columns = estimator.chosen_targets()
-    name, method = config.results, f"{config.method}_selection"
-    folder, chosen = results_dir(name), subset_file(f"{config.results}_{config.method}_selection")
+    columns, method = estimator.chosen_targets(), f"{config.method} selection"
+    folder = artifacts.results_dir(config.results)
+    chosen = artifacts.subset_file(f"{config.results}_{config.method}_selection")
     groups = [[column] for column in columns] if config.per_target else [columns]
     labels = [", ".join(estimator.targets[column] for column in group) for group in groups]
     paths = [search(config, estimator, group) for group in groups]
-    selected = [
-        refined(config, estimator, group, path) if config.refine else path.selected
-        for group, path in zip(groups, paths, strict=True)
-    ]
+    selected = [path.selected for path in paths]
+    if config.refine:
+        selected = [refined(config, estimator, group, path) for group, path in zip(groups, paths, strict=True)]
     steps = [path_table(*of_path, estimator) for of_path in zip(paths, selected, labels, strict=True)]
+    written = [chosen, folder / artifacts.SELECTION_FILE]
     facts = {"targets": labels, **estimator.facts, **spent(started), "command": command_typed()}
-    write_result(folder / SELECTION_FILE, pd.concat(steps), **facts)
-    comment = "\n".join(f"{method.replace('_', ' ')} for {label}" for label in labels)
+    tables.write_result(written[1], pd.concat(steps), **facts)
+    comment = "\n".join(f"{method} for {label}" for label in labels)
     write_subsets(chosen, selected, comment=comment, tasks=estimator.tasks)
     references = [reference_estimates(estimator, group) for group in groups]
-    written = [chosen, folder / SELECTION_FILE]
     if config.per_target:
         written += write_affinity(estimator, columns, folder)
     else:
-        written.append(folder / SELECTION_FIGURE)
-        title = f"{method.replace('_', ' ').capitalize()} for {shorten(labels[0], 40)}"
-        selection_figure(
-            steps[0], estimator.tasks, written[-1], title=title, references=references[0], ranks_only=estimator.ranks_only
-        )  # fmt: skip
+        written.append(folder / artifacts.SELECTION_FIGURE)
+        title = f"{method.capitalize()} for {artifacts.shorten(labels[0], 40)}"
+        about: dict[str, Any] = {"title": title, "references": references[0], "ranks_only": estimator.ranks_only}
+        figures.selection_figure(steps[0], estimator.tasks, written[-1], **about)
     if config.weights:
         shares, course = mixture_weights(estimator.parts, columns, rho=config.rho, progress=progress)
-        written.append(weights_file(name))
+        written.append(artifacts.weights_file(config.results))
         write_task_weights(written[-1], estimator.tasks, shares)
         course += estimator.shift(columns, config.rho).mean()
-        called = RANKING_ONLY if estimator.ranks_only else ESTIMATE
+        called = tables.RANKING_ONLY if estimator.ranks_only else ESTIMATE
         print(f"Mixture weights: {called} {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
     for of_group in zip(selected, labels, groups, references, strict=True):
         say_selected(estimator, *of_group)
@@ -138,13 +104,12 @@ def say_selected(
     estimate = estimator(membership_matrix([tuple(subset)], len(tasks)) & estimator.has_rows, columns).mean()
     beside = "".join(f", {value:.4g} {name}" for name, value in references.items())
     print(
-        f"Selected {len(subset)} of {len(tasks)} tasks for {label}: {names_of(subset, tasks)}\n"
-        f"{(RANKING_ONLY if estimator.ranks_only else ESTIMATE).capitalize()}: {estimate:.4g} with these{beside}."
+        f"Selected {len(subset)} of {len(tasks)} tasks for {label}: {tables.names_of(subset, tasks)}\n"
+        f"{(tables.RANKING_ONLY if estimator.ranks_only else ESTIMATE).capitalize()}: {estimate:.4g} with these{beside}."
     )
     if estimator.levels is not None and estimate >= (base := estimator.levels.base[list(columns)].mean()):
-        print(
-            f"No selection is estimated to beat the base model: its measured loss, {base:.4g}, is not above the estimate."
-        )
+        measured = f"its measured loss, {base:.4g}, is not above the estimate"
+        print(f"No selection is estimated to beat the base model: {measured}.")
 
 
 def refined(config: SelectConfig, estimator: Estimator, columns: Sequence[int], path: SelectionPath) -> tuple[int, ...]:
@@ -152,12 +117,12 @@ def refined(config: SelectConfig, estimator: Estimator, columns: Sequence[int], 
     the lowest mean validation loss of the targets. Their results stand with those of stage 1's script."""
     steps = sorted(path.steps, key=lambda step: step.estimate)[: config.refine]
     names = {f.name for f in dataclasses.fields(TrainConfig)} - {"load_model_dir"}
-    values = {name: value for name, value in vars(config).items() if name in names}
-    training = TrainConfig(**values)
-    data = clustered(training, recorded(config) | {"load_clusters": True}, config.run) if config.load_clusters else load_data(training)  # fmt: skip
+    training = TrainConfig(**{name: value for name, value in vars(config).items() if name in names})
+    of_store = recorded(config) | {"load_clusters": True}
+    data = clustered(training, of_store, config.run) if config.load_clusters else load_data(training)
     fine_tune_subsets(training, data, [step.subset for step in steps], keep_model=False)
-    table = read_table(results_dir(config.results) / RESULTS_FILE)
-    table["mean"] = mean_over_targets(table, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
+    table = tables.read_table(artifacts.results_dir(config.results) / artifacts.RESULTS_FILE)
+    table["mean"] = tables.mean_over_targets(table, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
     means = table.groupby("subset")["mean"].mean()
     return min((step.subset for step in steps), key=lambda subset: means[subset_text(subset)])
 
@@ -172,7 +137,7 @@ def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estim
             "step": range(1, len(path.steps) + 1),
             "task": [step.task for step in path.steps],
             "name": [estimator.tasks[step.task] for step in path.steps],
-            SCORE if estimator.ranks_only else ESTIMATE: [step.estimate for step in path.steps],
+            tables.SCORE if estimator.ranks_only else ESTIMATE: [step.estimate for step in path.steps],
             "selected": [set(step.subset) <= kept if forward else set(step.subset) >= kept for step in path.steps],
             "subset": [subset_text(step.subset) for step in path.steps],
         }
@@ -185,12 +150,11 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
     estimates = estimator(alone & estimator.has_rows, columns)
     targets = [estimator.targets[column] for column in columns]
     frame = pd.DataFrame(estimates[0] - estimates[1:], columns=targets)
-    affinity_figure(
-        frame.to_numpy(), estimator.tasks, targets, folder / AFFINITY_FIGURE, ranks_only=estimator.ranks_only
-    )
+    table, figure = folder / artifacts.AFFINITY_FILE, folder / artifacts.AFFINITY_FIGURE
+    figures.affinity_figure(frame.to_numpy(), estimator.tasks, targets, figure, ranks_only=estimator.ranks_only)
     frame.insert(0, "task", estimator.tasks)
-    write_table(folder / AFFINITY_FILE, frame)
-    return [folder / AFFINITY_FILE, folder / AFFINITY_FIGURE]
+    tables.write_table(table, frame)
+    return [table, figure]
 
 
 def random_ensemble(
@@ -201,35 +165,35 @@ def random_ensemble(
     ratio: float | None = None,
     threshold: float | None = None,
 ) -> tuple[int, ...]:
-    """Score each task by the mean estimate of the subsets that hold it, and keep the best-scoring tasks.
-
-    Args:
-        results: Folder of stage 3's estimates, below `results/`, or its name.
-        target_task: Targets; the score is of their mean.
-        top_k, ratio, threshold: As in `selection.select_by_score`.
-    """
+    """Score each task by the mean estimate, over some targets, of the subsets that hold it, and keep the best-scoring tasks
+    as `selection.select_by_score` does. `results` is the folder of stage 3's estimates, below `results/`, or its name."""
     started = time.perf_counter()
-    folder = results_dir(str(Path(results).parent if Path(results).is_file() else results))
-    manifest = read_manifest(folder, "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py")
-    check_files(folder, manifest, "Run stage 3 again, it was cut off or the table was changed.", [ESTIMATES_FILE])
-    tasks, frame = manifest["tasks"], read_table(folder / ESTIMATES_FILE, of_subsets=True)
-    prefix = estimate_prefix(frame)
-    targets = target_task or own_targets(columns_of(frame, prefix), tasks)
+    folder = artifacts.results_dir(str(Path(results).parent if Path(results).is_file() else results))
+    stage_3 = "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py"
+    manifest, repair = (
+        artifacts.read_manifest(folder, stage_3),
+        "Run stage 3 again, it was cut off or the table was changed.",
+    )
+    artifacts.check_files(folder, manifest, repair, [artifacts.ESTIMATES_FILE])
+    tasks, frame = manifest["tasks"], tables.read_table(folder / artifacts.ESTIMATES_FILE, of_subsets=True)
+    prefix = tables.estimate_prefix(frame)
+    targets = target_task or tables.own_targets(tables.columns_of(frame, prefix), tasks)
     membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))
-    values = mean_over_targets(frame, prefix, targets)
-    scores, errors = random_ensemble_scores(membership, values)
-    selected = select_by_score(scores, top_k=top_k, ratio=ratio, threshold=threshold)
-    chosen = subset_file(f"{folder.relative_to(RESULTS)}_random_ensemble")
+    values = tables.mean_over_targets(frame, prefix, targets)
+    scores, errors = selection.random_ensemble_scores(membership, values)
+    selected = selection.select_by_score(scores, top_k=top_k, ratio=ratio, threshold=threshold)
     table = pd.DataFrame({"task": range(len(tasks)), "name": tasks, "score": scores, "standard_error": errors})
     table["selected"] = table["task"].isin(selected)
+    chosen = artifacts.subset_file(f"{folder.relative_to(artifacts.RESULTS)}_random_ensemble")
+    written, figure = folder / artifacts.SCORES_FILE, folder / artifacts.SCORES_FIGURE
     facts = {"targets": targets, **spent(started), "command": command_typed()}
-    write_result(folder / SCORES_FILE, table.sort_values("score"), **facts)
-    about = {"target": shorten(", ".join(targets), 40), "ranks_only": manifest.get("ranks_only", False)}
-    scores_figure(table, ranking_convergence(membership, values), folder / SCORES_FIGURE, **about)
+    tables.write_result(written, table.sort_values("score"), **facts)
+    about = {"target": artifacts.shorten(", ".join(targets), 40), "ranks_only": manifest.get("ranks_only", False)}
+    figures.scores_figure(table, selection.ranking_convergence(membership, values), figure, **about)
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}", tasks=tasks)
     print(
-        f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: {names_of(selected, tasks)}\n"
-        f"Wrote {chosen}, {folder / SCORES_FILE}, {folder / SCORES_FIGURE}. Next: fine-tune the base model on it with "
-        f"stage 1's script and --subset_file {chosen}"
+        f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: {tables.names_of(selected, tasks)}\n"
+        f"Wrote {chosen}, {written}, {figure}. Next: fine-tune the base model on it with stage 1's script and "
+        f"--subset_file {chosen}"
     )
     return selected

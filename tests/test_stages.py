@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
-from src import config, stage_train
+from src import config, finetune, stage_train
 from src.console import run_stage
 from src.estimation import estimate
 from src.gradients import outputs_of
@@ -256,7 +256,7 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(
     Path("three.txt").write_text("0\n1\n2 3\n1\n")
     run_script(TRAIN, *TOY, "--subset_file", "three.txt", "--results_name", "whole")
     assert "three.txt: 1 line with a subset that stands there before" in capsys.readouterr().out
-    original, calls = stage_train.fine_tune_on_subset, []
+    original, calls = finetune.fine_tune_on_subset, []
 
     def killed_at_the_second(*arguments: object, **options: object) -> object:
         calls.append(arguments[3])
@@ -264,7 +264,7 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(stage_train, "fine_tune_on_subset", killed_at_the_second)
+    monkeypatch.setattr(finetune, "fine_tune_on_subset", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run_script(TRAIN, *TOY, "--subset_file", "three.txt", "--results_name", "cut")
     run_script(TRAIN, *TOY, "--subset_file", "three.txt", "--results_name", "cut")
@@ -295,7 +295,7 @@ def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(
     for text, replaced in (("0\n", False), ("0\n", False), ("1\n", True)):
         Path("choice.txt").write_text(text)
         run_script(TRAIN, *TOY, "--subset_file", "choice.txt")
-        said = "models/choice_run_0 holds a model of another training (subset: found [0], expected [1])"
+        said = "models/choice_run_0 does not fit what is asked for: subset: found [0], expected [1]. It is replaced"
         assert (said in capsys.readouterr().out) == replaced
     Path("other.txt").write_text("# 0 = down\n# 1 = up a\n1\n")
     for command in ([TRAIN, *TOY, "--subset_file"], [ESTIMATE, *TOY, "--sampled_tasks"]):
