@@ -324,9 +324,7 @@ class ApproximationConfig:
 class SelectionConfig:
     """selection"""
 
-    method: str = flag(
-        "forward", "forward adds the best task, backward drops the worst", str, "NAME", alias="--direction"
-    )
+    method: str = flag("forward", "forward adds the best, backward drops the worst", str, "NAME", alias="--direction")
     start_from: tuple[int, ...] = flag((), "tasks to start with", int, "ID", nargs="+", shown="none; backward: all")
     max_tasks: int | None = flag(None, "most tasks in the subset", COUNT, shown="no limit")
     budget_rows: int | None = flag(None, "at most so many training rows", COUNT, shown="no limit")
