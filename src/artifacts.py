@@ -69,9 +69,8 @@ def source_names(sources: Iterable[str]) -> dict[str, str]:
     """What each source without a column of tasks is called, as a task and in folder names: the shortest end of its path
     that tells it from the others.
 
-    Endings of files are no part of a name, nor are `train` and `data` where a folder stands above them: `law/train.jsonl`
-    and `law/data/train-00000-of-00002.parquet` are `law`. Shards of one data set have one name. Folders and hub ids keep
-    what stands behind a dot.
+    Endings of files are no part of it, nor are `train` and `data` where a folder stands above them: `law/train.jsonl` and
+    `law/data/train-00000-of-00002.parquet` are `law`. Shards of a data set have one name. Folders and hub ids keep dots.
     """
     shard = re.compile(r"[-_.]?\d{3,}-of-\d{3,}(-[0-9a-f]+)?(?=\.\w)|(?<=/train/)\d{3,}(?=\.\w)")
     whole = {source: shard.sub("", os.path.abspath(source)) for source in sources}
@@ -228,21 +227,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        replace_folder(temporary, path)
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) if path.is_dir() else None
+        if old:
+            os.replace(path, old)
+        os.replace(temporary, path)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Put a whole folder in the place of another, which is removed."""
-    if path.is_dir():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-        os.replace(path, old)
-        os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, path)
 
 
 @contextlib.contextmanager

@@ -20,8 +20,7 @@ from src.artifacts import ALPACA_FILE, FLAN_FILE, GRADIENTS, META_INITIALIZATION
 from src.console import Parser, say_once
 from src.distributed import PRECISIONS, Hardware, resolve_hardware
 
-ALL_TASKS = "all"
-AUTO = "auto"
+ALL_TASKS, AUTO = "all", "auto"
 
 
 def number(
@@ -32,9 +31,8 @@ def number(
     def convert(text: str) -> Any:
         if word and text == word:
             return text
-        value = kind(text)
+        value, bounds = kind(text), f"above {above:g}" if above > -math.inf else f"of at least {low:g}"
         if not (low <= value <= high and value > above and math.isfinite(value)):
-            bounds = f"above {above:g}" if above > -math.inf else f"of at least {low:g}"
             bounds = f"from {low:g} to {high:g}" if high < math.inf else bounds
             raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' * (kind is int)}number {bounds}")
         return value
@@ -79,8 +77,7 @@ class InstructionData:
         "folders, saved data sets, or hub ids as org/name:split", metavar="SOURCE", nargs="+", shown=str(ALPACA_FILE))  # fmt: skip
     target_files: tuple[str, ...] = flag((), "target tasks, never trained on; half of each is for validation, half for "
         "the final test", metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
-    train_instruction: bool = flag(False, f"take Alpaca, FLAN v2 and chain of thought together: {ALPACA_FILE}, "
-        f"{FLAN_FILE.name}, {ZS_COT_FILE.name}", shown="--data_files")  # fmt: skip
+    train_instruction: bool = flag(False, "take Alpaca, FLAN v2 and chain of thought together", shown="--data_files")
     prompt_column: str | None = flag(None, "column of the prompts, in sources that have it", metavar="NAME",
         shown="inputs, prompt, messages, conversations or instruction, whichever is there")  # fmt: skip
     completion_column: str | None = flag(None, "column of the completions, in sources that have it", metavar="NAME",
@@ -103,8 +100,7 @@ class RowsConfig:
         "a source is a task, and chain of thought one task, which --load_clusters divides")  # fmt: skip
     heldout_share: float | None = flag(None, "share of a task's different prompts for validation, and again for test; "
         "chain of thought: of training questions, for validation", SHARE, shown="0.1; with --target_files 0")  # fmt: skip
-    max_heldout: int | None = flag(None, "most prompts of a task held out for validation, and for test", COUNT,
-        shown="50; chain of thought 500")  # fmt: skip
+    max_heldout: int | None = flag(None, "most prompts of a task for either", COUNT, shown="50; chain of thought 500")
 
 
 @dataclass(frozen=True)
@@ -147,8 +143,7 @@ class ModelConfig:
     lora_alpha: int = flag(32, "scale of the adapter: its update counts alpha / rank, with --train_lora", COUNT)
     lora_target_modules: tuple[str, ...] | None = flag(None, "layers that carry the adapter: ends of their names, a "
         "regular expression, or all-linear", metavar="NAME", nargs="+", shown="the attention's inputs, by architecture")  # fmt: skip
-    base_dtype: str = flag("float32", "numbers that the base model's weights are held in under --train_lora; the "
-        "adapter is float32", choices=("float32", "bfloat16"))  # fmt: skip
+    base_dtype: str = flag("float32", "the base model's numbers, with --train_lora", choices=("float32", "bfloat16"))
     use_qlora: bool = flag(False, "hold the base model in 4 bits (NF4), compute in bfloat16", shown="see --base_dtype")
     gradient_checkpointing: bool = flag(False, "save memory: compute activations twice", free=True, shown="do not")
     max_length: int = flag(512, "longest row (decoder) or prompt (encoder-decoder), in tokens", COUNT)
@@ -162,8 +157,7 @@ class TrainingConfig:
     batch_size: int = flag(128, "rows of a training batch, per device", COUNT)
     accumulate: int = flag(1, "batches per optimizer step", COUNT)
     lr: float = flag(2e-5, "learning rate of AdamW", POSITIVE)
-    loss_over: str = flag("token", "what a batch's loss is the mean over: its target tokens, or the mean losses of its "
-        "rows", choices=("token", "row"))  # fmt: skip
+    loss_over: str = flag("token", "a batch's loss is the mean over target tokens, or rows", choices=("token", "row"))
     weight_decay: float = flag(0.0, "weight decay of AdamW", NOT_NEGATIVE)
     epochs: int = flag(10, "passes over the rows", COUNT)
 
@@ -188,10 +182,8 @@ class CheckpointShares:
 class MetaTrainingConfig(CheckpointShares):
     """meta-training"""
 
-    stop_after_checkpoints: bool = flag(False, "end with the last of them: estimates need no more", free=True,
-        shown="train to the end, for the model trained on everything")  # fmt: skip
-    load_model_dir: str | None = flag(None, "start from this checkpoint in external_lightning_logs/",
-        metavar="CHECKPOINT", shown="the base model")  # fmt: skip
+    stop_after_checkpoints: bool = flag(False, "end with the last: estimates need no more", free=True, shown="train on")
+    load_model_dir: str | None = flag(None, "checkpoint to start from", metavar="RUN/CHECKPOINT", shown="base model")
 
 
 @dataclass(frozen=True)
@@ -219,8 +211,7 @@ class NameConfig:
 
     save_name: str | None = flag(None, "name of the run; later stages take from it every flag that is not typed",
         metavar="NAME", shown="stage 1: made of model and data; later: the last that fits what is typed")  # fmt: skip
-    results_name: str | None = flag(None, "name of a table of results and of the selections made of it", metavar="NAME",
-        free=True, shown="--save_name")  # fmt: skip
+    results_name: str | None = flag(None, "name of tables and selections", str, "NAME", free=True, shown="--save_name")
 
 
 @dataclass(frozen=True)
@@ -248,10 +239,8 @@ class ProjectionConfig:
     """projection"""
 
     project_dim: int = flag(400, "dimension d of the projected gradients", COUNT, alias="--project_dimension")
-    projection: str = flag("sketch", "kind of random projection; none keeps all p coordinates",
-        choices=("sketch", "two_sided", "dense", "none"))  # fmt: skip
-    output_function: str = flag("loss", "what is differentiated: the mean loss of a sample's target tokens, or their "
-        "mean log-odds as in the paper", choices=("loss", "margin"))  # fmt: skip
+    projection: str = flag("sketch", "kind; none keeps all p numbers", choices=("sketch", "two_sided", "dense", "none"))
+    output_function: str = flag("loss", "what is differentiated; margin is of log-odds", choices=("loss", "margin"))
     project_gradients: bool = flag(False, "published; has no effect", free=True, shown="gradients are projected")
 
 
@@ -314,13 +303,10 @@ class SubsetsConfig:
         metavar="FILE", shown="sampled_tasks/<run>.txt")  # fmt: skip
     number_of_subsets: int | None = flag(None, "subsets to draw", COUNT, shown="1000, or as many as there are")
     subset_size: Any = flag(None, "share or number of the tasks in each", share_or_count, "SIZE", shown="0.5")  # noqa: RUF009
-    calibrate: str | None = flag(None, "results of five or more really fine-tuned subsets (stage 1's script with "
-        "--subset_file): also write calibrated estimates and their 90 % prediction intervals", metavar="CSV",
-        shown="estimates as they are")  # fmt: skip
-    evaluate: str = flag("first_order", "linear algebra alone, or also run the validation rows through the model at "
-        "the displaced weights", choices=("first_order", "displaced"))  # fmt: skip
-    scale: float | None = flag(None, "length of the displacement, with --evaluate displaced, as a share of the norm of "
-        "the trained weights", POSITIVE, shown="as long as the solution is")  # fmt: skip
+    calibrate: str | None = flag(None, "five or more really fine-tuned subsets (results.csv of stage 1's script): "
+        "calibrate on them, and add 90 % prediction intervals", metavar="CSV", shown="estimates as they are")  # fmt: skip
+    evaluate: str = flag("first_order", "displaced: run the displaced model too", choices=("first_order", "displaced"))
+    scale: float | None = flag(None, "length of that, in norms of the weights", POSITIVE, shown="that of the solution")
 
 
 @dataclass(frozen=True)
@@ -338,8 +324,7 @@ class ApproximationConfig:
 class SelectionConfig:
     """selection"""
 
-    method: str = flag("forward", "forward: add the best task, again and again; backward: remove the worst",
-        metavar="NAME", alias="--direction")  # fmt: skip
+    method: str = flag("forward", "forward adds the best, backward drops the worst", str, "NAME", alias="--direction")
     start_from: tuple[int, ...] = flag((), "tasks to start with", int, "ID", nargs="+", shown="none; backward: all")
     max_tasks: int | None = flag(None, "most tasks in the subset", COUNT, shown="no limit")
     budget_rows: int | None = flag(None, "at most so many training rows", COUNT, shown="no limit")

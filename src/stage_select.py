@@ -158,13 +158,9 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
 
 
 def random_ensemble(
-    results: str,
-    target_task: Sequence[str] | None = None,
-    *,
-    top_k: int | None = None,
-    ratio: float | None = None,
-    threshold: float | None = None,
-) -> tuple[int, ...]:
+    results: str, target_task: Sequence[str] | None = None, *,
+    top_k: int | None = None, ratio: float | None = None, threshold: float | None = None,
+) -> tuple[int, ...]:  # fmt: skip
     """Score each task by the mean estimate, over some targets, of the subsets that hold it, and keep the best-scoring tasks
     as `selection.select_by_score` does. `results` is the folder of stage 3's estimates, below `results/`, or its name."""
     started = time.perf_counter()

@@ -188,13 +188,11 @@ def valid_subset(tasks: Sequence[Any], num_tasks: int, flag: str) -> tuple[int, 
 
 
 def training_facts(config: TrainConfig, data: TaskData) -> dict[str, Any]:
-    """What a training's outcome depends on, besides the rows and the seed.
-
-    Of batches and processes only the rows of an optimizer step count, and of precisions the one that this machine takes.
-    """
+    """What a training's outcome depends on, besides the rows and the seed: of batches and processes only the rows of an
+    optimizer step count, and of precisions the one that this machine takes."""
     names = ("lora_target_modules", "lr", "weight_decay", "epochs", "loss_over", "max_length", "max_target_length",
              "base_dtype", "use_qlora", "loss_on_prompt", *(("max_new_tokens",) if data.judge else ()))  # fmt: skip
-    start = artifacts.resolve_checkpoint(config.load_model_dir).glob(artifacts.WEIGHTS) if config.load_model_dir else ()
+    start = artifacts.resolve_checkpoint(config.load_model_dir).glob(artifacts.WEIGHTS) if config.load_model_dir else []
     return {
         "data_fingerprint": data.fingerprint,
         "model_key": config.model_key,
@@ -303,11 +301,9 @@ def fine_tune_subsets(
     config: TrainConfig, data: TaskData, subsets: Sequence[tuple[int, ...]], task_shares: np.ndarray | None = None, *,
     keep_model: bool = True,
 ) -> None:  # fmt: skip
-    """Fine-tune once for each subset and seed, and append a row of losses for each.
-
-    The base model is loaded once; the adapter starts from the same state for every subset. Rows that are there are not
-    trained again, so that a killed run goes on at the next line; of a single subset the model has to be there too.
-    """
+    """Fine-tune once for each subset and seed, from the same state for every subset, and append a row of losses for each.
+    Rows that are there are not trained again, so that a killed run goes on at the next line; of a single subset the model
+    has to be there too."""
     folder, runs, plan = results_dir(config.results), range(config.runs), training_plan(config)
     shares = None if task_shares is None else task_shares.round(6).tolist()
     facts = {**training_facts(config, data), "task_shares": shares}

@@ -148,7 +148,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
     "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora is for .* and not --strategy fsdp"),
-    "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--dataset_key None there, strategy_qa typed"),
+    "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--dataset_key none there, strategy_qa typed"),
     "adapter of another model": (TRAIN, [*OF_ANOTHER, "--save_name", "n"], r"bad/checkpoint is an adapter of the base model .*, and --model_key is bad/tokens; pass --model_key"),
     "adapter of another rank": (TRAIN, ["--load_model_dir", "bad/checkpoint", "--lora_rank", "8", "--save_name", "n"], r"bad/checkpoint has an adapter of rank 4.*--lora_rank 4"),
     "no checkpoint": (TRAIN, ["--load_model_dir", "none/step_step=1", "--save_name", "n"], r"--load_model_dir none/step_step=1: no folder"),
