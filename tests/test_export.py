@@ -172,6 +172,7 @@ def open_instruct(folder: Path) -> Iterator[Entry]:
     mixer = words[1:-2]
     for file, amount in zip(mixer[::2], mixer[1::2], strict=True):
         assert file.endswith(".jsonl")
+        assert amount == "1.0" or amount.isdigit()  # any other share would be rounded down, perhaps by a row
         yield file, int(float(amount) * len(read(folder / file))) if "." in amount else int(amount), turns_of
 
 
