@@ -115,6 +115,11 @@ def losses_file(results: Path, subset: Sequence[int], run: int) -> Path:
     return results / LOSSES / f"{tasks_label(subset)}_run_{run}.csv"
 
 
+def export_dir(results: Path, trainer: str) -> Path:
+    """A selection as files for another trainer, below its results."""
+    return results / f"export_{slug(trainer)}"
+
+
 def subset_file(name: str) -> Path:
     """`sampled_tasks/<name>.txt`."""
     return SAMPLED_TASKS / f"{slug(name)}.txt"

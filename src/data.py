@@ -90,6 +90,9 @@ class TaskData:
     notices: tuple[str, ...] = ()  # one-line messages for the script to print
     answer_key: str | None = None  # chain of thought: the dataset_key that decides how answers are read
     judge: Callable[[str, str], dict[str, bool]] | None = None  # (completion, gold answer) -> its properties
+    messages: pa.ChunkedArray | None = (
+        None  # (N,) conversations that texts were made of, JSON; null where there was none
+    )
     tasks: tuple[str, ...] = field(init=False)  # (n,) sorted names of tasks with training rows; a position is a task id
     targets: tuple[str, ...] = field(init=False)  # (k,) sorted names of tasks with held-out rows
     task_of_sample: np.ndarray = field(init=False)  # (N,) int32 task id of training rows, -1 elsewhere

@@ -143,6 +143,16 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if len(texts) else []
 
 
+def token_counts(data: TaskData, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Tokens of the texts of some rows, prompt and completion, uncut and without special tokens: row -> number."""
+    counts: dict[int, int] = {}
+    for start in progress(range(0, len(rows), BLOCK), desc="counting tokens", unit="block"):
+        block = [data.examples[row] for row in rows[start : start + BLOCK]]
+        ids = _ids([example.prompt + example.completion for example in block], tokenizer)
+        counts |= {example.sample_index: len(of_row) for example, of_row in zip(block, ids, strict=True)}
+    return counts
+
+
 def _joined(prompt: str, completion: str, head: Ids, whole: Ids, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
     """Ids of a prompt and of the completion behind it, which together decode as `whole`, the ids of both texts, does.
 

@@ -53,9 +53,10 @@ HINTED_COLUMNS = ("source", "dataset", "category", "subset", "domain", "subject"
 """Columns that are pointed out where a source is read as one task: few values in them may well be tasks."""
 HALVED = "validation or test"
 """In place of a row's split: held out; half of a task's distinct keys validate, half test."""
-ROWS = pa.schema([*((name, TEXT) for name in ("prompt", "completion", "task", "split", "where")), ("key", pa.binary())])
-"""Rows as they are stored: `split` is what the row says itself, HALVED, or null; `where` is its file and line, for
-messages; rows of equal `key` are on one side."""
+TEXTS = ("prompt", "completion", "messages", "task", "split", "where")
+ROWS = pa.schema([*((name, TEXT) for name in TEXTS), ("key", pa.binary())])
+"""Rows as they are stored: `messages` is a conversation with its tools as JSON, or null; `split` is what the row says itself,
+HALVED, or null; `where` is its file and line, for what is said of it; rows of equal `key` are on one side."""
 
 
 class Columns(NamedTuple):
@@ -108,9 +109,9 @@ class Chat:
         self._tokenizer = functools.cache(load_tokenizer)
         self.notices: dict[str, None] = {}
 
-    def texts(self, messages: Any, where: str, tools: Any = None) -> tuple[str, str, str]:
-        """Everything up to the last turn; that turn, which must be the assistant's; and what identifies the prompt
-        whatever the template: its turns and tools. ValueError: no such conversation, or no template that takes it."""
+    def texts(self, messages: Any, where: str, tools: Any = None) -> tuple[str, str, str, str]:
+        """Everything up to the last turn; that turn, which must be the assistant's; what identifies the prompt whatever the
+        template: its turns and tools; and all of them as JSON. ValueError: no such conversation, no template takes it."""
         given = _plain({"messages": messages, "tools": tools})
         messages, tools = given.get("messages"), given.get("tools") or None
         if not isinstance(messages, list) or len(messages) < 2:
@@ -122,7 +123,7 @@ class Chat:
         is_question = len(before) == 1 and not tools and before[0]["role"] == "user"
         key = before[0].get("content", "") if is_question else json.dumps([before, tools], sort_keys=True)
         if not last.get("content", "").strip() and not last.get("tool_calls"):
-            return "", "", key
+            return "", "", key, ""
         prompt, whole = self._render(before, tools, where, True), self._render(turns, tools, where, False)
         if not whole.startswith(prompt):  # a template that opens the assistant's turn in another way
             whole = prompt + text_field(last, "content", where)
@@ -131,7 +132,7 @@ class Chat:
         if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:  # it adds one itself
             prompt = prompt.removeprefix(tokenizer.bos_token)
         text_field({"the conversation": prompt + completion}, "the conversation", where)
-        return prompt, completion, key
+        return prompt, completion, key, json.dumps({"messages": turns} | ({"tools": tools} if tools else {}))
 
     def _render(self, turns: list[dict], tools: list | None, where: str, opened: bool) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -184,8 +185,8 @@ def _layout_of(record: Record, where: str, columns: Columns) -> tuple[str, ...]:
     return layout
 
 
-def _texts(layout: tuple[str, ...], record: Record, where: str, chat: Chat) -> tuple[str, str, str]:
-    """Prompt, completion (empty: the row is left out), and the key that decides the split: mostly the prompt."""
+def _texts(layout: tuple[str, ...], record: Record, where: str, chat: Chat) -> tuple[str, str, str, str | None]:
+    """Prompt, completion (empty: the row is left out), the key that decides the split: mostly the prompt; the conversation."""
 
     def text(field: str) -> str:
         is_null = field in record and is_missing(record[field])
@@ -207,7 +208,7 @@ def _texts(layout: tuple[str, ...], record: Record, where: str, chat: Chat) -> t
             prompt, completion = text(question), text(answer)
             if question == "inputs" and not (prompt.endswith("\n") or prompt.rstrip().endswith(":")):
                 prompt += "\n"  # FLAN: the prompt is ended so that the answer can follow
-    return prompt, completion, prompt if prompt.strip() else completion
+    return prompt, completion, prompt if prompt.strip() else completion, None
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ class _Reader:
                 task_column = next((name for name in (self.columns.task, *TASK_COLUMNS) if name in record), None)
                 if layout == ("inputs", "targets"):  # published files name tasks in each row
                     task_column = task_column or TASK_COLUMNS[0]
-            prompt, completion, key = _texts(layout, record, where, self.chat)
+            prompt, completion, key, messages = _texts(layout, record, where, self.chat)
             counts["all"] += 1
             if not completion.strip():
                 counts[empty] += 1
@@ -441,7 +442,7 @@ class _Reader:
                 split = HALVED if is_target else None
             elif split not in (*SPLITS, HALVED):
                 raise ValueError(f"{where}: _split is {split!r}, expected one of {', '.join(SPLITS)}")
-            yield prompt, completion, task, split, where, key_digest(key)
+            yield prompt, completion, messages, task, split, where, key_digest(key)
         if counts["all"] == counts[empty]:
             raise ValueError(f"{source} is empty: no row could be taken from it")
         for what in (bare, empty):
@@ -544,4 +545,4 @@ def load_instruction(
         what = "tasks have no held-out rows (too few distinct prompts, or none in the dev split map) and are no targets"
         notices.append(f"{len(bare)} of {len(sources)} {what}: {shorten(', '.join(bare), 200)}")
     examples = StoredExamples(table.select(["prompt", "completion", "task"])).with_columns(split=splits)
-    return TaskData(examples, (*notices, *chat.notices))
+    return TaskData(examples, (*notices, *chat.notices), messages=table["messages"])

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from src import artifacts, console, cot, finetune, instruction, models, tables
-from src.artifacts import MANIFEST, MIXTURE_FILE, SELECTED_ROWS, UNFINISHED, atomic_write, results_dir, write_json
+from src.artifacts import MANIFEST, UNFINISHED, results_dir, write_json
 from src.config import ALL_TASKS, ModelConfig, RunConfig, TrainConfig, recorded
 from src.console import counted
 from src.data import TaskData
@@ -383,38 +383,3 @@ def say_fine_tuned(
             shown.append(f"{tables.mean_over_targets(rows, tables.TEST_LOSS, targets).mean():.3f} of {name}")
     what = targets[0] if len(targets) == 1 else f"{len(targets)} targets (mean)"
     print(f"Test loss of {what}, in nats per token: {', '.join(shown)}.")
-
-
-def export(config: TrainConfig, data: TaskData | None = None) -> None:
-    """Write the training rows of a subset, and how often each source is to be drawn, for other trainers.
-
-    Raises:
-        ValueError: no subset is named, or several.
-    """
-    data = load_data(config) if data is None else data
-    subsets, shares = chosen_subsets(config, data) or ([], None)
-    if len(subsets) != 1 or not subsets[0]:
-        raise ValueError(
-            f"found {len(subsets)} subsets to export, expected one: name it with --subset_file, --task_weights or --task_idxes"
-        )
-    examples = [data.examples[index] for index in data.indices("train", subsets[0]).tolist()]
-    fields = ("prompt", "completion", "task", "sample_index")
-    rows = pd.DataFrame([{name: getattr(example, name) for name in fields} for example in examples])
-    counts = rows["task"].value_counts()
-    of_task = counts / counts.sum() if shares is None else pd.Series(shares, index=data.tasks)
-    folder = results_dir(config.results)
-    with atomic_write(folder / SELECTED_ROWS) as temporary:
-        rows.to_json(temporary, orient="records", lines=True, force_ascii=False)
-    sources = [
-        {"source": name, "rows": int(counts[name]), "weight": float(of_task[name])}
-        for name in data.tasks
-        if name in counts.index
-    ]
-    write_json(folder / MIXTURE_FILE, {"file": SELECTED_ROWS, "sources": sources})
-    chosen = {data.tasks[task] for task in subsets[0]}
-    held_out = sum(data.targets[target] in chosen for target in data.target_of_sample[data.target_of_sample >= 0])
-    left = f"; the {held_out:,} held out for validation and test are not among them" if held_out else ""
-    print(
-        f"Wrote {folder / SELECTED_ROWS} and {folder / MIXTURE_FILE}: {counted(len(rows), 'training row')} of "
-        f"{counted(len(sources), 'source')}{left}."
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pandas as pd
 from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans
 
 from src.artifacts import atomic_write
+from src.data import key_digest
 
 Subset = tuple[int, ...]
 
@@ -163,6 +165,33 @@ def read_task_weights(path: Path, tasks: Sequence[str]) -> np.ndarray:
     if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
         raise ValueError(f"{path}: shares must be numbers, not negative and not all 0")
     return shares / shares.sum()
+
+
+def row_counts(shares: Sequence[float], available: Sequence[int], total: int, max_repeat: float) -> list[int]:
+    """Rows to take from each of n sources, which add up to `total`: by shares, rounded by largest remainder (of equal ones
+    the first), none above `max_repeat` times its rows. What a cap takes away goes to the others in proportion to their
+    shares; the total is smaller only where all are at their caps."""
+    weights = [Fraction(float(share)) for share in shares]  # exact: no machine rounds in another way
+    caps = [math.floor(Fraction(str(max_repeat)) * rows) for rows in available]
+    free, quotas = {n for n, weight in enumerate(weights) if weight}, [Fraction(0)] * len(caps)
+    while free:
+        left, whole = total - sum(quotas), sum(weights[n] for n in free)
+        wanted = {n: left * weights[n] / whole for n in free}
+        over = {n for n in free if wanted[n] > caps[n]}
+        for n in over or free:
+            quotas[n] = Fraction(caps[n]) if over else wanted[n]
+        free = free - over if over else set()
+    counts = [math.floor(quota) for quota in quotas]
+    for n in sorted(range(len(counts)), key=lambda n: counts[n] - quotas[n])[: int(sum(quotas)) - sum(counts)]:
+        counts[n] += 1
+    return counts
+
+
+def drawn_rows(rows: np.ndarray, count: int, seed: int, name: str) -> np.ndarray:
+    """`count` of a source's rows, (count,), in random order: permutations of all, one after the other, the last one cut.
+    They depend on the rows, the seed and the source's name alone."""
+    rng = np.random.default_rng([seed, int.from_bytes(key_digest(name)[:8], "big")])
+    return np.concatenate([rng.permutation(rows) for _ in range(-(-count // len(rows)))])[:count]
 
 
 def cluster_samples(rows: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:

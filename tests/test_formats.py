@@ -86,7 +86,7 @@ def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled()
     tokenizer = character_tokenizer(end_appended=False)
     tokenizer.chat_template = CALLING.replace("{{ m.content or '' }}", "{{ m.content }}{{ eos_token }}")
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
-    prompt, completion, _ = Chat(lambda: tokenizer).texts(turns, "here")
+    prompt, completion, *_ = Chat(lambda: tokenizer).texts(turns, "here")
     assert prompt.count("<assistant>") == 2 and prompt.endswith("<assistant>") and completion == "a"
 
 
