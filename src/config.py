@@ -510,9 +510,9 @@ def parent_of(
             called = sorted({found["config"]["save_name"] or path.name for path, found in there}) or ["nothing"]
             what = f"nothing finished is called that; there is {', '.join(called)}"
             raise ValueError(f"--save_name {name}: {what}; make it with {made_by}")
-        if not of_name:
-            say_once(f"note: no run is called {name}: one without a name is taken, and {name} names what is made of it")
         there = of_name or [(path, found) for path, found in there if not found["config"]["save_name"]]
+        if there and not of_name:
+            say_once(f"note: no run is called {name}: one without a name is taken, and {name} names what is made of it")
     differing = [contradictions(cls, wanted, found) for _, found in there]
     if fitting := [one for one, others in zip(there, differing, strict=True) if not others]:
         if "save_name" not in typed and "load_model_dir" not in typed:
