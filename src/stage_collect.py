@@ -78,7 +78,12 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                 model.to(processes.device)
             else:
                 model.shard(processes.mesh)
-            datamodule = datamodule or make_datamodule(config, data, model)
+            if datamodule is None:  # rows and their keys are the same at every checkpoint
+                datamodule = make_datamodule(config, data, model)
+                columns = {"task": data.task_of_sample, "target": data.target_of_sample}
+                columns["target_tokens"] = datamodule.target_tokens
+                samples = {name: of_all[rows] for name, of_all in columns.items()}
+                samples |= {"sample_index": rows, "key": datamodule.row_keys(rows)}
             num_parameters = model.layout.num_parameters
             dim = None if config.projection == "none" else config.project_dim
             projection = make_projection(config.projection, dim, config.run, shapes=model.layout.shapes)
@@ -86,13 +91,6 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                 console.say_notices([f"--project_dim {projection.dim} is above p = {num_parameters:,}, the numbers of a "
                                      "gradient: projecting buys nothing; --projection none keeps them as they are"])  # fmt: skip
             request = request_at(config, folder, model, projection.dim)
-            samples = {
-                "sample_index": rows,
-                "task": data.task_of_sample[rows],
-                "target": data.target_of_sample[rows],
-                "target_tokens": datamodule.target_tokens[rows],
-                "key": datamodule.row_keys(rows),
-            }
             repair = f"Remove {part} to take the gradients again, or give meta-training a --save_name of its own."
             hidden = model.network.get_output_embeddings().weight.shape[1] if config.representations else None
             for turn in (True, False):  # the first process makes what is missing, then the others join it
