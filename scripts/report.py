@@ -36,9 +36,9 @@ from src.artifacts import (
     SELECTION_FILE,
     atomic_write,
     read_manifest,
-    results_dir,
 )
 from src.evaluation import AVERAGE, MEAN, best_fine_tuned
+from src.stage_select import results_folder
 from src.tables import (
     TEST_ACCURACY,
     TEST_LOSS,
@@ -200,7 +200,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """A page for each."""
     for name in args.results:
-        folder = results_dir(str(Path(name).parent if Path(name).is_file() else name))
+        folder = results_folder(name)
         with atomic_write(folder / REPORT_FILE) as temporary:
             temporary.write_text(page(folder), encoding="utf-8")
         print(f"Wrote {folder / REPORT_FILE}. Open it in a browser.")

@@ -157,6 +157,11 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
     return [table, figure]
 
 
+def results_folder(typed: str) -> Path:
+    """The folder that `results/<name>`, `<name>`, or a file in there names."""
+    return artifacts.results_dir(str(Path(typed).parent if Path(typed).is_file() else typed))
+
+
 def random_ensemble(
     results: str, target_task: Sequence[str] | None = None, *,
     top_k: int | None = None, ratio: float | None = None, threshold: float | None = None,
@@ -164,7 +169,7 @@ def random_ensemble(
     """Score each task by the mean estimate, over some targets, of the subsets that hold it, and keep the best-scoring tasks
     as `selection.select_by_score` does. `results` is the folder of stage 3's estimates, below `results/`, or its name."""
     started = time.perf_counter()
-    folder = artifacts.results_dir(str(Path(results).parent if Path(results).is_file() else results))
+    folder = results_folder(results)
     stage_3 = "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py"
     manifest, repair = (
         artifacts.read_manifest(folder, stage_3),
