@@ -33,6 +33,10 @@ ALPACA_FILE, BENCHMARK_DATA = DATA / "alpaca_data" / "alpaca_final.pkl", DATA / 
 FLAN_FILE, ZS_COT_FILE = (ALPACA_FILE.with_name(name) for name in ("flan_dataset.pkl", "zs_cot_dataset.pkl"))
 
 MANIFEST, UNFINISHED, WEIGHTS = "manifest.json", "unfinished.json", "*.safetensors"
+ADAPTER_CONFIG, TRAINER_STATE = "adapter_config.json", "trainer_state.json"
+"""What peft and the trainers on top of transformers leave in a checkpoint."""
+BASE = "base"
+"""Names the base model among checkpoints of another trainer."""
 RESULTS_FILE, MODELS, LOSSES = "results.csv", "models", "losses"
 SELECTED_ROWS, MIXTURE_FILE = "selected.jsonl", "mixture.json"
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
@@ -170,6 +174,19 @@ def resolve_checkpoint(load_model_dir: str) -> Path:
     there = ", ".join(sorted(entry.name for entry in parent.glob("*/"))) or "no checkpoint yet"
     repair = "train it first with custom_train.py or custom_train_alpaca.py"
     raise FileNotFoundError(f"--load_model_dir {load_model_dir}: no folder {ours} ({parent} holds: {there}); {repair}")
+
+
+def described(checkpoint: Path, file: str) -> dict[str, Any]:
+    """What a file of a checkpoint's folder says of it, such as `ADAPTER_CONFIG`; empty where it is not there. ValueError: it
+    cannot be read."""
+    path = checkpoint / file
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint anew") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings; copy the checkpoint anew")
+    return found
 
 
 # --- writing so that a reader never sees half a file ---------------------------------------------------------

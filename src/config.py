@@ -249,7 +249,7 @@ class CheckpointsConfig:
     """meta-initialization"""
 
     load_model_dir: tuple[str, ...] | None = flag(None, "checkpoints: below external_lightning_logs/, for example "
-        "RUN/epoch_epoch=17, or folders that peft or another trainer saved", metavar="CHECKPOINT", nargs="+", free=True,
+        "RUN/epoch_epoch=17, or folders that peft or another trainer saved; with these, `base` is their base model", metavar="CHECKPOINT", nargs="+", free=True,
         shown="those that --checkpoint_at kept in this run; later stages all that have gradients, averaged")  # fmt: skip
     run: int = flag(0, "number of the run, and seed of its projection and subsets", number(int, 0), "N")
 
@@ -498,7 +498,7 @@ def parent_of(
     name, checkpoints = typed.get("save_name"), typed.get("load_model_dir")
     if checkpoints:
         names = [checkpoints] if isinstance(checkpoints, str) else checkpoints
-        folders = {artifacts.resolve_checkpoint(one).resolve() for one in names}
+        folders = {artifacts.resolve_checkpoint(one).resolve() for one in names if one != artifacts.BASE}
         runs = {folder.parent for folder in folders}
         there = [(path, found) for path, found in there
                  if path.resolve() in runs or Path(found.get("checkpoint_dir", "")).resolve() in folders]  # fmt: skip
@@ -537,7 +537,44 @@ def from_run(cls: type[Config], typed: Mapping[str, Any], **defaults: Any) -> tu
     typed, stage_1 = _for_gradients(typed), "stage 1 (custom_train.py or custom_train_alpaca.py)"
     parent = parent_of(cls, {"run": 0, **typed}, f"{META_INITIALIZATIONS}/*", stage_1, DATA_FLAGS)
     folder, manifest = parent or (None, None)
+    if parent is None and typed.get("load_model_dir"):
+        manifest = {"config": of_another_trainer(typed["load_model_dir"])}
     return inherit(cls, typed, manifest, **defaults), folder
+
+
+def of_another_trainer(checkpoints: Sequence[str]) -> dict[str, Any]:
+    """What the folders that peft, transformers or a trainer on top of them saved say of base model, adapter and training, as
+    flags; printed in a line. ValueError: two of them differ, or there is none."""
+    found: dict[str, tuple[Any, Path]] = {}
+    folders = [artifacts.resolve_checkpoint(name) for name in checkpoints if name != artifacts.BASE]
+    if not folders:
+        raise ValueError(f"--load_model_dir {artifacts.BASE}: name a checkpoint that was trained from it too")
+    for folder in folders:
+        adapter, state = (
+            artifacts.described(folder, file) for file in (artifacts.ADAPTER_CONFIG, artifacts.TRAINER_STATE)
+        )
+        modules, rates = (
+            adapter.get("target_modules"),
+            [entry.get("learning_rate", 0) for entry in state.get("log_history", ())],
+        )
+        says = {
+            "train_lora": bool(adapter),
+            "model_key": adapter.get("base_model_name_or_path"),
+            "lora_rank": adapter.get("r"),
+            "lora_alpha": adapter.get("lora_alpha"),
+            "lora_target_modules": (modules,) if isinstance(modules, str) else tuple(sorted(modules or ())) or None,
+            "lr": max(rates, default=0) or None,
+            "epochs": state.get("num_train_epochs"),
+            "batch_size": state.get("train_batch_size"),
+        }
+        for name, value in says.items():
+            if value is not None and found.setdefault(name, (value, folder))[0] != value:
+                other, where = found[name]
+                raise ValueError(f"--load_model_dir: --{name} is {_words(other)} in {where} and {_words(value)} in {folder}; "
+                                 "name checkpoints of one training")  # fmt: skip
+    words = ", ".join(f"{name} {_words(value)}" for name, (value, _) in found.items() if value is not False)
+    say_once(f"note: taken from {folders[0]}: {words}")
+    return {name: value for name, (value, _) in found.items()}
 
 
 def from_store(cls: type[Config], typed: Mapping[str, Any], output_function: str | None = None) -> tuple[Config, Path]:
@@ -564,6 +601,9 @@ def for_training(typed: Mapping[str, Any], **defaults: Any) -> TrainConfig:
     runs, manifest, parent = f"{META_INITIALIZATIONS}/*", None, None
     if named or fine_tunes:
         parent = parent_of(TrainConfig, given, runs, made_by, ignoring, optional=True)
+    if fine_tunes and not parent:  # trained by another trainer: its gradients say what with
+        parent = parent_of(TrainConfig, given, f"{GRADIENTS}/*/*", made_by, optional=True)
+        manifest, parent = parent[1] if parent else None, None
     if parent:
         folder, manifest = parent
         if fine_tunes:

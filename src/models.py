@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from src.artifacts import ADAPTER_CONFIG, BASE
 from src.console import say_notices, waiting_for
 from src.datamodule import IGNORED, Batch
 
@@ -36,8 +38,6 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     **{"t5": ("q", "k", "v"), "mt5": ("q", "k", "v"), "gpt2": ("c_attn",), "gpt_neox": ("query_key_value",)},
 }
 """Layers that carry the adapter, by `config.model_type`: the attention's inputs, as in the paper (peft adapts fewer)."""
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -432,14 +432,17 @@ def save_model(model: LanguageModel, folder: Path, state: Mapping[str, Tensor] |
         model.tokenizer.save_pretrained(folder)
 
 
-def load_checkpoint(folder: Path, model_key: str, weights: BaseWeights = FULL_PRECISION) -> LanguageModel:
-    """Load what `save_model` or peft wrote: a LoRA adapter on its base model, or the whole model.
+def load_checkpoint(
+    folder: Path, model_key: str, weights: BaseWeights = FULL_PRECISION, untrained_seed: int | None = None
+) -> LanguageModel:
+    """Load what `save_model` or peft wrote: a LoRA adapter on its base model, or the whole model. With `untrained_seed`, the
+    base model instead, with a fresh adapter of the same shape whose random half depends on that seed alone.
 
     What an adapter has besides the matrices of `LanguageModel.layout` (biases, `modules_to_save`, embeddings) is frozen as
     it was saved; a notice names it. ValueError: it fits another model, or is not plain LoRA (rsLoRA is).
     """
     if not (folder / ADAPTER_CONFIG).is_file():
-        model = load_base_model(str(folder), weights)
+        model = load_base_model(str(folder) if untrained_seed is None else model_key, weights)
         return LanguageModel(model.network, model.tokenizer, model_key)
     try:
         config = PeftConfig.from_pretrained(folder)
@@ -472,7 +475,17 @@ def load_checkpoint(folder: Path, model_key: str, weights: BaseWeights = FULL_PR
         for name in frozen:
             network.get_parameter(name).requires_grad_(False)
         named = f"{', '.join(frozen[:3])} and {len(frozen) - 3} more" if len(frozen) > 3 else ", ".join(frozen)
+        if untrained_seed is not None:
+            raise ValueError(
+                f"{folder} has trained {named} besides LoRA, so that its base model is not known; leave {BASE} out"
+            )
         say_notices([f"{folder}: gradients are of its LoRA matrices alone; {named} stay as saved"])
+    if untrained_seed is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(untrained_seed)
+            for module in network.modules():
+                if isinstance(module, LoraLayer):
+                    module.reset_lora_parameters(network.active_adapter, init_lora_weights=True)
     return model
 
 

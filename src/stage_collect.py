@@ -24,38 +24,51 @@ from src.stage_train import base_fingerprint, load_data, make_datamodule, model_
 from src.tables import write_result
 
 
-def checkpoint_folders(config: StoreConfig, run_folder: Path | None) -> list[Path]:
-    """The checkpoints to take gradients at: those named, else those that the run's meta-training kept on its way.
-    FileNotFoundError: none is named, and there is no meta-training."""
+def checkpoint_folders(config: StoreConfig, run_folder: Path | None) -> dict[str, Path]:
+    """Name -> folder of the checkpoints to take gradients at: those typed, else those that the run's meta-training kept on
+    its way; the base model has the folder of a checkpoint that was trained from it. FileNotFoundError: none is typed, and
+    there is no meta-training. ValueError: two of one name."""
     if config.load_model_dir:
-        return [artifacts.resolve_checkpoint(name) for name in config.load_model_dir]
+        trained = [artifacts.resolve_checkpoint(name) for name in config.load_model_dir if name != artifacts.BASE]
+        at_base = [(artifacts.BASE, trained[0])] if artifacts.BASE in config.load_model_dir else []
+        folders = dict([*at_base, *((path.name, path) for path in trained)])
+        if len(folders) < len({*trained, *dict(at_base)}):
+            raise ValueError(f"--load_model_dir names two checkpoints {trained[0].name}; rename one of the folders")
+        return folders
     folder = run_folder or artifacts.META_INITIALIZATIONS / config.name(config.run, config.save_name)
     manifest = artifacts.read_manifest(folder, config.training_script)
-    return [folder / name for name in manifest["trajectory"] or [manifest["best"]]]
+    return {name: folder / name for name in manifest["trajectory"] or [manifest["best"]]}
 
 
 def step_of(checkpoint: Path, manifest: Mapping[str, Any]) -> int:
-    """The optimizer step of a checkpoint, by its manifest or its name (`checkpoint-200`); -1 where neither says it."""
-    found = None if manifest else re.search(r"(\d+)$", checkpoint.name)
-    return int(found[1] if found else manifest.get("step", -1))
+    """The optimizer step of a checkpoint, by its manifest, its name (`checkpoint-200`) or its trainer's state; of a folder
+    that holds checkpoints, as trainers save the last, the largest of theirs. -1 where nothing says it."""
+    if manifest:
+        return int(manifest.get("step", -1))
+    if found := re.search(r"(\d+)$", checkpoint.name):
+        return int(found[1])
+    inside = [int(path.name.rpartition("-")[2]) for path in checkpoint.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return int(artifacts.described(checkpoint, artifacts.TRAINER_STATE).get("global_step", max(inside, default=-1)))
 
 
-def weights_fingerprint(checkpoint: Path) -> str:
-    """`file_fingerprint` of a checkpoint's weights."""
-    return artifacts.file_fingerprint(sorted(checkpoint.glob(artifacts.WEIGHTS)))
+def weights_fingerprint(name: str, checkpoint: Path) -> str:
+    """`file_fingerprint` of a checkpoint's weights; of the base model, which is named elsewhere, that of its adapter's
+    shape."""
+    files = artifacts.ADAPTER_CONFIG if name == artifacts.BASE else artifacts.WEIGHTS
+    return artifacts.file_fingerprint(sorted(checkpoint.glob(files)))
 
 
-def request_at(config: CollectConfig, checkpoint: Path, model: LanguageModel, dim: int) -> dict[str, Any]:
+def request_at(config: CollectConfig, name: str, checkpoint: Path, model: LanguageModel, dim: int) -> dict[str, Any]:
     """What a row of a checkpoint's store depends on, besides its tokens."""
     flags = ("model_key", "max_length", "max_target_length", "output_function", "projection", "base_dtype", "use_qlora",
              "representations", "loss_on_prompt", "lora_alpha")  # fmt: skip
     return {
-        **{name: getattr(config, name) for name in flags},
+        **{flag: getattr(config, flag) for flag in flags},
         "base_fingerprint": base_fingerprint(config),
         "tokenizer_fingerprint": tokenizer_fingerprint(model.tokenizer),
         "lora_rank": config.lora,
-        "checkpoint": checkpoint.name,
-        "checkpoint_fingerprint": weights_fingerprint(checkpoint),
+        "checkpoint": name,
+        "checkpoint_fingerprint": weights_fingerprint(name, checkpoint),
         "dim": dim,
         "seed": config.run,
         "precision": config.hardware.precision,
@@ -69,11 +82,11 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
     folders, target = checkpoint_folders(config, run_folder), config.store_dir(run_folder)
     rows = np.sort(np.concatenate([data.indices("train"), data.indices("validation")]))
     names, datamodule, max_tokens = {"tasks": data.tasks, "targets": data.targets}, None, config.max_tokens_per_batch
-    with artifacts.locked(*(target / folder.name for folder in folders)):
+    with artifacts.locked(*(target / name for name in folders)):
         processes = launch(hardware)
-        for folder in folders:
-            started, part = time.perf_counter(), target / folder.name
-            model = model_at(config, folder)
+        for name, folder in folders.items():
+            started, part, is_base = time.perf_counter(), target / name, name == artifacts.BASE
+            model = model_at(config, folder, config.run if is_base else None)
             if processes.mesh is None:
                 model.to(processes.device)
             else:
@@ -90,7 +103,7 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
             if projection.dim > num_parameters:
                 console.say_notices([f"--project_dim {projection.dim} is above p = {num_parameters:,}, the numbers of a "
                                      "gradient: projecting buys nothing; --projection none keeps them as they are"])  # fmt: skip
-            request = request_at(config, folder, model, projection.dim)
+            request = request_at(config, name, folder, model, projection.dim)
             repair = f"Remove {part} to take the gradients again, or give meta-training a --save_name of its own."
             hidden = model.network.get_output_embeddings().weight.shape[1] if config.representations else None
             for turn in (True, False):  # the first process makes what is missing, then the others join it
@@ -113,7 +126,7 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                 datamodule.max_tokens_per_batch = max_tokens
                 gradients.collect_gradients(
                     model, datamodule, projection, writer, output_function=config.output_function,
-                    autocast=hardware.autocast, desc=f"gradients at {folder.name}", processes=processes,
+                    autocast=hardware.autocast, desc=f"gradients at {name}", processes=processes,
                 )  # fmt: skip
             if processes.is_first and writer.complete:
                 print(f"{part} is there already and fits; nothing to compute.")
@@ -121,7 +134,7 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                 ours = (folder / artifacts.MANIFEST).is_file()
                 trained = artifacts.read_manifest(folder, config.training_script) if ours else {}
                 facts = {
-                    "step": step_of(folder, trained),
+                    "step": 0 if is_base else step_of(folder, trained),
                     "loss_over": trained.get("loss_over", config.loss_over),
                     "checkpoint_dir": str(folder),
                     "data_fingerprint": data.fingerprint,
@@ -156,11 +169,12 @@ class ModelAtPart:
             raise FileNotFoundError(
                 f"{part.folder} was taken at {checkpoint}, which is gone; train it again with {config.training_script}"
             )
-        self.model = model_at(config, checkpoint).to(self.hardware.device)
+        untrained_seed = manifest["seed"] if part.folder.name == artifacts.BASE else None
+        self.model = model_at(config, checkpoint, untrained_seed).to(self.hardware.device)
         self.datamodule = make_datamodule(config, self.data, self.model)
         expected = {
             "data_fingerprint": self.data.fingerprint,
-            "checkpoint_fingerprint": weights_fingerprint(checkpoint),
+            "checkpoint_fingerprint": weights_fingerprint(part.folder.name, checkpoint),
         }
         artifacts.check_manifest(part.folder, manifest, expected, "Take the gradients again (stage 2).")
         shapes = self.model.layout.shapes

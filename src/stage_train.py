@@ -90,16 +90,10 @@ def base_fingerprint(config: ModelConfig) -> str | None:
     return artifacts.folder_fingerprint(Path(models.resolve_model_key(config.model_key)))
 
 
-def described_adapter(checkpoint: Path) -> dict[str, Any]:
-    """peft's description of the adapter in a folder; empty where there is none."""
-    file = checkpoint / models.ADAPTER_CONFIG
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def check_base(config: ModelConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse an adapter of another base model. Two folders are compared by what is in them, two models of the hub by their
     names without the organisation, as mirrors keep those; a folder may hold any of the hub's."""
-    described = described_adapter(checkpoint)
+    described = artifacts.described(checkpoint, artifacts.ADAPTER_CONFIG)
     key = manifest.get("model_key") or described.get("base_model_name_or_path")
     if not (described and key):
         return
@@ -112,21 +106,22 @@ def check_base(config: ModelConfig, checkpoint: Path, manifest: Mapping[str, Any
         raise ValueError(f"{checkpoint} is an adapter of the base model {key}, {other}")
 
 
-def model_at(config: RunConfig, checkpoint: Path) -> models.LanguageModel:
-    """The model of a checkpoint: one of ours, or any folder that peft or transformers saved. FileNotFoundError: it is not
-    finished. ValueError: its weights were cut, or its base model or shape is not the configuration's."""
+def model_at(config: RunConfig, checkpoint: Path, untrained_seed: int | None = None) -> models.LanguageModel:
+    """The model of a checkpoint, or what it was before training (`models.load_checkpoint`): one of ours, or any folder that
+    peft or transformers saved. FileNotFoundError: it is not finished. ValueError: its weights were cut, or its base model or
+    shape is not the configuration's."""
     manifest: dict[str, Any] = {}
     if (checkpoint / MANIFEST).is_file() or artifacts.META_INITIALIZATIONS in checkpoint.parents:
         manifest = artifacts.read_manifest(checkpoint, config.training_script)
         artifacts.check_files(checkpoint, manifest, "Remove the run's folder and train it again.")
     check_base(config, checkpoint, manifest)
-    described = described_adapter(checkpoint)
+    described = artifacts.described(checkpoint, artifacts.ADAPTER_CONFIG)
     found = (described["r"], described["lora_alpha"]) if described else None
     if found != ((config.lora_rank, config.lora_alpha) if config.train_lora else None):
         has = f"an adapter of rank {found[0]} and alpha {found[1]}" if found else "no adapter"
         flags = f"--train_lora --lora_rank {found[0]} --lora_alpha {found[1]}" if found else "no --train_lora"
         raise ValueError(f"{checkpoint} has {has}, which the flags do not say; pass {flags}")
-    model = models.load_checkpoint(checkpoint, config.model_key, base_weights(config))
+    model = models.load_checkpoint(checkpoint, config.model_key, base_weights(config), untrained_seed)
     return model.checkpoint_activations() if config.gradient_checkpointing else model
 
 

@@ -106,7 +106,6 @@ def read_subsets(path: Path, num_tasks: int, tasks: Sequence[str] = ()) -> list[
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     names, subsets = _on_one_line(tasks), []
-    ids = {name: task for task, name in enumerate(names)}
     for number, line in enumerate(lines, start=1):
         at = f"{path}, line {number}"
         if names and (comment := re.fullmatch(r"\s*#\s*(\d+)\s*=\s*(.*)", line)):
@@ -115,22 +114,27 @@ def read_subsets(path: Path, num_tasks: int, tasks: Sequence[str] = ()) -> list[
             if known != repr(name):
                 cure = "draw or select the subsets again, or change the ids and remove the comments that name the tasks"
                 raise ValueError(f"{at}: task {task} is {name!r} there, and {known} in the data; {cure}")
-        text = line.split("#")[0].strip()
-        words, named = text.split(), _on_one_line(text.split(","))
-        wrong = [word for word in words if not (word.isascii() and word.isdigit()) or int(word) >= num_tasks]
-        unknown = [name for name in named if name not in ids]
-        if wrong and unknown:
-            first = unknown[0] if len(unknown) < len(named) else wrong[0]
-            expected = f"numbers from 0 to {num_tasks - 1}{', or names of tasks separated by commas' if tasks else ''}"
-            raise ValueError(f"{at}: {first!r} is no task id; expected {expected}")
-        subset = [ids[name] for name in named] if wrong else [int(word) for word in words]
-        if twice := [task for task in subset if subset.count(task) > 1]:
-            raise ValueError(f"{at}: task {twice[0]} is named twice")
-        if subset:
-            subsets.append(tuple(sorted(subset)))
+        if subset := parse_line(line.split("#")[0], num_tasks, tasks, at):
+            subsets.append(subset)
     if not subsets:
         raise ValueError(f"{path} holds no subset; expected task ids separated by spaces, one subset a line")
     return subsets
+
+
+def parse_line(text: str, num_tasks: int, tasks: Sequence[str], at: str) -> Subset:
+    """The subset of a text: task ids separated by spaces, or names separated by commas. ValueError: it holds something else,
+    or a task twice; `at` says where."""
+    words, named, names = text.split(), _on_one_line(text.split(",")), _on_one_line(tasks)
+    wrong = [word for word in words if not (word.isascii() and word.isdigit()) or int(word) >= num_tasks]
+    unknown = [name for name in named if name not in names]
+    if wrong and unknown:
+        first = unknown[0] if len(unknown) < len(named) else wrong[0]
+        expected = f"numbers from 0 to {num_tasks - 1}{', or names of tasks separated by commas' if tasks else ''}"
+        raise ValueError(f"{at}: {first!r} is no task id; expected {expected}")
+    subset = [names.index(name) for name in named] if wrong else [int(word) for word in words]
+    if twice := [task for task in subset if subset.count(task) > 1]:
+        raise ValueError(f"{at}: task {twice[0]} is named twice")
+    return tuple(sorted(subset))
 
 
 def _on_one_line(names: Iterable[str]) -> list[str]:
