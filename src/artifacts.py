@@ -43,7 +43,7 @@ REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 ESTIMATES_FILE, ESTIMATES_FIGURE = "estimates.csv", "estimates.png"
 AFFINITY_FILE, AFFINITY_FIGURE = "affinity.csv", "affinity.png"
 COMPARISON_FILE, COMPARISON_FIGURE = "comparison.csv", "comparison.png"
-SELECTION_FILE, SELECTION_FIGURE = "selection.csv", "selection.png"
+SELECTION_FILE, SELECTION_FIGURE, TRADEOFF_FIGURE = "selection.csv", "selection.png", "tradeoff.png"
 SCORES_FILE, SCORES_FIGURE = "scores.csv", "scores.png"
 APPROXIMATION_FILE, APPROXIMATION_FIGURE = "approximation_error.csv", "approximation_error.png"
 

@@ -334,6 +334,9 @@ class SelectionConfig:
         "select the best of them", COUNT, "K", shown="trust the estimates")  # fmt: skip
     weights: bool = flag(False, "also find how much to draw from each task, for --task_weights", shown="do not")
     per_target: bool = flag(False, "select for each target; show what each task alone does", shown="do not")
+    keep_task: tuple[str, ...] = flag((), "targets that must not get worse: no step is taken that is estimated to raise one "
+        "of their losses above the base model's", metavar="NAME", nargs="+", shown="none")  # fmt: skip
+    tolerance_keep: float = flag(0.0, "by how much more these losses may be, in nats per token", number(float), "X")
 
 
 # --- the stages' configurations ------------------------------------------------------------------------------

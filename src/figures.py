@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -90,6 +91,32 @@ def selection_figure(
     for (label, level), style in zip(references.items(), ("--", ":"), strict=False):
         axes.axhline(level, color=BLUE, linestyle=style, linewidth=1, label=label)
     axes.set(xlabel="task of each step", ylabel=LABELS[ranks_only], title=title)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def tradeoff_figure(paths: Sequence[pd.DataFrame], bases: Sequence[float], path: Path, limit: float | None) -> None:
+    """The estimate of each search's target against the rise of the worst target to keep, from the base model (0, `bases`) on.
+    Columns of `paths`: `target`, `step`, `estimate`, `worst_rise`, `selected`; a `limit` of the rise is a line."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    for table, base, color in zip(paths, bases, itertools.cycle(plt.cm.tab10.colors)):
+        rises, estimates = [0.0, *table["worst_rise"]], [base, *table[ESTIMATE]]
+        label = shorten(table["target"].iloc[0], 36)
+        axes.plot(rises, estimates, color=color, marker="o", markersize=4, linewidth=1, label=label)
+        last = int(table["selected"].sum())
+        axes.scatter(
+            rises[last], estimates[last], color=color, marker="*", s=150, edgecolor="black", linewidth=0.6, zorder=3
+        )
+        for number in range(1, len(rises)):
+            axes.annotate(
+                str(number), (rises[number], estimates[number]), (3, 3), textcoords="offset points", fontsize=7
+            )
+    axes.scatter([], [], color="white", marker="*", s=110, edgecolor="black", label="selected")
+    axes.scatter([0.0] * len(bases), bases, color=GREY, marker="s", s=36, zorder=3, label="base model (measured)")
+    if limit is not None:
+        axes.axvline(limit, color=ORANGE, linestyle="--", linewidth=1, label="--tolerance_keep")
+    axes.set(xlabel="worst rise of a kept target's loss above the base model's (nats per token)", ylabel=LABELS[False])
+    axes.set_title("What the selection does to the rest; numbers are steps", fontsize=10)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 

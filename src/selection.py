@@ -25,6 +25,7 @@ class Step:
     subset: tuple[int, ...]
     task: int
     estimate: float
+    refused: tuple[int, ...] = ()  # tasks whose estimates are lower, and that go beyond a limit
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def forward_selection(
     past_best: int = 1,
     direction: str = "forward",
     try_at_most: int | None = None,
+    is_within: Callable[[np.ndarray], np.ndarray] | None = None,
     progress: Callable[..., Any] | None = None,
 ) -> SelectionPath:
     """Add the best task again and again until the estimate does not fall; or, backward, remove the worst.
@@ -63,10 +65,11 @@ def forward_selection(
         past_best: steps to take beyond the best subset before the search ends.
         try_at_most: from the second step on, estimate only this many of the subsets: those whose task gave the lowest
             estimate when it was last tried. An approximation, for thousands of tasks; None tries all.
+        is_within: whether subsets (m, n) keep to a limit of another kind, (m,) bool; what does not is not taken.
         progress: makes a progress bar, called as progress(desc=..., total=..., unit=...).
 
     Raises:
-        ValueError: a start out of range or beyond the limits, no task within the budget, or an estimate that is not a number.
+        ValueError: a start out of range or beyond the limits, no task within them, or an estimate that is not a number.
     """
     forward, rows = direction == "forward", None if rows_of_task is None else np.asarray(rows_of_task)
     if wrong := [task for task in start_from if not 0 <= task < num_tasks]:
@@ -103,16 +106,20 @@ def forward_selection(
                 promising = np.sort(np.argsort(last_estimates[movable], kind="stable")[:try_at_most])
                 movable, candidates = movable[promising], candidates[promising]
             last_estimates[movable] = values = estimates(candidates)
-            chosen = int(np.argmin(values))
+            within = np.ones(len(values), bool) if is_within is None else is_within(candidates)
+            if not within.any():
+                break
+            chosen = int(np.argmin(np.where(within, values, np.inf)))
             current, value = candidates[chosen], float(values[chosen])
-            steps.append(Step(_tasks(current), int(movable[chosen]), value))
+            refused = movable[~within & (values < value)]
+            steps.append(Step(_tasks(current), int(movable[chosen]), value, tuple(refused.tolist())))
             if bar is not None:
                 bar.update(1)
             if allowed(current):
                 improved = best is None or value < best_estimate
                 best, best_estimate, beyond = (current, value, 0) if improved else (best, best_estimate, beyond + 1)
     if best is None:
-        raise ValueError("no task fits into max_tasks and budget_rows; raise them")
+        raise ValueError("no task fits into max_tasks, budget_rows and tolerance_keep; raise them")
     return SelectionPath(_tasks(start), start_estimate, tuple(steps), _tasks(best), best_estimate)
 
 

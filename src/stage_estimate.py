@@ -237,15 +237,18 @@ class Estimator:
     def chosen_targets(self, default: Sequence[str] | None = None) -> list[int]:
         """Ids of the targets that `target_task` names; else the default's, else those that are no training task, else all.
         ValueError: no such target, or one without validation rows."""
-        with_rows = self.targets_with_rows
-        names = self.config.target_task or default or tables.own_targets(with_rows, self.tasks)
-        if unknown := [name for name in names if name not in self.targets]:
-            raise ValueError(f"--target_task {unknown[0]}: the targets are {', '.join(self.targets)}")
-        if empty := [name for name in names if name not in with_rows]:
-            why = "has no validation rows in the store, so nothing can be estimated for it"
-            raise ValueError(f"target {empty[0]} {why}; name other targets with --target_task")
+        names = self.config.target_task or default or tables.own_targets(self.targets_with_rows, self.tasks)
         if not names:
             raise ValueError("no target has validation rows in the store, so nothing can be estimated")
+        return self.ids_of(names, "target_task")
+
+    def ids_of(self, names: Sequence[str], flag: str) -> list[int]:
+        """Ids of targets that a flag names. ValueError: no such target, or one without validation rows."""
+        if unknown := [name for name in names if name not in self.targets]:
+            raise ValueError(f"--{flag} {unknown[0]}: the targets are {', '.join(self.targets)}")
+        if empty := [name for name in names if name not in self.targets_with_rows]:
+            why = "has no validation rows in the store, so nothing can be estimated for it"
+            raise ValueError(f"target {empty[0]} {why}; name other targets with --{flag}")
         return [self.targets.index(name) for name in names]
 
 

@@ -22,11 +22,17 @@ from src.subsets import membership_matrix, write_subsets, write_task_weights
 from src.tables import ESTIMATE, VALIDATION_LOSS, parse_subset, subset_text
 
 
-def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int]) -> SelectionPath:
-    """The search of `method` for the mean over some targets; before refining, a few steps past the best."""
+def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int], kept: Sequence[int]) -> SelectionPath:
+    """The search of `method` for the mean over some targets; before refining, a few steps past the best. Losses of the
+    targets that are `kept` stay within --tolerance_keep."""
     if config.method not in selection.METHODS:
         raise ValueError(f"--method {config.method}: choose one of {', '.join(selection.METHODS)}")
     num_tasks, rows_of_task = len(estimator.tasks), estimator.parts[0].train.counts
+    limit = (
+        {"is_within": lambda members: rises(estimator, members, kept).max(axis=1) <= config.tolerance_keep}
+        if kept
+        else {}
+    )
     path = selection.METHODS[config.method].search(
         lambda membership: estimator(membership & estimator.has_rows, columns).mean(axis=1),
         num_tasks,
@@ -37,6 +43,7 @@ def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int]) -
         past_best=3 if config.refine else 1,
         try_at_most=config.try_at_most,
         progress=progress,
+        **limit,
     )
     num_rows = int(rows_of_task[list(path.selected)].sum())
     if len(path.selected) > (config.max_tasks or num_tasks) or num_rows > (config.budget_rows or num_rows):
@@ -46,20 +53,43 @@ def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int]) -
     return path
 
 
+def rises(estimator: Estimator, membership: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """By how much subsets (m, n) are estimated to raise the losses of some targets above the base model's, (m, k)."""
+    return estimator(membership & estimator.has_rows, kept) - estimator.levels.base[list(kept)]
+
+
+def kept_targets(config: SelectConfig, estimator: Estimator) -> list[int]:
+    """Ids of --keep_task. ValueError: no such target, or the base model's loss is not known."""
+    if not config.keep_task:
+        return []
+    if estimator.levels is None:
+        where = "take gradients of losses at the base model too (with checkpoints of another trainer: --load_model_dir base …)"
+        raise ValueError(f"--keep_task compares with the base model's losses, which are not known here; {where}")
+    return estimator.ids_of(config.keep_task, "keep_task")
+
+
 def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
     """Search on the estimates, for the targets together or for each; write the subsets, the paths and a figure."""
     started, estimator = time.perf_counter(), Estimator(config, store)
-    columns, method = estimator.chosen_targets(), f"{config.method} selection"
+    kept, method = kept_targets(config, estimator), f"{config.method} selection"
+    columns = [c for c in estimator.chosen_targets() if config.target_task or c not in kept]
+    if not columns:
+        raise ValueError(
+            f"--keep_task names every target ({', '.join(config.keep_task)}); name one to lower with --target_task"
+        )
     folder = artifacts.results_dir(config.results)
     chosen = artifacts.subset_file(f"{config.results}_{config.method}_selection")
     groups = [[column] for column in columns] if config.per_target else [columns]
     labels = [", ".join(estimator.targets[column] for column in group) for group in groups]
-    paths = [search(config, estimator, group) for group in groups]
+    paths = [search(config, estimator, group, kept) for group in groups]
     selected = [path.selected for path in paths]
     if config.refine:
         selected = [refined(config, estimator, group, path) for group, path in zip(groups, paths, strict=True)]
     steps = [path_table(*of_path, estimator) for of_path in zip(paths, selected, labels, strict=True)]
     written = [chosen, folder / artifacts.SELECTION_FILE]
+    if estimator.levels is not None and (kept or (config.per_target and len(columns) > 1)):
+        written.append(folder / artifacts.TRADEOFF_FIGURE)
+        write_tradeoff(config, estimator, groups, paths, steps, written[-1])
     facts = {"targets": labels, **estimator.facts, **spent(started), "command": command_typed()}
     tables.write_result(written[1], pd.concat(steps), **facts)
     comment = "\n".join(f"{method} for {label}" for label in labels)
@@ -81,6 +111,8 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
         print(f"Mixture weights: {called} {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
     for of_group in zip(selected, labels, groups, references, strict=True):
         say_selected(estimator, *of_group)
+    if kept:
+        say_kept(config, estimator, kept, selected, paths)
     print(
         f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it: python {config.training_script}"
         f"{named(config)} --subset_file {chosen}"
@@ -125,6 +157,45 @@ def refined(config: SelectConfig, estimator: Estimator, columns: Sequence[int], 
     table["mean"] = tables.mean_over_targets(table, VALIDATION_LOSS, [estimator.targets[column] for column in columns])
     means = table.groupby("subset")["mean"].mean()
     return min((step.subset for step in steps), key=lambda subset: means[subset_text(subset)])
+
+
+def say_kept(
+    config: SelectConfig, estimator: Estimator, kept: Sequence[int], selected: Sequence[tuple[int, ...]],
+    paths: Sequence[SelectionPath],
+) -> None:  # fmt: skip
+    """Print what the selections are estimated to do to the targets that are kept, and which tasks were refused for them."""
+    of_selected = rises(estimator, membership_matrix(selected, len(estimator.tasks)), kept).max(axis=0)
+    changes = ", ".join(
+        f"{estimator.targets[column]} {rise:+.3g}" for column, rise in zip(kept, of_selected, strict=True)
+    )
+    refused = sorted({task for path in paths for step in path.steps for task in step.refused})
+    print(
+        f"Kept, in nats per token above the base model's loss (--tolerance_keep {config.tolerance_keep:g}): {changes}."
+    )
+    if refused:
+        print(
+            f"Refused for it at a step, though estimated to lower the target more: {tables.names_of(refused, estimator.tasks)}"
+        )
+
+
+def write_tradeoff(
+    config: SelectConfig, estimator: Estimator, groups: Sequence[Sequence[int]], paths: Sequence[SelectionPath],
+    steps: Sequence[pd.DataFrame], figure: Path,
+) -> None:  # fmt: skip
+    """Add to the steps of each search by how much they raise the worst of the targets to keep, or of the other targets, and
+    which tasks were refused; draw the one against the other."""
+    num_tasks, limit = len(estimator.tasks), config.tolerance_keep if config.keep_task else None
+    everything = [column for group in groups for column in group]
+    for group, path, table in zip(groups, paths, steps, strict=True):
+        others = estimator.ids_of(config.keep_task, "keep_task") or [
+            column for column in everything if column not in group
+        ]
+        members = membership_matrix([step.subset for step in path.steps], num_tasks)
+        table["worst_rise"] = rises(estimator, members, others).max(axis=1)
+        table["refused"] = ["; ".join(estimator.tasks[task] for task in step.refused) for step in path.steps]
+    figures.tradeoff_figure(
+        steps, [float(estimator.levels.base[list(group)].mean()) for group in groups], figure, limit
+    )
 
 
 def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estimator: Estimator) -> pd.DataFrame:
