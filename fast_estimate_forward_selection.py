@@ -16,7 +16,7 @@ from src import config, console
 
 SHOWN = (
     config.NameConfig, config.CheckpointsConfig, config.ProjectionConfig, config.ClustersConfig, config.TargetConfig,
-    config.EstimatorConfig, config.SelectionConfig, config.HardwareConfig,
+    config.EstimatorConfig, config.SelectionConfig, config.KeepConfig, config.HardwareConfig,
 )  # fmt: skip
 INHERITED = (
     config.DataConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig, config.GradientConfig,

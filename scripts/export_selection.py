@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     parser = config.stage_parser(__doc__, shown, (config.DataConfig, config.ModelConfig, config.TrainingConfig))
     group = parser.add_argument_group("another trainer")
     group.add_argument(
-        "--for", dest="trainer", metavar="TRAINER",
+        "--for", metavar="TRAINER",
         help="axolotl, llamafactory, trl, open-instruct, ms-swift or torchtune (default: files that belong to none)")  # fmt: skip
     group.add_argument(
         "--total_rows", type=config.COUNT, metavar="N",
@@ -49,7 +49,7 @@ def main(args: Any) -> None:
 
     typed = config.typed_flags(args)
     names = ("total_rows", "max_repeat", "seed", "trainer_samples")
-    trainer, sampling = typed.pop("trainer", None), {name: typed.pop(name) for name in names if name in typed}
+    trainer, sampling = typed.pop("for", None), {name: typed.pop(name) for name in names if name in typed}
     if sampling and trainer is None:
         raise ValueError(f"--{next(iter(sampling))} has no effect without --for; name a trainer, or leave it out")
     chosen = config.for_training(typed)

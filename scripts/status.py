@@ -33,12 +33,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     return parser.parse_args(argv)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the largest fitting unit."""
-    unit, size = ("h", 3600) if seconds >= 3600 else ("min", 60) if seconds >= 60 else ("s", 1)
-    return f"{seconds / size:.1f} {unit}"
-
-
 def describe(folder: Path, manifest: dict[str, Any], stores: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     """Lines about one run."""
     values = config.inherit(config.EstimationConfig, {}, manifest)
@@ -50,14 +44,14 @@ def describe(folder: Path, manifest: dict[str, Any], stores: list[tuple[Path, di
     kept = [*manifest["trajectory"], *filter(None, [manifest["best"]])]
     lines = [
         f"{values.save_name or folder.name}: {values.model_key}, {len(manifest['tasks'])} tasks, run {manifest['run']}",
-        f"  training    {folder}, {', '.join(kept)}; {duration(manifest['seconds'])}",
+        f"  training    {folder}, {', '.join(kept)}; {console.duration(manifest['seconds'])}",
     ]
     of_store: dict[Path, list[dict[str, Any]]] = {}
     for path, found in stores:
         of_store.setdefault(path.parent, []).append(found)
     for store, parts in of_store.items():
         rows = f"{parts[0]['num_rows']:,} rows at {len(parts)} checkpoints, d = {parts[0]['dim']}"
-        lines.append(f"  gradients   {store}, {rows}; {duration(sum(part['seconds'] for part in parts))}")
+        lines.append(f"  gradients   {store}, {rows}; {console.duration(sum(part['seconds'] for part in parts))}")
     selection = subset_file(f"{values.results}_forward_selection")
     has = {
         "estimates": results / ESTIMATES_FILE,

@@ -245,12 +245,18 @@ class ProjectionConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointsConfig:
-    """meta-initialization"""
+class LoadedCheckpoints:
+    """checkpoints"""
 
     load_model_dir: tuple[str, ...] | None = flag(None, "checkpoints: below external_lightning_logs/, for example "
         "RUN/epoch_epoch=17, or folders that peft or another trainer saved; with these, `base` is their base model", metavar="CHECKPOINT", nargs="+", free=True,
         shown="those that --checkpoint_at kept in this run; later stages all that have gradients, averaged")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointsConfig(LoadedCheckpoints):
+    """meta-initialization"""
+
     run: int = flag(0, "number of the run, and seed of its projection and subsets", number(int, 0), "N")
 
 
@@ -334,6 +340,12 @@ class SelectionConfig:
         "select the best of them", COUNT, "K", shown="trust the estimates")  # fmt: skip
     weights: bool = flag(False, "also find how much to draw from each task, for --task_weights", shown="do not")
     per_target: bool = flag(False, "select for each target; show what each task alone does", shown="do not")
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    """what must not get worse"""
+
     keep_task: tuple[str, ...] = flag((), "targets that must not get worse: no step is taken that is estimated to raise one "
         "of their losses above the base model's", metavar="NAME", nargs="+", shown="none")  # fmt: skip
     tolerance_keep: float = flag(0.0, "by how much more these losses may be, in nats per token", number(float), "X")
@@ -404,7 +416,7 @@ class EstimateConfig(EstimationConfig, SubsetsConfig):
 
 
 @dataclass(frozen=True)
-class SelectConfig(EstimationConfig, SelectionConfig, RunsConfig):
+class SelectConfig(EstimationConfig, SelectionConfig, KeepConfig, RunsConfig):
     """Stage 4."""
 
 
@@ -605,7 +617,8 @@ def for_training(typed: Mapping[str, Any], **defaults: Any) -> TrainConfig:
     if named or fine_tunes:
         parent = parent_of(TrainConfig, given, runs, made_by, ignoring, optional=True)
     if fine_tunes and not parent:  # trained by another trainer: its gradients say what with
-        parent = parent_of(TrainConfig, given, f"{GRADIENTS}/*/*", made_by, optional=True)
+        trained_with = tuple(f.name for f in fields(TrainingConfig))
+        parent = parent_of(TrainConfig, given, f"{GRADIENTS}/*/*", made_by, trained_with, optional=True)
         manifest, parent = parent[1] if parent else None, None
     if parent:
         folder, manifest = parent

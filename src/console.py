@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -96,6 +97,12 @@ def say_notices(notices: Iterable[str]) -> None:
 def counted(number: int, noun: str) -> str:
     """A number and its noun: 1 row, 2 rows."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest fitting unit: 1.5 min."""
+    unit, size = ("h", 3600) if seconds >= 3600 else ("min", 60) if seconds >= 60 else ("s", 1)
+    return f"{seconds / size:.1f} {unit}"
 
 
 def progress(
@@ -198,12 +205,17 @@ def as_typed(name: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, several)]
 
 
-def call(script: str, **values: Any) -> Any:
-    """Run a script's stage in this process with these flags; the command that a user would type for it is printed first."""
+def call(script: str, *, apart: bool = False, **values: Any) -> Any:
+    """Run a script's stage in this process with these flags, or `apart` in one of its own, as several processes need it: each
+    of them runs its command from the beginning. The command that a user would type is printed first."""
     words = [script, *([str(results)] if (results := values.get("results")) else [])]
     _typed[:] = words + [word for name, value in values.items() if name != "results" for word in as_typed(name, value)]
     print(f"\n\033[1m$ {command_typed()}\033[0m", flush=True)
-    return load_script(script).main(argparse.Namespace(**values))
+    if not apart:
+        return load_script(script).main(argparse.Namespace(**values))
+    if status := subprocess.run([sys.executable, str(ROOT / script), *_typed[1:]], check=False).returncode:
+        sys.exit(status)
+    return None
 
 
 def run_command(command: str, *more: str) -> Any:

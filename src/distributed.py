@@ -68,7 +68,7 @@ def resolve_hardware(config: HardwareConfig, say: Callable[[str], None]) -> Hard
     if config.accelerator == "cuda" and not available:
         raise ValueError("--accelerator cuda: this machine has no CUDA GPU; leave the flag out to run on the CPU")
     devices, num_nodes = list(config.devices or ()), config.num_nodes
-    outside = _started_from_outside()
+    outside = started_from_outside()
     if outside:
         per_node, num_nodes = outside
         devices = devices or list(range(per_node))
@@ -98,7 +98,7 @@ def resolve_hardware(config: HardwareConfig, say: Callable[[str], None]) -> Hard
     return Hardware("cuda", devices, config.strategy, precision, num_nodes)
 
 
-def _started_from_outside() -> tuple[int, int] | None:
+def started_from_outside() -> tuple[int, int] | None:
     """Processes on this node and number of nodes, where torchrun or srun started this process; else None."""
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 

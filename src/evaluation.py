@@ -6,6 +6,7 @@ Shapes: m subsets, c fine-tuned subsets, k targets, r runs.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from scipy.stats import t as student
 
 from src import tables
-from src.artifacts import RESULTS_FILE, losses_file
+from src.artifacts import RESULTS_FILE, SELECTION_FILE, losses_file
 
 CONSTANT, INCLUSION = "constant", "own task in the subset"
 AVERAGE, MEAN = "(average)", "(mean over targets)"
@@ -235,16 +236,25 @@ def best_fine_tuned(folder: Path, tasks: Sequence[str], chosen_by: Mapping[str, 
     `tasks` are the names of the tasks; `chosen_by` says what chose a subset, by its text.
     """
     truth = tables.read_table(folder / RESULTS_FILE, of_subsets=True)
+    kept, tolerance = kept_targets(folder)
     targets = tables.own_targets(tables.columns_of(truth, tables.VALIDATION_LOSS), tasks)
+    targets = [name for name in targets if name not in kept]
     truth["loss"] = tables.mean_over_targets(truth, tables.VALIDATION_LOSS, targets)
     means = truth.groupby("subset")["loss"].mean()
     ranked = sorted(means.index, key=lambda text: (means[text], len(tables.parse_subset(text))))
+    rises = pd.DataFrame(index=means.index)
+    if kept and "" in means.index:
+        of_kept = truth.groupby("subset")[[f"{tables.VALIDATION_LOSS}/{name}" for name in kept]].mean()
+        rises = (of_kept - of_kept.loc[""]).set_axis(kept, axis=1)
+        ranked = [text for text in ranked if text == "" or rises.loc[text].max() <= tolerance]
     best, everything = ranked[0], tables.subset_text(range(len(tasks)))
     called = {"": "the base model", everything: f"all {len(tasks)} sources"}
     rest = [text for text in ranked[1:] if text not in called][:1]
     rivals = rest if best == "" and rest else [text for text in called if text in ranked[1:]] + rest
     basis: list[str] = []
-    said = [f"Validation loss {means[best]:.3f}, the lowest of {len(means)} subsets that were tried"]
+    said = [f"Validation loss {means[best]:.3f}, the lowest of {len(ranked)} subsets that were tried"]
+    if len(ranked) < len(means):
+        said[0] += f" and raise no loss of {', '.join(kept)} by more than {tolerance:g} ({len(means) - len(ranked)} do)"
     if "" not in means.index:
         said[0] += " (the base model is not among them: --task_idxes without ids evaluates it)"
     for text in rivals:
@@ -256,7 +266,17 @@ def best_fine_tuned(folder: Path, tasks: Sequence[str], chosen_by: Mapping[str, 
     headline = "Nothing here helps: keep the base model."
     if best:
         headline = f"Train on: {tables.names_of(ids, tasks)} ({len(ids)} of {len(tasks)} sources{by})."
+    if best and len(rises.columns):
+        changes = ", ".join(f"{name} {rise:+.3f}" for name, rise in rises.loc[best].items())
+        basis.append(f"Kept, against the base model's validation loss: {changes}.")
     return Answer(ids, (headline, f"{'; '.join(said)}.", *basis))
+
+
+def kept_targets(folder: Path) -> tuple[list[str], float]:
+    """The targets that the selection in a results folder was told to keep, and by how much their losses may rise."""
+    described = (folder / SELECTION_FILE).with_suffix(".json")
+    facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+    return facts.get("keep_task", []), facts.get("tolerance_keep", 0.0)
 
 
 def _difference(

@@ -200,12 +200,17 @@ def _write_for(
     return path, sources
 
 
+def check_trainer(name: str | None) -> None:
+    """Refuse (ValueError) a trainer that is unknown."""
+    if name is not None and name not in TRAINERS:
+        raise ValueError(f"--for {name}: expected one of {', '.join(TRAINERS)}")
+
+
 def export(config: TrainConfig, data: TaskData | None = None, trainer: str | None = None, **sampling: Any) -> None:
     """Write the training rows of a subset, and how often each source is to be drawn, for one of `TRAINERS` (`sampling` as in
     `_write_for`); without one, all rows once and the weights. ValueError: no subset is named, or several; the trainer is
     unknown, or does not take the rows."""
-    if trainer is not None and trainer not in TRAINERS:
-        raise ValueError(f"--for {trainer}: expected one of {', '.join(TRAINERS)}")
+    check_trainer(trainer)
     data = load_data(config) if data is None else data
     subsets, shares = chosen_subsets(config, data) or ([], None)
     if len(subsets) != 1 or not subsets[0]:

@@ -177,6 +177,17 @@ class Estimator:
             self._shifts[key] = self.levels.all_tasks[list(columns)] - of_all
         return self._shifts[key]
 
+    def base_losses(self, targets: Sequence[int]) -> np.ndarray:
+        """Validation losses of the base model (k,). ValueError: they are not known."""
+        if self.levels is None:
+            where = "take gradients of losses there too (of another trainer's checkpoints: --load_model_dir base …)"
+            raise ValueError(f"--keep_task compares with the base model's losses, which are not known; {where}")
+        return self.levels.base[list(targets)]
+
+    def above_base(self, membership: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+        """By how much subsets (m, n) are estimated to raise losses above the base model's, (m, k); errors as there."""
+        return self(membership & self.has_rows, targets) - self.base_losses(targets)
+
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
     ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:

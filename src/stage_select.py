@@ -29,7 +29,7 @@ def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int], k
         raise ValueError(f"--method {config.method}: choose one of {', '.join(selection.METHODS)}")
     num_tasks, rows_of_task = len(estimator.tasks), estimator.parts[0].train.counts
     limit = (
-        {"is_within": lambda members: rises(estimator, members, kept).max(axis=1) <= config.tolerance_keep}
+        {"is_within": lambda members: estimator.above_base(members, kept).max(axis=1) <= config.tolerance_keep}
         if kept
         else {}
     )
@@ -53,25 +53,10 @@ def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int], k
     return path
 
 
-def rises(estimator: Estimator, membership: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """By how much subsets (m, n) are estimated to raise the losses of some targets above the base model's, (m, k)."""
-    return estimator(membership & estimator.has_rows, kept) - estimator.levels.base[list(kept)]
-
-
-def kept_targets(config: SelectConfig, estimator: Estimator) -> list[int]:
-    """Ids of --keep_task. ValueError: no such target, or the base model's loss is not known."""
-    if not config.keep_task:
-        return []
-    if estimator.levels is None:
-        where = "take gradients of losses at the base model too (with checkpoints of another trainer: --load_model_dir base …)"
-        raise ValueError(f"--keep_task compares with the base model's losses, which are not known here; {where}")
-    return estimator.ids_of(config.keep_task, "keep_task")
-
-
 def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
     """Search on the estimates, for the targets together or for each; write the subsets, the paths and a figure."""
     started, estimator = time.perf_counter(), Estimator(config, store)
-    kept, method = kept_targets(config, estimator), f"{config.method} selection"
+    kept, method = estimator.ids_of(config.keep_task, "keep_task"), f"{config.method} selection"
     columns = [c for c in estimator.chosen_targets() if config.target_task or c not in kept]
     if not columns:
         raise ValueError(
@@ -90,7 +75,13 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
     if estimator.levels is not None and (kept or (config.per_target and len(columns) > 1)):
         written.append(folder / artifacts.TRADEOFF_FIGURE)
         write_tradeoff(config, estimator, groups, paths, steps, written[-1])
-    facts = {"targets": labels, **estimator.facts, **spent(started), "command": command_typed()}
+    facts = {
+        "targets": labels,
+        "keep_task": config.keep_task,
+        "tolerance_keep": config.tolerance_keep,
+        **estimator.facts,
+    }
+    facts |= {**spent(started), "command": command_typed()}
     tables.write_result(written[1], pd.concat(steps), **facts)
     comment = "\n".join(f"{method} for {label}" for label in labels)
     write_subsets(chosen, selected, comment=comment, tasks=estimator.tasks)
@@ -164,7 +155,7 @@ def say_kept(
     paths: Sequence[SelectionPath],
 ) -> None:  # fmt: skip
     """Print what the selections are estimated to do to the targets that are kept, and which tasks were refused for them."""
-    of_selected = rises(estimator, membership_matrix(selected, len(estimator.tasks)), kept).max(axis=0)
+    of_selected = estimator.above_base(membership_matrix(selected, len(estimator.tasks)), kept).max(axis=0)
     changes = ", ".join(
         f"{estimator.targets[column]} {rise:+.3g}" for column, rise in zip(kept, of_selected, strict=True)
     )
@@ -191,11 +182,9 @@ def write_tradeoff(
             column for column in everything if column not in group
         ]
         members = membership_matrix([step.subset for step in path.steps], num_tasks)
-        table["worst_rise"] = rises(estimator, members, others).max(axis=1)
+        table["worst_rise"] = estimator.above_base(members, others).max(axis=1)
         table["refused"] = ["; ".join(estimator.tasks[task] for task in step.refused) for step in path.steps]
-    figures.tradeoff_figure(
-        steps, [float(estimator.levels.base[list(group)].mean()) for group in groups], figure, limit
-    )
+    figures.tradeoff_figure(steps, [estimator.base_losses(group).mean() for group in groups], figure, limit)
 
 
 def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estimator: Estimator) -> pd.DataFrame:

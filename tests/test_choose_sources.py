@@ -10,9 +10,10 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from src import config
+from src import config, console
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
+from tests.test_other_trainers import transformers_trainer
 
 SCRIPT = "scripts/choose_sources.py"
 
@@ -38,7 +39,7 @@ def test_a_folder_becomes_an_answer(flags: list[str], capsys: pytest.CaptureFixt
     assert set(losses) == {"base", "all_tasks", "random_half", "random_ensemble", "forward_selection"}
     assert -1 <= summary["spearman"] <= 1 and (folder / "estimates.png").is_file()
     rows = pd.read_json(folder / "selected.jsonl", lines=True)
-    last = printed.strip().splitlines()[-4:]
+    last = printed.strip().splitlines()[-7:]
     assert last[0].startswith("Train on: ") and all(name in last[0] for name in rows["task"].unique())
     assert last[:3] == summary["answer"]["lines"]
     truth = pd.read_csv(folder / "results.csv", dtype={"subset": str}, keep_default_na=False).set_index("subset")
@@ -46,7 +47,13 @@ def test_a_folder_becomes_an_answer(flags: list[str], capsys: pytest.CaptureFixt
     assert tasks == ["down", "left", "right", "up"]
     best = truth["validation_loss/goal"].idxmin()
     assert set(rows["task"]) == {tasks[int(task)] for task in best.split()}
-    model = last[3].split("The model trained on it: ")[1].split(";")[0]
+    assert last[3].startswith("Test loss, on rows that chose nothing: ") and "of all 4 sources" in last[3]
+    assert last[4].startswith("Cost: ") and "meta training" in last[4] and "fine-tuning" in last[4]
+    command = last[5].removeprefix("To train on it: python ").split()
+    before = (folder / "results.csv").read_text()
+    run_script(*command)  # everything that it needs is there
+    assert (folder / "results.csv").read_text() == before
+    model = last[6].split("The model trained on it: ")[1].split(";")[0]
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(flags[5]), model)
     page = (folder / "report.html").read_text()
     assert page.index(last[0].split(", by")[0].rstrip(").")) < page.index("Selected by estimates")
@@ -122,3 +129,67 @@ def test_flags_are_handed_on_as_typed(flags: list[str]) -> None:
     assert (pipeline.gradients, pipeline.estimation) == ({"project_dim": 4000}, {"rho": 0.03})
     assert (pipeline.hardware, pipeline.runs) == ({"precision": "bf16"}, 2)
     assert "lr" in pipeline.training and "epochs" in pipeline.training and "max_length" in pipeline.training
+
+
+def test_checkpoints_of_another_trainer(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """No meta-training; what must not get worse does not; the rows go back to a trainer."""
+    lines = [json.loads(line) for path in Path("my").glob("*.jsonl") for line in path.read_text().splitlines()]
+    transformers_trainer(flags[5], [{"prompt": row["inputs"], "completion": row["targets"]} for row in lines])
+    write_sources(Path("old.jsonl"), {"old": 20})
+    data = [
+        "--data_files",
+        "my",
+        "--target_files",
+        "my/goal.jsonl",
+        "old.jsonl",
+        "--load_model_dir",
+        "base",
+        "out/checkpoint-4",
+    ]
+    more = [
+        "--keep_task",
+        "old",
+        "--tolerance_keep",
+        "0.05",
+        "--for",
+        "trl",
+        "--project_dim",
+        "16",
+        "--save_name",
+        "theirs",
+    ]
+    run_script(SCRIPT, *data, *more)
+    printed = capsys.readouterr().out
+    assert "meta" not in printed.split("Cost: ")[1]
+    folder = Path("results/theirs")
+    assert json.loads((folder / "results.json").read_text())["lr"] == 0.01
+    described = json.loads((folder / "selection.json").read_text())
+    assert described["targets"] == ["goal"] and described["keep_task"] == ["old"] and described["dim"] == 16
+    answer = json.loads((folder / "summary.json").read_text())["answer"]
+    truth = pd.read_csv(folder / "results.csv", dtype={"subset": str}, keep_default_na=False).set_index("subset")
+    old, goal = truth["validation_loss/old"], truth["validation_loss/goal"]
+    within = old <= old[""] + 0.05
+    within[""] = True
+    best = goal[within].idxmin()
+    assert answer["tasks"] == [int(task) for task in best.split()]
+    assert (folder / "export_trl" / "trl.yaml").is_file() == bool(best)
+    assert not best or "Kept, against the base model's validation loss: old " in printed
+
+
+def test_several_processes_run_what_uses_a_model(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As commands of their own: each of the processes runs its command from the beginning."""
+    calls, call = [], console.call
+
+    def alone(script: str, *, apart: bool = False, **values: object) -> object:
+        calls.append((script, apart, values.pop("devices", None), values.pop("accelerator", None)))
+        return call(script, **values)
+
+    monkeypatch.setattr(console, "call", alone)
+    run_script(SCRIPT, *flags, "--save_name", "two", "--accelerator", "cpu", "--devices", "0", "1")
+    by_two = {script for script, apart, devices, _ in calls if apart and devices == (0, 1)}
+    assert by_two == {"custom_train_alpaca.py", "fast_estimate_eval_approximation_alpaca.py"}
+    assert not [call for call in calls if call[0] in by_two and not call[1]]
+    monkeypatch.setattr(console, "call", call)
+    Path("results/two/report.html").unlink()
+    console.call("scripts/report.py", apart=True, results=Path("results/two"))
+    assert Path("results/two/report.html").is_file()
