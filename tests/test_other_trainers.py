@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from trl.scripts.utils import DatasetMixtureConfig, TrlParser, get_dataset
 
 from src.store import open_store
 from tests.commands import run_script
 from tests.conftest import write_sources
+
+yaml = pytest.importorskip("yaml")  # it comes with transformers
 
 TRAIN = "custom_train_alpaca.py"
 COLLECT = "fast_estimate_eval_approximation_alpaca.py"
@@ -166,3 +170,28 @@ def test_losses_that_others_measured_judge_and_calibrate(rows: list, model_folde
             run_script("scripts/import_results.py", "measured.csv", *named, "--results_name", "again")
     with pytest.raises(ValueError, match=r"results\.csv is there already"):
         run_script("scripts/import_results.py", "measured.csv", *named)
+
+
+def test_trls_own_parser_reads_what_is_exported(
+    rows: list, model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows of each source as the mixture says."""
+    Path("w.csv").write_text("name,share\nup,0.6\nleft,0.4\n")
+    run_script("scripts/export_selection.py", "--data_files", "my", "--model_key", model_folders["llama"], "--task_weights",
+               "w.csv", "--results_name", "mine", "--for", "trl")  # fmt: skip
+    monkeypatch.chdir("results/mine/export_trl")
+    parser = TrlParser([trl.ScriptArguments, DatasetMixtureConfig])
+    _, mixture = parser.parse_args_and_config(["--config", "trl.yaml"])
+    read = get_dataset(mixture)["train"]
+    expected = {source["source"]: source["rows"] for source in json.loads(Path("mixture.json").read_text())["sources"]}
+    assert read.column_names == ["prompt", "completion"]
+    assert Counter(prompt.split()[0] for prompt in read["prompt"]) == expected
+
+
+def test_axolotls_own_schema_knows_every_key(rows: list, model_folders: dict[str, str]) -> None:
+    """Where it is installed, in an environment of its own."""
+    schema = pytest.importorskip("axolotl.utils.schemas.datasets").SFTDataset
+    run_script("scripts/export_selection.py", "--data_files", "my", "--model_key", model_folders["llama"], "--task_idxes", "0",
+               "--results_name", "mine", "--for", "axolotl")  # fmt: skip
+    for entry in yaml.safe_load(Path("results/mine/export_axolotl/axolotl.yaml").read_text())["datasets"]:
+        assert schema(**entry).path == "down.jsonl" and set(entry) <= set(schema.model_fields)
