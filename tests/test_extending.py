@@ -1,4 +1,4 @@
-"""What the README promises a contributor: an architecture, a format, an estimator and a search are one entry each."""
+"""What docs/extending.md promises a contributor: an architecture, a format, an estimator and a search are one entry each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command that the project prints, documents or ships parses with its script's own parser."""
+"""Every command, link, file and flag on every page is there, and what the project prints or ships parses with its script's parser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from src import config
-from tests.commands import ROOT, load_script
+from tests.commands import ROOT, STAGES, load_script
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+EVERYTHING = "\n".join(TEXTS.values())
 
 
 def commands(text: str) -> list[list[str]]:
@@ -21,7 +26,13 @@ def commands(text: str) -> list[list[str]]:
     return [[script, *shlex.split(rest.split(" #")[0])] for script, rest in found]
 
 
-SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("scripts/**/*.sh")), *sorted(ROOT.glob("*.py")),
+def started_by_torchrun(text: str) -> list[list[str]]:
+    """The scripts that `torchrun …` starts, with their flags."""
+    found = re.findall(r"^torchrun .*?([\w/]+\.py)\b([^\n]*)", re.sub(r"\\\n", " ", text), re.MULTILINE)
+    return [[script, *shlex.split(rest)] for script, rest in found]
+
+
+SOURCES = [*PAGES, *sorted(ROOT.glob("scripts/**/*.sh")), *sorted(ROOT.glob("*.py")),
            *sorted(ROOT.glob("data/*.py")), *sorted(ROOT.glob("notebook/*.py")), *sorted(ROOT.glob("scripts/*.py"))]  # fmt: skip
 
 
@@ -33,43 +44,81 @@ def placeholders_filled(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_commands_parse(source: Path) -> None:
     text = source.read_text(encoding="utf-8")
-    for script, *arguments in commands(text):
+    inline = "\n".join(re.findall(r"`(python [\w/]+\.py[^`]*)`", text)) if source in PAGES else ""
+    for script, *arguments in [*commands(text), *commands(inline), *started_by_torchrun(text)]:
         try:
             load_script(script).parse_args(placeholders_filled(arguments))
         except SystemExit as error:
             pytest.fail(f"{source.name}: python {script} {' '.join(arguments)} does not parse ({error})")
 
 
-def test_the_readme_names_every_stage() -> None:
-    from tests.commands import STAGES
-
-    documented = {script for script, *_ in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
-    assert set(STAGES) <= documented
-
-
-def test_shell_scripts_named_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = re.findall(r"bash (\S+\.sh)", text)
-    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(scripts)
-    for script in scripts:
-        assert (ROOT / script).is_file(), script
+def test_the_readme_is_short_and_names_every_page() -> None:
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 230
+    missing = {path for path in TEXTS if path != "README.md"} - set(re.findall(r"\]\((docs/[\w.]+\.md)", text))
+    assert not missing
 
 
-def test_what_the_readme_points_to_is_there() -> None:
-    """Pictures and files of the repository that it names."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert len(pictures) == 2
-    named = re.findall(r"`((?:src|tests|scripts|notebook|data)/[\w/]+\.(?:py|sh))`", text)
-    assert len(named) > 8
-    for path in (*pictures, *named):
-        assert (ROOT / path).is_file(), path
+def test_the_pages_name_every_stage() -> None:
+    assert set(STAGES) <= {script for script, *_ in commands(EVERYTHING)}
+    in_readme = {script for script, *_ in commands(TEXTS["README.md"])}
+    assert {stage for stage in STAGES if "/" not in stage} <= in_readme
 
 
-@pytest.mark.parametrize(
-    "flag", sorted(set(re.findall(r"`(--[a-z_]+)", (ROOT / "README.md").read_text(encoding="utf-8"))))
-)
-def test_flags_named_in_the_readme_exist(flag: str) -> None:
+def anchor(heading: str) -> str:
+    """What GitHub calls a heading in links."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        name, _, heading = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        if path == ROOT / "docs" / "decisions.md" and not path.is_file():
+            continue  # written beside these pages
+        assert path.is_file(), f"{page}: {target}"
+        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        assert not heading or heading in map(anchor, headings), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_that_are_named_exist(page: str) -> None:
+    text = TEXTS[page]
+    named = re.findall(r"`((?:src|tests|scripts|notebook|data|docs)/[\w/]+\.(?:py|sh|md))`", text)
+    scripts = re.findall(r"(?:bash|python) ((?:scripts/|notebook/|data/)?[\w/]+\.(?:sh|py))", text)
+    tops = [name for name in re.findall(r"`(\w+\.py)`", text) if name != "fast_estimate_linear_model.py"]  # elsewhere
+    assert not [name for name in (*named, *scripts) if not (ROOT / name).is_file()]
+    assert not [name for name in tops if not any(ROOT.glob(f"{name}")) and not any(ROOT.glob(f"*/{name}"))]
+
+
+def test_the_readme_names_its_scripts_and_shows_its_figures() -> None:
+    text = TEXTS["README.md"]
+    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(re.findall(r"bash (\S+\.sh)", text))
+    assert len(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)) == 2
+
+
+def test_every_module_stands_in_the_tree() -> None:
+    tree = TEXTS["README.md"].split("## Files")[1].split("```")[1]
+    patterns = [*re.findall(r"\b([a-z_]+\*?)\.py", tree), *re.findall(r"(\w+_)\*\.py", tree)]
+    stems = {path.stem for path in (ROOT / "src").glob("*.py")} - {"__init__"}
+    assert not [stem for stem in stems if stem not in patterns and not stem.startswith("stage_")]
+    assert "stage_*.py" in tree
+
+
+def test_figures_of_the_readme_stand_on_the_pages_that_it_links_to() -> None:
+    """The results table has no number of its own."""
+    table = TEXTS["README.md"].split("## How well it works")[1].split("## How it works")[0]
+    others = "\n".join(text for page, text in TEXTS.items() if page != "README.md")
+    numbers, known = (set(re.findall(r"\u2212?\d+\.\d+", text)) for text in (table, others))
+    assert len(numbers) > 20 and numbers <= known
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z_]+)", EVERYTHING))))
+def test_flags_named_on_the_pages_exist(flag: str) -> None:
     groups = [value for value in vars(config).values() if isinstance(value, type) and is_dataclass(value)]
     declared = {f"--{f.name}" for group in groups for f in fields(group)} | {"--device", "--project_dimension"}
     scripts = [
@@ -81,8 +130,8 @@ def test_flags_named_in_the_readme_exist(flag: str) -> None:
     assert flag in declared or any(f"{flag}" in path.read_text(encoding="utf-8") for path in scripts), flag
 
 
-def test_python_in_the_readme_parses() -> None:
-    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_python_on_the_pages_parses() -> None:
+    blocks = re.findall(r"```py\n(.*?)```", EVERYTHING, re.DOTALL)
     assert len(blocks) == 5
     for block in blocks:
         ast.parse(block)
