@@ -1,4 +1,4 @@
-"""How good the estimates are, either track: stage 3's table against really fine-tuned values of the same subsets.
+"""Compare estimates with fine-tuned values, either track: stage 3's table against measured losses of the same subsets.
 
 For every target Spearman's correlation over subsets (the linear datamodeling score) with a bootstrap interval, Pearson's,
 the mean relative and the squared relative error, each beside a constant, the base model and training on all tasks (where

@@ -276,7 +276,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max_tokens", type=config.COUNT, default=2048, help="token budget of a batch; on 2 cores "
                        "a training step is about its fastest at the default (default: 2048)")  # fmt: skip
     group.add_argument("--repeats", type=config.COUNT, default=5, help="timed rounds (default: 5)")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where; on cuda with the shape of "
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device; on cuda with the shape of "
                        "TinyLlama, in bfloat16 (default: cpu)")  # fmt: skip
     group.add_argument("--quick", action="store_true", help="only the floor, the engine and their memory (default: also "
                        "the loops and the whole stage)")  # fmt: skip

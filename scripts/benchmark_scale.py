@@ -27,7 +27,7 @@ from src.store import StoredPart, StoreWriter
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is no file's (Linux)."""
+    """Anonymous memory of this process (Linux)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 

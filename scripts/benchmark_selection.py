@@ -1,4 +1,4 @@
-"""What a selection is worth: the target's test loss after the one real fine-tuning, for this project's and other methods.
+"""What a selection is worth: the target's test loss after the final fine-tuning, for this project's and other methods.
 
 For each world every method selects tasks for the target from validation data alone; the base model is then fine-tuned on
 each selection and its test loss taken. Regret is the distance to the oracle (forward selection by really fine-tuning every
@@ -241,7 +241,7 @@ def regret_figure(table: pd.DataFrame, path: Path) -> None:
 
 
 def search_seconds(num_tasks: int, steps: int, try_at_most: int | None, num_parts: int = 3) -> dict[str, Any]:
-    """How long so many steps of forward selection take on random tasks at d = 400, three checkpoints, one target."""
+    """Seconds of forward selection steps on random tasks at d = 400, three checkpoints, one target."""
     target = worlds.random_moments(1, 1)
     parts = [Part(worlds.random_moments(num_tasks, 2 + part), target) for part in range(num_parts)]
     started = time.perf_counter()

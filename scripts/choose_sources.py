@@ -139,7 +139,7 @@ class Pipeline:
         return subsets
 
     def closing(self, answer: Answer, tasks: Sequence[str], chosen: str) -> list[str]:
-        """Lines below the answer: its test loss beside what it is to beat, what finding it cost, and how to train on it, with
+        """Lines below the answer: its test loss beside the baselines', what finding it cost, and how to train on it, with
         the flag that names it."""
         rows = tables.read_table(self.folder / artifacts.RESULTS_FILE, of_subsets=True)
         targets = self.to_lower(tables.columns_of(rows, tables.TEST_LOSS), tasks)
@@ -263,7 +263,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     parser = config.stage_parser(__doc__, SHOWN)
     group = parser.add_argument_group("answer")
     group.add_argument("--halves", type=config.number(int, 0), default=0, metavar="N",
-        help="also fine-tune so many random halves of the sources, at least 3, to see whether the estimates can be trusted "
+        help="also fine-tune N random halves of the sources, at least 3, to see whether the estimates can be trusted "
         "(default: 0)")  # fmt: skip
     group.add_argument("--for", metavar="TRAINER",
         help="write the answer's rows for axolotl, llamafactory, trl, open-instruct, ms-swift or torchtune (default: "

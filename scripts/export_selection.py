@@ -31,15 +31,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
         "of the sources)")  # fmt: skip
     group.add_argument(
         "--max_repeat", type=config.number(float, 1), metavar="X",
-        help="with --for: how often the rows of a source are taken at most; the other sources take what is over, by their "
-        "shares, and where there is none the total is smaller (default: 4)")  # fmt: skip
+        help="with --for: most times that a row is taken; what this leaves goes to the other sources by their shares "
+        "(default: 4)")  # fmt: skip
     group.add_argument(
         "--seed", type=config.number(int, 0), metavar="N",
         help="with --for: which rows are taken, and their order (default: 0)")  # fmt: skip
     group.add_argument(
         "--trainer_samples", action="store_true", default=None,
-        help="with --for: write every row once, and how many to take in the trainer's own keys (default: files hold the "
-        "rows as often as they are to be taken)")  # fmt: skip
+        help="with --for: write every row once, and the number to draw in the trainer's own keys (default: files hold "
+        "rows as often as they are trained on)")  # fmt: skip
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""The main job on a small world, stage by stage: the commands a user would type, then what came of them.
+"""Run every stage on a small world: each command as a user would type it, then the results.
 
 Each command is printed before it runs, and runs in this process to save the time of importing the libraries
 again. What is trained already is not trained again, so a second run costs little.
@@ -91,7 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="which world (default: 0)")
     group.add_argument("--num_halves", type=COUNT, help="random halves that are really "
                        "fine-tuned, at least 3 (default: 12; real 8)")  # fmt: skip
-    group.add_argument("--world", nargs=argparse.REMAINDER, default=[], metavar="...", help="everything behind it: flags of the "
+    group.add_argument("--world", nargs=argparse.REMAINDER, default=[], metavar="...", help="all that follows: flags of the "
                        "script that writes the world (default: none)")  # fmt: skip
     return parser.parse_args(argv)
 

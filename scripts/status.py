@@ -1,4 +1,4 @@
-"""The runs there are: what each has, what it cost, and the next command.
+"""List the runs: what each has, what it cost, and the next command.
 
 Reads   external_lightning_logs/, gradients/, results/, sampled_tasks/
 Writes  nothing

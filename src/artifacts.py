@@ -1,4 +1,4 @@
-"""Where every artifact lives, and what makes one whole.
+"""Paths of all artifacts; atomic writes, manifests, locks, and checks that an artifact is complete.
 
 Each folder and file name of the project is spelled here and nowhere else. An artifact is a folder with a `manifest.json`
 that is written last: a folder without one is unfinished. A manifest holds the whole configuration of the stage that wrote
@@ -103,7 +103,7 @@ def results_dir(name: str) -> Path:
 
 
 def tasks_label(subset: Sequence[int], num_tasks: int | None = None) -> str:
-    """What models and losses of tasks that no file names are called."""
+    """Label of models and losses of tasks that no subset file names."""
     ids = "_".join(map(str, subset))
     short = ids if len(ids) <= 60 else f"{ids[:40]}_{hashlib.sha256(ids.encode()).hexdigest()[:8]}"
     return "all_tasks" if len(subset) == num_tasks else f"tasks_{short}" if ids else "base_model"
@@ -177,19 +177,19 @@ def resolve_checkpoint(load_model_dir: str) -> Path:
 
 
 def described(checkpoint: Path, file: str) -> dict[str, Any]:
-    """What a file of a checkpoint's folder says of it, such as `ADAPTER_CONFIG`; empty where it is not there. ValueError: it
+    """Read a JSON file of a checkpoint's folder, such as `ADAPTER_CONFIG`; empty where it is absent. ValueError: it
     cannot be read."""
     path = checkpoint / file
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint anew") from error
+        raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no settings; copy the checkpoint anew")
+        raise ValueError(f"{path} holds no settings; copy the checkpoint again")
     return found
 
 
-# --- writing so that a reader never sees half a file ---------------------------------------------------------
+# --- atomic writes ---------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -243,7 +243,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that becomes `path` on success: the folder is whole or absent."""
+    """Yield an empty folder beside `path` that becomes `path` on success: the folder is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()

@@ -1,4 +1,4 @@
-"""What can be set: one dataclass for each concern, from which flags, help, defaults and manifests are made.
+"""Configuration: one dataclass for each concern, from which flags, help, defaults and manifests are made.
 
 A stage's configuration is a dataclass that inherits from the groups it needs, so that its fields are the stage's flags.
 What is not typed comes from the run that the stage goes on from (`inherit`), else from the defaults here.
@@ -26,7 +26,7 @@ ALL_TASKS, AUTO = "all", "auto"
 def number(
     kind: type, low: float = -math.inf, *, above: float = -math.inf, high: float = math.inf, word: str = ""
 ) -> Callable[[str], Any]:
-    """A type of flags: a finite number in a range, or one word instead."""
+    """Return an argparse type: a finite number in a range, or one given word."""
 
     def convert(text: str) -> Any:
         if word and text == word:
@@ -77,7 +77,7 @@ class InstructionData:
         "folders, saved data sets, or hub ids as org/name:split", metavar="SOURCE", nargs="+", shown=str(ALPACA_FILE))  # fmt: skip
     target_files: tuple[str, ...] = flag((), "target tasks, never trained on; half of each is for validation, half for "
         "the final test", metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
-    train_instruction: bool = flag(False, "take Alpaca, FLAN v2 and chain of thought together", shown="--data_files")
+    train_instruction: bool = flag(False, "train on Alpaca, FLAN v2 and chain of thought", shown="--data_files")
     prompt_column: str | None = flag(None, "column of the prompts, in sources that have it", metavar="NAME",
         shown="inputs, prompt, messages, conversations or instruction, whichever is there")  # fmt: skip
     completion_column: str | None = flag(None, "column of the completions, in sources that have it", metavar="NAME",
@@ -100,7 +100,7 @@ class RowsConfig:
         "a source is a task, and chain of thought one task, which --load_clusters divides")  # fmt: skip
     heldout_share: float | None = flag(None, "share of a task's different prompts for validation, and again for test; "
         "chain of thought: of training questions, for validation", SHARE, shown="0.1; with --target_files 0")  # fmt: skip
-    max_heldout: int | None = flag(None, "most prompts of a task for either", COUNT, shown="50; chain of thought 500")
+    max_heldout: int | None = flag(None, "most prompts of a task for each", COUNT, shown="50; chain of thought 500")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class ModelConfig:
     lora_alpha: int = flag(32, "scale of the adapter: its update counts alpha / rank, with --train_lora", COUNT)
     lora_target_modules: tuple[str, ...] | None = flag(None, "layers that carry the adapter: ends of their names, a "
         "regular expression, or all-linear", metavar="NAME", nargs="+", shown="the attention's inputs, by architecture")  # fmt: skip
-    base_dtype: str = flag("float32", "the base model's numbers, with --train_lora", choices=("float32", "bfloat16"))
+    base_dtype: str = flag("float32", "dtype of the frozen base, with --train_lora", choices=("float32", "bfloat16"))
     use_qlora: bool = flag(False, "hold the base model in 4 bits (NF4), compute in bfloat16", shown="see --base_dtype")
     gradient_checkpointing: bool = flag(False, "save memory: compute activations twice", free=True, shown="do not")
     max_length: int = flag(512, "longest row (decoder) or prompt (encoder-decoder), in tokens", COUNT)
@@ -182,7 +182,7 @@ class CheckpointShares:
 class MetaTrainingConfig(CheckpointShares):
     """meta-training"""
 
-    stop_after_checkpoints: bool = flag(False, "end with the last: estimates need no more", free=True, shown="train on")
+    stop_after_checkpoints: bool = flag(False, "stop after these: estimates need no more", free=True, shown="train on")
     load_model_dir: str | None = flag(None, "checkpoint to start from", metavar="RUN/CHECKPOINT", shown="base model")
 
 
@@ -220,10 +220,10 @@ class HardwareConfig:
 
     devices: tuple[int, ...] | None = flag(None, "GPU numbers: `--devices 1` is the second GPU, `--devices 0 1 2 3` "
         "four GPUs", int, "GPU", nargs="+", alias="--device", free=True, shown="GPU 0; ignored without a GPU")  # fmt: skip
-    accelerator: str = flag("auto", "auto takes a GPU where there is one; `cpu` with several --devices runs as many "
+    accelerator: str = flag("auto", "auto: a GPU if there is one; `cpu` with several --devices runs that many "
         "processes", choices=("auto", "cuda", "cpu"), free=True)  # fmt: skip
-    strategy: str = flag("auto", "several processes: ddp, the whole model in each, or fsdp, its weights spread over "
-        "them; auto is ddp", choices=("auto", "ddp", "fsdp"), free=True)  # fmt: skip
+    strategy: str = flag("auto", "ddp: the whole model in each process; fsdp: its weights spread over the processes; "
+        "auto is ddp", choices=("auto", "ddp", "fsdp"), free=True)  # fmt: skip
     precision: str = flag("32", "32 bits, or mixed precision in 16 or bf16; or as Lightning spells it, such as bf16-mixed; "
         "bf16-true adds --base_dtype bfloat16", metavar="NAME", free=True, choices=("32", "16", "bf16", *PRECISIONS))  # fmt: skip
     num_nodes: int = flag(1, "machines, each with as many processes", COUNT, free=True)
@@ -240,7 +240,7 @@ class ProjectionConfig:
 
     project_dim: int = flag(400, "dimension d of the projected gradients", COUNT, alias="--project_dimension")
     projection: str = flag("sketch", "kind; none keeps all p numbers", choices=("sketch", "two_sided", "dense", "none"))
-    output_function: str = flag("loss", "what is differentiated; margin is of log-odds", choices=("loss", "margin"))
+    output_function: str = flag("loss", "what is differentiated: loss, or log-odds", choices=("loss", "margin"))
     project_gradients: bool = flag(False, "published; has no effect", free=True, shown="gradients are projected")
 
 
@@ -296,8 +296,8 @@ class EstimatorConfig:
         "the target; logistic: the paper's regression, for --output_function margin; alignment: inner product of mean "
         "gradients, as in LESS; representation: similarity of hidden states, for stage 2's --representations; "
         "constant: the loss before training", metavar="NAME", free=True)  # fmt: skip
-    rho: float = flag(1e-3, "ridge strength lambda, in mean squared norms of a gradient", POSITIVE, free=True)
-    weight_by: str | None = flag(None, "what weighs the same in an estimate: target tokens, rows, or the tasks of a "
+    rho: float = flag(1e-3, "ridge strength lambda, per mean squared norm of a gradient", POSITIVE, free=True)
+    weight_by: str | None = flag(None, "unit of equal weight in an estimate: target token, row (sample), or task of the "
         "subset", free=True, choices=("token", "sample", "task"), shown="as the meta-training was")  # fmt: skip
 
 
@@ -305,14 +305,14 @@ class EstimatorConfig:
 class SubsetsConfig:
     """subsets"""
 
-    sampled_tasks: str | None = flag(None, "file of subsets, one a line; read if it is there, else drawn and written",
+    sampled_tasks: str | None = flag(None, "file of subsets, one per line; read if it exists, else drawn and written",
         metavar="FILE", shown="sampled_tasks/<run>.txt")  # fmt: skip
     number_of_subsets: int | None = flag(None, "subsets to draw", COUNT, shown="1000, or as many as there are")
     subset_size: Any = flag(None, "share or number of the tasks in each", share_or_count, "SIZE", shown="0.5")  # noqa: RUF009
     calibrate: str | None = flag(None, "five or more really fine-tuned subsets (results.csv of stage 1's script): "
         "calibrate on them, and add 90 % prediction intervals", metavar="CSV", shown="estimates as they are")  # fmt: skip
     evaluate: str = flag("first_order", "displaced: run the displaced model too", choices=("first_order", "displaced"))
-    scale: float | None = flag(None, "length of that, in norms of the weights", POSITIVE, shown="that of the solution")
+    scale: float | None = flag(None, "its length, in norms of the weights", POSITIVE, shown="that of the solution")
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, RunsConfig, Cluste
 
 @dataclass(frozen=True)
 class StoreConfig(RunConfig, CheckpointsConfig, ProjectionConfig):
-    """What names a store of projected gradients."""
+    """Settings that name a store of projected gradients."""
 
     def store_dir(self, run_folder: Path | None) -> Path:
         """The store's folder, one sub-folder per checkpoint: named as the meta-training is, whatever data came later."""
@@ -407,7 +407,7 @@ class CollectConfig(StoreConfig, GradientConfig, ApproximationConfig):
 
 @dataclass(frozen=True)
 class EstimationConfig(StoreConfig, ClustersConfig, TargetConfig, EstimatorConfig):
-    """What estimates are made of."""
+    """Settings that estimates depend on."""
 
 
 @dataclass(frozen=True)
@@ -446,7 +446,7 @@ def stage_parser(
     doc: str | None, shown: Sequence[type], inherited: Sequence[type] = (), also: Sequence[type] = (), **defaults: Any
 ) -> Parser:
     """The parser of a stage: the groups of flags that its help explains, those that it takes from its run unless they are
-    typed, and those that it takes too without a line of their own."""
+    typed, and those that it accepts without a line of help."""
     notes = [(doc or "").rstrip()]
     if inherited:
         notes.append("Flags of data, model and training are those of the run; typed as for stage 1, they must agree.")
@@ -473,7 +473,7 @@ def recorded(config: RunConfig) -> dict[str, Any]:
 
 
 def contradictions(cls: type, typed: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """Flags that were typed and are another in a manifest's configuration, each with both values."""
+    """List typed flags that differ from a manifest's configuration, each with both values."""
     there = manifest["config"]
     names = [f.name for f in fields(cls) if f.name in typed and f.name in there and not f.metadata["free"]]
     differing = [name for name in names if _comparable(typed[name]) != _comparable(there[name])]
@@ -481,7 +481,7 @@ def contradictions(cls: type, typed: Mapping[str, Any], manifest: Mapping[str, A
 
 
 def _comparable(value: Any) -> Any:
-    """A value of a flag in one spelling: paths may be written in two ways, names of sources stand in any order."""
+    """Normalise a flag's value: paths relative, names of sources sorted."""
     if isinstance(value, (list, tuple)):
         values = [_comparable(one) for one in value]
         return sorted(values) if values and isinstance(values[0], str) else values
@@ -540,7 +540,7 @@ def parent_of(
 
 
 def _for_gradients(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """What is typed, but for the batch size that the published commands give to stages that do not train."""
+    """Drop --batch_size, which the published commands give to stages that do not train."""
     if "batch_size" in typed:
         say_once("note: --batch_size has no effect where nothing is trained")
     return {name: value for name, value in typed.items() if name != "batch_size"}

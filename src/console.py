@@ -1,4 +1,4 @@
-"""What a person at the terminal meets: flags, progress, notices, one-line errors."""
+"""The terminal interface of the scripts: parser, progress bars, notices, one-line errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, usage=usage, description=doc, formatter_class=layout, allow_abbrev=False)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Refuse unknown flags with those that were probably meant."""
+        """Parse; refuse unknown flags and suggest the nearest known ones."""
         parsed, strangers = self.parse_known_args(args, namespace)
         if strangers:
             known = [name for action in self._actions for name in action.option_strings]
@@ -75,7 +75,7 @@ _said: set[str] = set()
 
 
 def say(message: str) -> None:
-    """Print a line beside progress bars; of several processes the first does."""
+    """Print a line above progress bars, on the first process only."""
     if is_first_process():
         tqdm.write(message)
         sys.stdout.flush()
@@ -121,7 +121,7 @@ def progress(
 
 
 class _Bar(tqdm):
-    """Says its pace in words (12 steps/s, or 3.4 s/step) and keeps its delay whoever refreshes it."""
+    """tqdm bar with a readable rate (12 steps/s, or 3.4 s/step); honours `delay` on manual refresh."""
 
     def display(self, *args: Any, **options: Any) -> bool | None:
         if self._time() < getattr(self, "start_t", float("inf")) + self.delay:
@@ -138,7 +138,7 @@ class _Bar(tqdm):
 
 
 class _Lines:
-    """A log file to a progress bar: each of its states is a line."""
+    """File wrapper that writes tqdm's updates as separate lines."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.last = file, ""
@@ -155,7 +155,7 @@ class _Lines:
 
 @contextlib.contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """Say what is going on when it takes over two seconds and has no steps to count."""
+    """Print what is running if it takes over two seconds and has no steps to count."""
     timer = threading.Timer(SHOWN_AFTER_SECONDS, tqdm.write, [f"{what} …"], {"file": sys.stderr})
     timer.daemon = True
     if is_first_process():
@@ -258,14 +258,14 @@ _CURES = {
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, a GPU's or the CPU's: of the CPU's, torch says so only in the text of a RuntimeError."""
+    """Whether GPU or CPU memory ran out; for the CPU torch says so only in the text of a RuntimeError."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _line_about(error: Exception, flags: Iterable[str]) -> str | None:
-    """An error that the user can mend in one line: what, where, and the cure. None for other errors."""
+    """One line for an error that the user can repair: what, where, how. None for other errors."""
     if is_out_of_memory(error):
         asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
         cures = ", ".join(cure for cure in _SAVES_MEMORY if re.findall(r"--(\w+)", cure)[-1] in flags)

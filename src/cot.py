@@ -17,7 +17,7 @@ TEACHER = "text-davinci-002"
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset key stands for."""
+    """The meaning of a preset key."""
 
     teacher_key: str | None  # completion key of the teacher's file; None: train on the bare answers
     num_completions: int  # completions asked for, of each sample

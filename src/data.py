@@ -1,4 +1,4 @@
-"""The rows of a run: `TaskData`, whatever they come from.
+"""`TaskData`: the rows of a run, whatever their format.
 
 A row's position keys everything that later stages write about it. Rows are read afresh from the user's files on every
 run; their texts stay in a memory-mapped temporary file. Shapes: N rows, n tasks, k targets.
@@ -46,7 +46,7 @@ class Example:
 
 
 def store_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.Table:
-    """Write rows to a nameless temporary file (below `TMPDIR`, gone with the process) and map it into memory."""
+    """Write rows to an anonymous temporary file (below `TMPDIR`, deleted with the process) and memory-map it."""
     rows = iter(rows)
     with tempfile.TemporaryFile() as file:
         with pa.ipc.new_file(file, schema) as writer:
@@ -64,7 +64,7 @@ class StoredExamples(Sequence[Example]):
         self.table = table
 
     def with_columns(self, **columns: Sequence[str]) -> StoredExamples:
-        """The same rows with some columns of text, (N,), in the place of their own."""
+        """The same rows with some text columns, (N,), replaced."""
         rest = dict(zip(self.table.column_names, self.table.columns, strict=True))
         return StoredExamples(pa.table(rest | {name: pa.array(values, TEXT) for name, values in columns.items()}))
 
@@ -162,7 +162,7 @@ class TaskData:
 
 
 def key_digest(key: str) -> bytes:
-    """What a key is ranked by."""
+    """SHA-256 of a split key, by which keys are ranked."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -221,7 +221,7 @@ def require_file(path: Path, cure: str = "check the name") -> Path:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a field holds nothing: null, or what frames write for it."""
+    """Whether a field is empty: null, or what frames write for it."""
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
 

@@ -144,7 +144,7 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
 
 
 def token_counts(data: TaskData, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
-    """Tokens of the texts of some rows, prompt and completion, uncut and without special tokens: row -> number."""
+    """Count the tokens of rows' prompts and completions, uncut, without special tokens: row -> number."""
     counts: dict[int, int] = {}
     for start in progress(range(0, len(rows), BLOCK), desc="counting tokens", unit="block"):
         block = [data.examples[row] for row in rows[start : start + BLOCK]]
@@ -213,7 +213,7 @@ def tokenize_once(
         try:
             return open_tokens(folder)
         except (FileNotFoundError, EOFError, ValueError) as error:
-            say_once(f"note: {folder} is damaged ({error}); it is made anew.")
+            say_once(f"note: {folder} is damaged ({error}); it is made again.")
     with whole_folder(folder) as unfinished:
         tokenize(data, tokenizer, kind, unfinished, **lengths)
     return open_tokens(folder)
@@ -229,7 +229,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     except OSError:
         raise
     except Exception as error:  # damage can make the zip reader raise anything
-        say_once(f"note: {path} is damaged ({type(error).__name__}: {error}); it is made anew.")
+        say_once(f"note: {path} is damaged ({type(error).__name__}: {error}); it is made again.")
         return None
 
 

@@ -125,7 +125,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all."""
+        """True on rank 0."""
         return self.rank == 0
 
 

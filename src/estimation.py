@@ -62,7 +62,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Part:
-    """What was collected at one checkpoint of meta-training."""
+    """The moments of tasks and targets at one checkpoint of meta-training."""
 
     train: TaskMoments  # of the n tasks
     target: TaskMoments  # of the k targets
@@ -159,7 +159,7 @@ def solutions(part: Part, membership: np.ndarray, *, estimator: str = "ridge", r
 
 
 def solver_of(estimator: str) -> Make:
-    """What makes an estimator's solutions; refused (ValueError) where it has none."""
+    """Return an estimator's solver. ValueError: it has none."""
     if (solver := ESTIMATORS[estimator].solver) is None:
         having = ", ".join(name for name, kind in ESTIMATORS.items() if kind.solver)
         raise ValueError(f"estimator {estimator!r} has no solution to displace a model by; choose one of {having}")
@@ -363,7 +363,7 @@ class EstimatorKind:
     needs_outers: bool = False  # it reads the outer products even where there are fewer rows than dimensions
     output_function: str | None = None  # the only one whose rows it takes; None = any
     represented: bool = False  # its rows are representations instead of gradients
-    ranks_only: bool = False  # its estimates are no losses; only their order says something
+    ranks_only: bool = False  # its estimates are not losses; only their ranking is meaningful
 
 
 ESTIMATORS = {
@@ -427,7 +427,7 @@ def _target_means(part: Part) -> tuple[Tensor, Tensor]:
 
 
 def _with_targets(part: Part, targets: Sequence[int]) -> Part:
-    """The part as if it had these targets only, in this order; refused where one has no rows."""
+    """Restrict a part to these targets, in this order; ValueError where one has no rows."""
     _check_finite(part.target, "target")
     if empty := [target for target in targets if not part.target.counts[target]]:
         raise ValueError(f"target {empty[0]} has no rows, so nothing can be estimated for it")
@@ -459,7 +459,7 @@ def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _check_finite(moments: TaskMoments, noun: str) -> None:
-    """A bad row shows in its task's sums."""
+    """Reject tasks or targets with non-finite sums."""
     finite = np.isfinite(moments.output_sums) & np.isfinite(moments.sums).all(axis=1) & np.isfinite(moments.squares)
     if not finite.all():
         bad = f"{noun} {int(np.argmin(finite))} has outputs or gradients that are not finite"

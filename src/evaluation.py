@@ -1,4 +1,4 @@
-"""Judges estimates against values that were really fine-tuned, calibrates them, and picks the best of what was fine-tuned.
+"""Judge estimates against fine-tuned values, calibrate them, and pick the best subset that was fine-tuned.
 
 The score is the linear datamodeling score (LDS, arXiv:2303.14186): Spearman's correlation over subsets.
 Shapes: m subsets, c fine-tuned subsets, k targets, r runs.
@@ -79,7 +79,7 @@ def given_inclusion(values: np.ndarray, is_in: np.ndarray) -> np.ndarray:
 
 
 def own_inclusion(membership: np.ndarray, targets: Sequence[str], tasks: Sequence[str]) -> np.ndarray | None:
-    """Whether each target's own task is in each subset, (m, k) bool, from membership (m, n); None where one is no task."""
+    """Whether each target's own task is in each subset, (m, k) bool, from membership (m, n); None where a target is not a task."""
     if not set(targets) <= set(tasks):
         return None
     return membership[:, [list(tasks).index(name) for name in targets]] > 0

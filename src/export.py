@@ -1,4 +1,4 @@
-"""A selection as files for other trainers: its rows in one file, or a file for each source and a trainer's own settings.
+"""Export a selection for other trainers: its rows in one file, or a file for each source and a trainer's own settings.
 A new trainer is an entry of `TRAINERS`."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_REPEAT = 4.0
 
 
 class Source(NamedTuple):
-    """A source in its file."""
+    """The file of one source, and its row counts."""
 
     source: str
     file: str
@@ -93,7 +93,7 @@ def _torchtune(sources: Sequence[Source]) -> dict[str, str]:
 
 
 class Trainer(NamedTuple):
-    """How a trainer is written for."""
+    """How files are written for one trainer."""
 
     write: Callable[[Sequence[Source]], dict[str, str]]  # text of each file that stands beside the sources' files
     trap: str  # what to know about it
@@ -110,11 +110,11 @@ TRAINERS = {
     "ms-swift": Trainer(_ms_swift, "behind # stand rows, not a share; more than there are repeat", ("query", "response")),
     "torchtune": Trainer(_torchtune, "has no weights: entries repeat, or split cuts them", ("input", "output"), turns="sharegpt"),
 }  # fmt: skip
-"""What `--for` takes; keys and their meaning are those of the trainers' documents of 2026."""
+"""Choices of `--for`; keys and their meaning are those of the trainers' documents of 2026."""
 
 
 def _record(example: Example, conversation: str | None, form: str, name: str) -> dict[str, Any]:
-    """A row as a trainer takes it. ValueError: it does not, or a conversation is to be made without a prompt."""
+    """Convert a row to the trainer's record. ValueError: the trainer cannot read it, or a conversation would have no prompt."""
     trainer, said = TRAINERS[name], (example.prompt, example.completion)
     if form == "texts":
         return dict(zip(trainer.fields, said, strict=True))
@@ -135,7 +135,7 @@ def _record(example: Example, conversation: str | None, form: str, name: str) ->
 
 
 def _estimates(file: Path, subset: Sequence[int], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """What a search's table says of a subset, for each target; nothing where there is none, or it is of other tasks."""
+    """Look up a subset's estimates in a search's table, for each target; empty if it is absent or of other tasks."""
     table = read_table(file) if file.is_file() else pd.DataFrame(columns=["subset", "task", "name"])
     of_these = set(zip(table["task"], table["name"], strict=True)) <= set(enumerate(tasks))
     found = table[(table["subset"] == subset_text(subset)) & of_these].filter(["target", ESTIMATE, SCORE])
@@ -143,7 +143,7 @@ def _estimates(file: Path, subset: Sequence[int], tasks: Sequence[str]) -> list[
 
 
 def _counts(shares: dict[str, float], available: Sequence[int], total: int, most: float) -> list[int]:
-    """`row_counts` of tasks, and a line for what they leave out or cap."""
+    """Compute `row_counts` of tasks; print which of them are left out or capped."""
     counts, wanted = (row_counts(list(shares.values()), available, total, cap) for cap in (most, total))
     if none := [task for task, count in zip(shares, counts, strict=True) if not count]:
         say_notices([f"left out, with less than a row of {total:,}: {artifacts.shorten(', '.join(none), 200)}"])

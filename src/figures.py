@@ -1,4 +1,4 @@
-"""The figures of the stages, as PNG files: m subsets, n tasks, k targets; `ranks_only`: the estimates are no losses."""
+"""The figures of the stages, as PNG files: m subsets, n tasks, k targets; `ranks_only`: the estimates are not losses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def scatter(axes: plt.Axes, estimates: np.ndarray, values: np.ndarray, ranks_only: bool, label: str = "") -> None:
-    """Estimates (m,) against fine-tuned losses (m,)."""
+    """Plot estimates (m,) against fine-tuned losses (m,)."""
     axes.scatter(estimates, values, color=BLUE, s=28, label=label)
     axes.set(xlabel=LABELS[ranks_only], ylabel="loss after fine-tuning (nats per token)")
 
@@ -78,7 +78,7 @@ def _names(names: Iterable[str]) -> list[str]:
 def selection_figure(
     steps: pd.DataFrame, names: Sequence[str], path: Path, *, title: str, references: dict[str, float], ranks_only: bool
 ) -> None:
-    """The estimate along a search, and lines at the estimates `references`. Columns of `steps`: `step`, `task` (an index of
+    """Plot the estimate along a search, with lines at the estimates `references`. Columns of `steps`: `step`, `task` (an index of
     `names`), `estimate` (with `ranks_only` `score`), `selected`."""
     figure, axes = plt.subplots(figsize=(max(5.6, 0.3 * len(steps) + 1.5), 4.8))
     value, taken, passed = SCORE if ranks_only else ESTIMATE, steps[steps["selected"]], steps[~steps["selected"]]

@@ -1,6 +1,6 @@
 """Fine-tuning and evaluating: one Lightning module for both tracks.
 
-Meta-training, the one fine-tuning at the end and every fine-tuning for ground truth are the same call with other rows.
+Meta-training, final fine-tuning and fine-tuning for ground truth are the same call on different rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOOK_EVERY = 50  # steps between looks at a GPU's training losses, each of which
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long and how fast. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation, and
+    """Hyperparameters of a training. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation, and
     `loss_over` is what a batch's loss is the mean over: its target tokens ("token"), or the mean losses of its rows ("row").
     """
 
@@ -112,7 +112,7 @@ class FineTuning(pl.LightningModule):
         self.losses[samples] = losses
 
     def _stop_at(self, samples: Tensor, what: str, step: int) -> None:
-        """Nothing that comes after a loss that is no number is worth its time, and a mean would hide it."""
+        """Abort on a non-finite loss and name its samples."""
         named = [f"{index} ({self.data.examples[index].task})" for index in samples.tolist()]
         more = f" and {len(named) - 20} more" if len(named) > 20 else ""
         after = f" after {step} optimizer steps" if step else ""
@@ -154,7 +154,7 @@ class FitProgress(pl.Callback):
         self.bars: list[tqdm] = []  # the fit's below an evaluation's
 
     def __str__(self) -> str:
-        """What stands behind the fit's bar, which asks when it is drawn: losses are read from the device only then."""
+        """Text behind the fit's bar, evaluated when drawn: losses are read from the device only then."""
         return "".join(f", {name}={float(value):.3f}" for name, value in self.shown.items())
 
     def _open(self, trainer: pl.Trainer, desc: str, total: float, leave: bool = False) -> None:
@@ -276,7 +276,7 @@ class SavePredictions(pl.Callback):
 def save_checkpoint(
     model: LanguageModel, folder: Path, facts: dict[str, Any], state: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a checkpoint folder anew, its manifest last with the weights' sizes; `state` as in `save_model`."""
+    """Write a checkpoint folder from scratch, its manifest last, with the weights' sizes; `state` as in `save_model`."""
     shutil.rmtree(folder, ignore_errors=True)
     with artifacts.os_errors(folder):
         save_model(model, folder, state)
@@ -288,7 +288,7 @@ def save_checkpoint(
 def _trainer(
     hardware: Hardware, plan: TrainingPlan | None = None, callbacks: Sequence[pl.Callback] = (), validate: bool = False
 ) -> Iterator[pl.Trainer]:
-    """A Trainer that writes nothing of its own: checkpoints and bars are callbacks of ours. Without a plan it evaluates;
+    """Make a Trainer without Lightning's own files: checkpoints and bars are our callbacks. Without a plan it evaluates;
     `validate` says whether training begins, and every epoch ends, with a validation."""
     strategy: str | Strategy = hardware.strategy
     if strategy == "fsdp":  # as FSDP2, which also runs on the CPU

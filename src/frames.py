@@ -1,5 +1,5 @@
 """Frames that pandas pickled, read without running what the file asks for: only names that frames need are resolved, and
-what memory depends on (types, lengths, offsets, places) is checked rather than believed."""
+what memory depends on (types, lengths, offsets, places) is checked, not trusted."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _OF_PANDAS = re.compile(
 
 
 class _FrameUnpickler(Unpickler):
-    """As pandas' own, written in Python: the one in C sizes its tables by what a damaged file claims."""
+    """pandas' unpickler in pure Python: the one in C sizes its tables by what a damaged file claims."""
 
     def find_class(self, module: str, name: str) -> Any:
         package = module.split(".")[0]

@@ -1,6 +1,6 @@
 """Projected per-sample gradients: one forward and one backward of the *sum* of a batch's outputs.
 
-Samples of a batch do not meet before that sum, so the gradient at a layer's output, row by row, is that of the row's own
+Samples of a batch do not interact before that sum, so the gradient at a layer's output, row by row, is that of the row's own
 output; with the layer's input it gives the per-sample gradient G_i = sum_t delta_t a_t^T of the layer's weight, which is
 projected at once. Weight gradients, a p-vector or a p x d matrix are never formed.
 
@@ -137,7 +137,7 @@ class GradientCollector:
         return self._rows, outputs.detach()
 
     def unless_out_of_memory(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """The same; None where the device has no memory for it."""
+        """As `__call__`; None where the batch does not fit into memory."""
         try:
             return self(batch)
         except (RuntimeError, MemoryError) as error:

@@ -1,5 +1,5 @@
-"""Where the instruction track's examples come from: `FORMATS` says how a source is read, record by record, and `LAYOUTS`
-how a record's columns become a prompt and a completion."""
+"""Read the instruction track's examples: `FORMATS` maps a source to its records, `LAYOUTS` a record's columns to a prompt
+and a completion."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ HALVED, or null; `where` is its file and line, for what is said of it; rows of e
 
 
 class Columns(NamedTuple):
-    """Names of columns, where the user gives them."""
+    """Column names given by the user."""
 
     task: str | None = None
     prompt: str | None = None
@@ -77,7 +77,7 @@ TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 def _plain(value: Any, name: str = "") -> Any:
-    """JSON without the nulls of columnar files, and with what stands there as JSON in a text."""
+    """Drop the nulls of columnar files, and parse JSON that is held in texts."""
     if isinstance(value, str) and name in ("messages", "tools", "arguments"):
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
@@ -176,7 +176,7 @@ def _layout_of(record: Record, where: str, columns: Columns) -> tuple[str, ...]:
     if {columns.prompt, columns.completion} & set(record):
         named = (columns.prompt or "prompt", columns.completion or "completion")
         return named[:1] if isinstance(record.get(named[0]), list) else named
-    # a record that lacks one of the columns is told so by the layout it comes nearest to
+    # the nearest layout names the column that a record lacks
     layout = max(LAYOUTS, key=lambda names: 9 if set(names) <= set(record) else len(set(names) & set(record)))
     if not set(layout) & set(record):
         known = "; ".join(map(" and ".join, LAYOUTS))
@@ -249,7 +249,7 @@ def _json_records(source: str) -> Iterator[tuple[str, Record]]:
 
 
 def _csv_records(source: str) -> Iterator[tuple[str, Record]]:
-    """Every field as the text that stands there: `02` is no number and `NA` is not missing. Fields are separated by
+    """Read every field as text: `02` is not a number and `NA` is not missing. Fields are separated by
     commas, tabs or semicolons, whichever makes the most columns of the first line."""
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(_opened(source), encoding="utf-8-sig", newline="") as file:
@@ -310,7 +310,7 @@ FORMATS: dict[str, Callable[[str], Iterator[tuple[str, Record]]]] = {
     **dict.fromkeys((".csv", ".tsv"), _csv_records),
     ".parquet": _parquet_records,
 }
-"""How a file's name ends, but for .gz -> its records, each with where it stands. A new format is a function named here."""
+"""Ending of a file's name, without .gz -> its records, each with its place. A new format is an entry here."""
 
 
 def _format_of(name: str) -> str:
@@ -349,7 +349,7 @@ _ABOUT_DATA = rf"(?i)\..*|(readme|licen[sc]e).*|.*\.(md|py)|.*_dev_split_map\.pk
 
 
 def files_of(source: str, without: Sequence[str] = (), notices: list[str] | None = None) -> list[str]:
-    """The data files of a folder, sorted, but for some; any other source is itself.
+    """List the data files of a folder, sorted, without some; any other source is returned as it is.
 
     A folder without data files of its own is read as its sub-folders are. What is not read is named in `notices`: other
     endings, sub-folders beside data files, and a data set's test and validation splits. ValueError: no data files.
@@ -401,7 +401,7 @@ def _other_splits(paths: Iterable[str], in_folder: bool = False) -> list[str]:
 
 @dataclass
 class _Reader:
-    """Reads sources and collects what there is to say of them."""
+    """Reads sources and collects notices about them."""
 
     columns: Columns
     chat: Chat

@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Most tokens of a row that the model has positions for; None where there is no such number."""
+        """Most tokens of a row that the model has positions for; None where there is no limit."""
         return getattr(self.network.config, "max_position_embeddings", None)
 
     @property
@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
         fully_shard(base, mesh=mesh)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """A whole copy of every trainable parameter on the CPU; of sharded weights, every process must ask."""
+        """Copy every trainable parameter, unsharded, to the CPU; with sharded weights all processes must call it."""
         return {
             name: _whole(parameter.detach()).to("cpu", copy=True)
             for name, parameter in self.network.named_parameters()
@@ -269,7 +269,7 @@ def model_kind(model_key: str) -> str:
 
 @contextlib.contextmanager
 def _clear_load_error(model_key: str, part: str = "") -> Iterator[None]:
-    """One clear error for everything that a wrong, damaged or unreachable model raises in the library."""
+    """Turn whatever a wrong, damaged or unreachable model raises into one clear error."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -288,7 +288,7 @@ def _clear_load_error(model_key: str, part: str = "") -> Iterator[None]:
 
 
 def _unreadable(path: Path) -> str | None:
-    """What a file or folder holds that cannot be loaded, and what to do; None where it holds a model."""
+    """Say why a file or folder cannot be loaded, and what to do; None where it holds a model."""
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
     gguf = [name for name in names if name.endswith(".gguf")]
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
@@ -322,7 +322,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """How the base model's weights are held.
+    """How the base model's weights are stored.
 
     Attributes:
         dtype: "float32" or "bfloat16"; an adapter on top stays float32.
@@ -418,7 +418,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def state_to_save(model: LanguageModel) -> dict[str, Tensor]:
-    """What `save_model` writes, whole; of sharded weights, every process must ask."""
+    """State that `save_model` writes, unsharded; with sharded weights all processes must call it."""
     state = model.network.state_dict()
     kept = ("lora_", "modules_to_save") if model.has_adapter else ("",)
     return {name: _whole(value) for name, value in state.items() if any(part in name for part in kept)}
@@ -447,8 +447,8 @@ def load_checkpoint(
     try:
         config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read ({error}); save it anew with peft") from error
-    # methods that compute with the matrices in ways of their own, past the layers whose gradients are taken
+        raise ValueError(f"{folder / ADAPTER_CONFIG} cannot be read ({error}); save it again with peft") from error
+    # variants that use the matrices outside the layers whose gradients are taken
     fields = {field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")}
     other = [name for name in sorted({*fields, "target_parameters"}) if getattr(config, name, None)]
     if other or not isinstance(config, LoraConfig):

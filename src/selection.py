@@ -1,4 +1,4 @@
-"""Chooses a subset of tasks by estimates alone: greedy searches and random-ensemble scores (arXiv:2409.19458).
+"""Choose a subset of tasks by estimates alone: greedy searches and random-ensemble scores (arXiv:2409.19458).
 
 A search needs nothing but a function from subsets to estimates, lower is better. Shapes: n tasks, m subsets.
 """
@@ -53,7 +53,7 @@ def forward_selection(
     is_within: Callable[[np.ndarray], np.ndarray] | None = None,
     progress: Callable[..., Any] | None = None,
 ) -> SelectionPath:
-    """Add the best task again and again until the estimate does not fall; or, backward, remove the worst.
+    """Repeatedly add the best task until the estimate no longer falls; or, backward, remove the worst.
 
     Every step estimates all subsets that are one task away, in one batch, and takes the lowest (of equals, the lowest id). The
     first step from the empty set always counts; a backward search goes on until it is within the limits, and never removes
@@ -132,8 +132,8 @@ class Method:
 
 
 METHODS = {
-    "forward": Method(forward_selection, "add the best task again and again"),
-    "backward": Method(partial(forward_selection, direction="backward"), "remove the worst again and again"),
+    "forward": Method(forward_selection, "repeatedly add the task that helps most"),
+    "backward": Method(partial(forward_selection, direction="backward"), "repeatedly remove the worst task"),
 }
 """Searches by name. To add one, write a function that returns a `SelectionPath` and name it here."""
 

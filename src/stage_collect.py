@@ -1,4 +1,4 @@
-"""Stage 2: projected gradients at every checkpoint of a run; and how good their first-order approximation is."""
+"""Stage 2: projected gradients at every checkpoint of a run, and the error of their first-order approximation."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
             projection = make_projection(config.projection, dim, config.run, shapes=model.layout.shapes)
             if projection.dim > num_parameters:
                 console.say_notices([f"--project_dim {projection.dim} is above p = {num_parameters:,}, the numbers of a "
-                                     "gradient: projecting buys nothing; --projection none keeps them as they are"])  # fmt: skip
+                                     "gradient: projecting saves nothing; --projection none keeps them as they are"])  # fmt: skip
             request = request_at(config, name, folder, model, projection.dim)
             repair = f"Remove {part} to take the gradients again, or give meta-training a --save_name of its own."
             hidden = model.network.get_output_embeddings().weight.shape[1] if config.representations else None
@@ -194,7 +194,7 @@ def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
 
 
 def approximation_error(config: CollectConfig, store_folder: Path) -> None:
-    """How far outputs at displaced weights are from their first-order approximation, by length of the displacement.
+    """Measure how far outputs at displaced weights are from their first-order approximation, by length.
 
     Directions are random in the projected space, where the stored rows give g.δ exactly; outputs are those of the
     validation rows at the last checkpoint of the store, or the one that `load_model_dir` names.

@@ -1,4 +1,4 @@
-"""Stage 3: estimates of subsets from a store of gradients, and how good they are.
+"""Stage 3: estimates of subsets from a store of gradients, and their comparison with fine-tuned values.
 
 Letters: m subsets, n tasks, k targets.
 """
@@ -77,7 +77,7 @@ class Levels:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the two are called beside estimates."""
+        """Names of the two beside estimates."""
         return "base model (measured)", f"all tasks ({'measured' if self.whole else 'estimated'})"
 
 
@@ -108,7 +108,7 @@ def stored(cls: type[Config], typed: Mapping[str, Any]) -> tuple[Config, Path]:
 
 
 class Estimator:
-    """Estimates from a store: what stages 3 and 4 compute with."""
+    """Estimates from a store, for stages 3 and 4."""
 
     def __init__(self, config: EstimationConfig, store: Path) -> None:
         if config.estimator not in ESTIMATORS:
@@ -168,7 +168,7 @@ class Estimator:
         return estimate(self.parts, membership, estimator=name, targets=columns, rho=rho, progress=bar)
 
     def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
-        """What is added to the estimates of some targets, (k,), so that those of all tasks are what is known."""
+        """Offsets of the estimates of some targets, (k,), that make those of all tasks the known losses."""
         if self.levels is None:
             return np.zeros(len(columns))
         key = rho, tuple(columns)
@@ -219,7 +219,7 @@ class Estimator:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the estimates depend on and what they cost so far, for the tables made of them."""
+        """Settings and costs of the estimates, for the tables made of them."""
         manifest, trained = self.stored[0].manifest, self.meta_training
         shown = ("model_key", "projection", "dim", "seed", "output_function", "data_fingerprint")
         names, of_targets = ("base", "all_tasks"), lambda values: dict(zip(self.targets, values.tolist(), strict=True))
@@ -346,7 +346,7 @@ fine-tuned values; attainable: the highest lds that is to be expected of any est
 
 
 def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Sequence[str] | None) -> pd.DataFrame:
-    """How good estimates are: a table and a figure beside them.
+    """Compare estimates with fine-tuned values: a table and a figure beside them.
 
     The targets that are no training task, else all that both tables have, are judged over the subsets that both have.
     The base model and training on all tasks, where the truth has them, stand as predictors: they give every subset the

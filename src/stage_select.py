@@ -112,7 +112,7 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
 
 
 def reference_estimates(estimator: Estimator, columns: Sequence[int]) -> dict[str, float]:
-    """What a selection is to beat: the mean over some targets of the base model's loss and of all tasks'; where losses are
+    """Baselines of a selection: the mean over some targets of the base model's loss and of all tasks'; where losses are
     not known, the scores of training on nothing and on everything."""
     ends = np.array([[False], [True]]) & estimator.has_rows
     names = estimator.levels.names if estimator.levels is not None else ("no task", "all tasks")
@@ -136,7 +136,7 @@ def say_selected(
 
 
 def refined(config: SelectConfig, estimator: Estimator, columns: Sequence[int], path: SelectionPath) -> tuple[int, ...]:
-    """Of the subsets on a search's way with the best estimates, the one that is best after really fine-tuning them all:
+    """Fine-tune the subsets on a search's path with the best estimates, and return the best of them:
     the lowest mean validation loss of the targets. Their results stand with those of stage 1's script."""
     steps = sorted(path.steps, key=lambda step: step.estimate)[: config.refine]
     names = {f.name for f in dataclasses.fields(TrainConfig)} - {"load_model_dir"}
@@ -218,7 +218,7 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
 
 
 def results_folder(typed: str) -> Path:
-    """The folder that `results/<name>`, `<name>`, or a file in there names."""
+    """The results folder that `results/<name>`, `<name>` or a file in it names."""
     return artifacts.results_dir(str(Path(typed).parent if Path(typed).is_file() else typed))
 
 

@@ -81,7 +81,7 @@ def check_vocabulary(model: models.LanguageModel, datamodule: TaskDataModule) ->
 
 
 def base_weights(config: RunConfig) -> models.BaseWeights:
-    """How the base model's weights are held."""
+    """How the base model's weights are stored."""
     return models.BaseWeights(config.base_dtype, config.hardware.device if config.use_qlora else None)
 
 
@@ -161,7 +161,7 @@ def chosen_subsets(config: Any, data: TaskData) -> tuple[list[tuple[int, ...]], 
         subsets = read_subsets(Path(config.subset_file), len(data.tasks), data.tasks)
         different = list(dict.fromkeys(subsets))
         if repeated := len(subsets) - len(different):
-            what = "with a subset that stands there before; each is taken once"
+            what = "with a subset that appears before; each is taken once"
             console.say_notices([f"{config.subset_file}: {counted(repeated, 'line')} {what}"])
         return different, None
     if config.task_weights is not None:
@@ -183,7 +183,7 @@ def valid_subset(tasks: Sequence[Any], num_tasks: int, flag: str) -> tuple[int, 
 
 
 def training_facts(config: TrainConfig, data: TaskData) -> dict[str, Any]:
-    """What a training's outcome depends on, besides the rows and the seed: of batches and processes only the rows of an
+    """Settings that determine a training's outcome, besides the rows and the seed: of batches and processes only the rows of an
     optimizer step count, and of precisions the one that this machine takes."""
     names = ("lora_target_modules", "lr", "weight_decay", "epochs", "loss_over", "max_length", "max_target_length",
              "base_dtype", "use_qlora", "loss_on_prompt", *(("max_new_tokens",) if data.judge else ()))  # fmt: skip
@@ -201,7 +201,7 @@ def training_facts(config: TrainConfig, data: TaskData) -> dict[str, Any]:
 
 
 def training_plan(config: RunConfig) -> finetune.TrainingPlan:
-    """How long and how fast."""
+    """Hyperparameters of the configuration's training."""
     names = ("epochs", "lr", "weight_decay", "accumulate", "max_new_tokens", "loss_over")
     return finetune.TrainingPlan(*(getattr(config, name) for name in names))
 
@@ -261,7 +261,7 @@ def write_predictions(config: RunConfig, data: TaskData, epoch: int, completions
 
 
 def named(config: RunConfig) -> str:
-    """The flag by which the next stage finds this run; nothing where it has no name."""
+    """The flag by which the next stage finds this run; empty where it has no name."""
     return f" --save_name {config.save_name}" if config.save_name else ""
 
 
@@ -346,7 +346,7 @@ def fine_tune_subsets(
 
 
 def holds_model(folder: Path, described: dict[str, Any]) -> bool:
-    """Whether the very model that is described is kept there, whole; another one that is there is named."""
+    """Whether the folder holds exactly the described model, complete; a different one is reported."""
     if not (folder / MANIFEST).is_file():
         return False
     found = artifacts.read_manifest(folder, "custom_train*.py")

@@ -1,4 +1,4 @@
-"""The store of projected gradients: one folder per checkpoint, complete or absent, each row known by its content.
+"""The store of projected gradients: one folder per checkpoint, complete or absent, rows keyed by content.
 
 Letters: R rows (training and validation), B batch, d projection dimension, H hidden size, n tasks.
 """
@@ -255,14 +255,14 @@ class StoreWriter:
         self._tidy()
 
     def _tidy(self) -> None:
-        """Remove what is not needed once the part is whole."""
+        """Remove what a complete part does not need."""
         (self.folder / DONE).unlink(missing_ok=True)
         for shard in self._shards():
             _remove(shard)
 
 
 def _remove(folder: Path) -> None:
-    """Remove an unfinished part, which is none any more as soon as it is begun to be removed."""
+    """Remove an unfinished part; once removal has begun it is not taken for one."""
     (folder / SAMPLES).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -311,7 +311,7 @@ class StoredPart:
 
     @property
     def weight_by(self) -> str:
-        """How the training at whose checkpoint the rows were taken weighs them."""
+        """How rows weigh in the training that made the checkpoint."""
         return "sample" if self.manifest.get("loss_over") == "row" else "token"
 
     @property

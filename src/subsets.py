@@ -1,4 +1,4 @@
-"""Subsets of tasks, sorted tuples of ids: drawn, kept as lines of a text file that a user can edit; and clusters as tasks.
+"""Subsets of tasks (sorted tuples of ids): drawn at random, kept as lines of a text file; and clusters as tasks.
 
 Shapes: N samples, d projection dimension, n tasks, m subsets.
 """

@@ -13,7 +13,7 @@ import pandas as pd
 from src.artifacts import atomic_write, check_manifest, shorten, write_json
 
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
-# what takes the place of ESTIMATE in columns, and in tables and figures, where estimates are no losses
+# what takes the place of ESTIMATE in columns, and in tables and figures, where estimates are not losses
 SCORE, RANKING_ONLY = "score", "score (ranking only)"
 # prefixes of the columns <prefix>/<target>
 VALIDATION_LOSS, TEST_LOSS, TEST_ACCURACY = "validation_loss", "test_loss", "test_accuracy"
@@ -52,7 +52,7 @@ class ResultsTable:
         return bool(len(frame) and ((frame["subset"] == text) & (frame["run"] == run)).any())
 
     def append(self, subset: Sequence[int], run: int, values: Mapping[str, Any]) -> None:
-        """Add one row; the file is replaced as a whole, so that no reader meets half a row."""
+        """Add one row; the file is replaced atomically."""
         row = pd.DataFrame([{"subset": subset_text(subset), "run": run, **values}])
         self.frame = pd.concat([self.frame, row], ignore_index=True)
         write_table(self.path, self.frame)
@@ -113,7 +113,7 @@ def columns_of(frame: pd.DataFrame, prefix: str) -> list[str]:
 
 
 def estimate_prefix(frame: pd.DataFrame) -> str:
-    """What the columns of stage 3's estimates begin with: `ESTIMATE`, or `SCORE` where they are no losses."""
+    """Prefix of the columns of stage 3's estimates: `ESTIMATE`, or `SCORE` where they are not losses."""
     return ESTIMATE if columns_of(frame, ESTIMATE) else SCORE
 
 
@@ -127,7 +127,7 @@ def mean_over_targets(frame: pd.DataFrame, prefix: str, targets: Sequence[str]) 
 
 
 def own_targets(targets: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    """The targets that are no training task (the tasks of `--target_files`), or all where there is none."""
+    """The targets that are not training tasks (the tasks of `--target_files`), or all where every target is one."""
     return [name for name in targets if name not in tasks] or list(targets)
 
 
