@@ -25,7 +25,7 @@ import numpy as np
 from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
 from src.console import progress
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
+from src.estimation import Part, Rows, TaskMoments, task_moments, token_weights
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -363,14 +363,13 @@ class StoredPart:
         rows = None
         if by_rows:
             values = self.representations if represented else self.rows
-            rows = Rows(values, self.outputs, tasks, targets, *self._row_weights(weight_by))
+            rows = Rows(values, self.outputs, tasks, targets, self._row_weights(weight_by))
         return Part(train, target, rows, self.manifest["output_function"], weight_by)
 
-    def _row_weights(self, weight_by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Weights of the rows in sums of gradients (R,) and of outer products (R,); None where all weigh the same."""
-        if weight_by != "token":
-            return None, None
-        return token_weights(self.samples["target_tokens"], self.samples["task"] >= 0)
+    def _row_weights(self, weight_by: str) -> np.ndarray | None:
+        """Weights of the rows (R,); None where all weigh the same."""
+        tokens = self.samples["target_tokens"]
+        return token_weights(tokens, self.samples["task"] >= 0) if weight_by == "token" else None
 
     def moments(
         self, name: str, groups: np.ndarray, number: int, weight_by: str, outers: bool, represented: bool = False
@@ -378,14 +377,13 @@ class StoredPart:
         """The moments of so many groups of rows, computed once and kept in a .npz beside the rows."""
         by_token = weight_by == "token"
         file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
-        made_from = self.manifest[FINGERPRINT] + f"^{CURVATURE_POWER}" * by_token
+        made_from = self.manifest[FINGERPRINT]
         kept = read_arrays(self.folder / file) or {}
         same_groups = np.array_equal(kept.pop("group_of_row", ()), groups)
         if kept.pop("made_from", None) == made_from and same_groups:
             return TaskMoments(**{"outers": cast(Any, None), **kept})
-        values, (weights, curvatures) = self.representations if represented else self.rows, self._row_weights(weight_by)
-        options = {"weights": weights, "curvatures": curvatures, "outers": outers, "progress": progress}
-        moments = task_moments(values, self.outputs, groups, number, **cast(Any, options))
+        values, weights = self.representations if represented else self.rows, self._row_weights(weight_by)
+        moments = task_moments(values, self.outputs, groups, number, weights=weights, outers=outers, progress=progress)
         kept = {field: value for field, value in vars(moments).items() if value is not None}
         write_arrays(self.folder / file, {"group_of_row": groups, "made_from": np.array(made_from), **kept})
         return moments
