@@ -129,9 +129,6 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                 }
                 writer.finish(facts | console.spent(started) | {"command": console.command_typed()})
             if processes.is_first:
-                signs = part / store.PROJECTION_SIGNS
-                if config.save_projection_matrix and not signs.is_file():
-                    store.save_projection_signs(signs, projection, model.layout.shapes)
                 stored = store.StoredPart(part, artifacts.read_manifest(part, writer.repair))
                 console.say_notices(stored.notices())
             processes.wait()
