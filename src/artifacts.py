@@ -307,6 +307,11 @@ def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
     return manifest
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact that may be another program's, or gone: empty then."""
+    return read_manifest(folder, "") if (folder / MANIFEST).is_file() else {}
+
+
 def finished(pattern: str) -> list[tuple[Path, dict[str, Any]]]:
     """Folders and manifests of the finished artifacts of this version that match a glob pattern, the oldest first."""
     found = []

@@ -84,7 +84,7 @@ class Levels:
 def known_levels(stored: Sequence[StoredPart], meta_training: Mapping[str, Any]) -> Levels | None:
     """The losses that meta-training measured, else those of the store's rows at its first and last checkpoint; None where
     neither has the base model's and a later one."""
-    targets, of_target = stored[0].targets, stored[0].rows_of("target") > 0
+    targets, of_target = stored[0].targets, stored[0].rows_of_target > 0
     losses = meta_training.get("validation_losses", {})
     known = [np.array([losses.get(when, {}).get(name, np.nan) for name in targets]) for when in ("base", "last")]
     same_data = meta_training.get("data_fingerprint") == stored[0].manifest["data_fingerprint"]
@@ -97,7 +97,7 @@ def known_levels(stored: Sequence[StoredPart], meta_training: Mapping[str, Any])
     for part in (first, last):
         target = part.samples["target"]
         sums = np.bincount(target[target >= 0], part.outputs[target >= 0], len(targets))
-        means.append(np.where(of_target, sums / np.maximum(part.rows_of("target"), 1), np.nan))
+        means.append(np.where(of_target, sums / np.maximum(part.rows_of_target, 1), np.nan))
     return Levels(means[0], means[1], last.manifest["step"], whole=False)
 
 
@@ -115,7 +115,6 @@ class Estimator:
             raise ValueError(f"--estimator {config.estimator}: choose one of {', '.join(ESTIMATORS)}")
         self.config, self.store, kind = config, store, ESTIMATORS[config.estimator]
         self.stored: list[StoredPart] = open_store(store, config.load_model_dir, "stage 2")
-        say_notices(notice for part in self.stored for notice in part.notices())
         manifest = self.stored[0].manifest
         self.targets, self.tasks = self.stored[0].targets, list(manifest["tasks"])
         self.division: str | None = None  # names another division into tasks than the data's own
@@ -203,8 +202,7 @@ class Estimator:
     @property
     def meta_training(self) -> dict[str, Any]:
         """The manifest of the meta-training that the gradients were taken on; empty where it is not ours, or gone."""
-        folder = Path(self.stored[0].manifest["checkpoint_dir"]).parent
-        return artifacts.read_manifest(folder, "") if (folder / artifacts.MANIFEST).is_file() else {}
+        return artifacts.manifest_of(Path(self.stored[0].manifest["checkpoint_dir"]).parent)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -340,7 +338,7 @@ def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Se
     """
     started, path, truth = time.perf_counter(), estimates_file, tables.read_table(truth_file, of_subsets=True)
     estimates = tables.read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
-    manifest = artifacts.read_manifest(path.parent, "stage 3") if (path.parent / artifacts.MANIFEST).is_file() else {}
+    manifest = artifacts.manifest_of(path.parent)
     tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
     of_estimates = tables.estimate_prefix(estimates)
     available = [

@@ -5,7 +5,6 @@ Letters: R rows (training and validation), B batch, d projection dimension, H hi
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -238,10 +237,11 @@ class StoreWriter:
         self.flush()
         manifest = {**self.request, **self.names, FINGERPRINT: self.fingerprint, "num_rows": len(self._first), **facts}
         manifest["files"] = file_sizes(self.partial, [*self._arrays, SAMPLES])
-        part, outers = StoredPart(self.partial, manifest), not kernel_is_smaller(*self.rows.shape)
+        part = StoredPart(self.partial, manifest)
         for kind, names in self.names.items():
             if names:
-                part.moments(kind, self.samples[kind.removesuffix("s")], len(names), part.weight_by, outers)
+                groups = self.samples[kind.removesuffix("s")]
+                part.moments(kind, groups, len(names), part.weight_by, not part.kernel_is_smaller)
         write_manifest(self.partial, manifest)
         if self.folder.is_dir():
             os.replace(self.folder, self._shard("replaced"))
@@ -267,11 +267,6 @@ def _copy_rows(to: np.ndarray, ours: np.ndarray, source: np.ndarray, theirs: np.
         to[ours[start : start + block]] = source[theirs[start : start + block]]
 
 
-def kernel_is_smaller(num_rows: int, dim: int) -> bool:
-    """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-    return num_rows <= dim
-
-
 @dataclass(frozen=True)
 class StoredPart:
     """The finished rows of one checkpoint, memory-mapped."""
@@ -293,9 +288,7 @@ class StoredPart:
     def representations(self) -> np.ndarray:
         """Representations (R, H); FileNotFoundError where the store was made without."""
         if REPRESENTATIONS not in self.manifest["files"]:
-            raise FileNotFoundError(
-                f"{self.folder} holds no representations; take its gradients with --representations"
-            )
+            raise FileNotFoundError(f"{self.folder} has no representations; take gradients with --representations")
         return np.load(self.folder / REPRESENTATIONS, mmap_mode="r")
 
     @cached_property
@@ -314,20 +307,17 @@ class StoredPart:
         """Names of the targets, in the order of their ids."""
         return self.manifest["targets"]
 
-    def rows_of(self, kind: str) -> np.ndarray:
-        """How many rows each of the "task"s, or "target"s, has."""
-        groups = self.samples[kind]
-        return np.bincount(groups[groups >= 0], minlength=len(self.manifest[f"{kind}s"]))
+    @property
+    def rows_of_target(self) -> np.ndarray:
+        """How many rows each target has, (k,)."""
+        target = self.samples["target"]
+        return np.bincount(target[target >= 0], minlength=len(self.targets))
 
     @property
     def kernel_is_smaller(self) -> bool:
         """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-        return kernel_is_smaller(self.manifest["num_rows"], self.manifest["dim"])
-
-    def notices(self) -> list[str]:
-        """Targets without rows (every task has some)."""
-        empty = [name for name, count in zip(self.targets, self.rows_of("target"), strict=True) if not count]
-        return [f"{self.folder}: target {name} has no rows, so that nothing is estimated of it" for name in empty]
+        num_rows, dim = self.rows.shape
+        return num_rows <= dim
 
     def estimation_part(
         self,
@@ -355,16 +345,13 @@ class StoredPart:
         outers = not (by_rows or represented)
         train = self.moments(name, tasks, num_tasks, weight_by, outers, represented)
         target = self.moments("targets", targets, len(self.targets), weight_by, outers, represented)
-        rows = None
-        if by_rows:
-            values = self.representations if represented else self.rows
-            rows = Rows(values, self.outputs, tasks, targets, self._row_weights(weight_by))
+        rows = Rows(self.rows, self.outputs, tasks, targets, self._row_weights(weight_by)) if by_rows else None
         return Part(train, target, rows, self.manifest["output_function"], weight_by)
 
     def _row_weights(self, weight_by: str) -> np.ndarray | None:
         """Weights of the rows (R,); None where all weigh the same."""
-        tokens = self.samples["target_tokens"]
-        return token_weights(tokens, self.samples["task"] >= 0) if weight_by == "token" else None
+        tokens, is_training = self.samples["target_tokens"], self.samples["task"] >= 0
+        return token_weights(tokens, is_training) if weight_by == "token" else None
 
     def moments(
         self, name: str, groups: np.ndarray, number: int, weight_by: str, outers: bool, represented: bool = False
@@ -399,19 +386,15 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
     if checkpoints is None:
         found = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
         if not found:
-            like = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*")], cutoff=0.8)
-            there = f" (there are {', '.join(like)}: other model, adapter, projection or --save_name)" if like else ""
-            raise FileNotFoundError(f"no projected gradients in {folder}{there}; make them with: python {made_by}")
+            raise FileNotFoundError(f"no projected gradients in {folder}; make them with: python {made_by}")
     else:
         found = [folder / Path(name.removesuffix("/")).name.removesuffix(".ckpt") for name in checkpoints]
     parts = [StoredPart(path, read_manifest(path, made_by)) for path in found]
     parts.sort(key=lambda part: (part.manifest["step"], part.folder.name))
     trainings = sorted({str(Path(part.manifest.get("checkpoint_dir", "")).parent.resolve()) for part in parts})
     if checkpoints is None and len(trainings) > 1:
-        raise ValueError(
-            f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)}); name those to be "
-            "used with --load_model_dir"
-        )
+        of_several = f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)})"
+        raise ValueError(f"{of_several}; name those to be used with --load_model_dir")
     expected = {key: parts[0].manifest[key] for key in ("tasks", "targets", FINGERPRINT, "output_function", "dim")}
     for part in parts:
         check_files(part.folder, part.manifest, f"Remove {part.folder} and take the gradients again.")
