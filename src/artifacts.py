@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -232,12 +231,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) if path.is_dir() else None
-        if old:
+        old = temporary.with_name(f"{temporary.name}.old")
+        with contextlib.suppress(FileNotFoundError):
             os.replace(path, old)
         os.replace(temporary, path)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -325,13 +323,10 @@ def check_manifest(folder: Path, found: Mapping[str, Any], expected: Mapping[str
     """Refuse an artifact that was made from something else. ValueError: names every entry that differs with both values,
     and the repair."""
     expected = json.loads(json.dumps(expected, default=str))
-    differing = [
-        f"{key}: found {shorten(found.get(key))}, expected {shorten(value)}"
-        for key, value in expected.items()
-        if found.get(key) != value
-    ]
+    differing = [(key, found.get(key), value) for key, value in expected.items() if found.get(key) != value]
     if differing:
-        raise ValueError(f"{folder} does not fit what is asked for: {'; '.join(differing)}. {repair}")
+        named = "; ".join(f"{key}: found {shorten(ours)}, expected {shorten(asked)}" for key, ours, asked in differing)
+        raise ValueError(f"{folder} does not fit what is asked for: {named}. {repair}")
 
 
 def shorten(value: Any, length: int = 80) -> str:
@@ -345,8 +340,7 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

@@ -142,9 +142,8 @@ def load_cot(
         task_column: Field of the completion or the data-set record that names a training row's task, for example
             `teacher`; without it all training rows are one task, `dataset_key`.
 
-    Raises:
-        FileNotFoundError: the data set, split or completion file is missing.
-        ValueError: an unknown key, a file that does not fit the others, or no training row left.
+    FileNotFoundError: the data set, split or completion file is missing. ValueError: an unknown key, a file that does not
+    fit the others, or no training row left.
     """
     preset = parse_preset(preset_key)
     if dataset_key not in DATASET_KEYS:

@@ -480,14 +480,11 @@ def load_instruction(
     """Instruction data from files, folders and the hub.
 
     Of each task `heldout_share` of the prompts (by default 0.1; 0 with target files), at most `max_heldout`, validates and
-    as many test, as `stable_sides` chooses; or as rows say themselves: in a field `_split`, or by a dev split map beside
-    a pickle, whose rows are halved. Tasks of `target_files` are targets only: half validation, half test, or as `_split`
+    as many test, as `stable_sides` chooses; or as rows say themselves: in a field `_split`, or by a dev split map beside a
+    pickle, whose rows are halved. Tasks of `target_files` are targets only: half validation, half test, or as `_split`
     says. Without a column that names tasks, a source is a task by its name (`source_names`). The tokenizer's chat template
-    turns conversations into prompts.
-
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: with file and line or row, what was found and what was expected.
+    turns conversations into prompts. FileNotFoundError: a file does not exist. ValueError: with file and line or row, what
+    was found and what was expected.
     """
 
     def no_tokenizer() -> PreTrainedTokenizerBase:

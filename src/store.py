@@ -58,9 +58,8 @@ class StoreWriter:
         reused: How many of the R rows were taken over.
         to_compute: Sample indices of the others, done or not: batches are cut from these, wherever a run was killed.
 
-    Raises:
-        ValueError: the folder is of another request.
-        OSError: there is no room for the rows. All is taken at once: a write through a map would end the process.
+    ValueError: the folder is of another request. OSError: there is no room for the rows. All is taken at once: a write
+    through a map would end the process.
     """
 
     def __init__(
@@ -178,9 +177,7 @@ class StoreWriter:
         self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray, representations: np.ndarray | None = None
     ) -> None:
         """Store the rows (B, d), outputs (B,) and, where they are kept, representations (B, H) of these samples.
-
-        Raises:
-            ValueError: a value is not finite; names the sample.
+        ValueError: a value is not finite; names the sample.
         """
         finite = {"output": np.isfinite(outputs), "gradient": np.isfinite(rows).all(axis=1)}
         if (bad := ~(finite["output"] & finite["gradient"])).any():
@@ -379,9 +376,8 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
         checkpoints: Names of the checkpoints wanted; None = all that are there.
         made_by: The script that makes the store, for messages.
 
-    Raises:
-        FileNotFoundError: there is no store, or not for a checkpoint, or a file of it is gone.
-        ValueError: parts do not belong together, or a file has another size than when it was made.
+    FileNotFoundError: there is no store, or not for a checkpoint, or a file of it is gone. ValueError: parts do not belong
+    together, or a file has another size than when it was made.
     """
     if checkpoints is None:
         found = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
