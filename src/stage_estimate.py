@@ -5,7 +5,6 @@ Letters: m subsets, n tasks, k targets.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,8 +134,8 @@ class Estimator:
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
         self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
-        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
+        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
         if self.levels is not None and not self.levels.whole:
             when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
             note = "the loss of all tasks is estimated: it was last measured"
@@ -278,11 +277,7 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
         values |= dict(zip((tables.CALIBRATED, tables.LOW, tables.HIGH), calibrated, strict=True))
         calibration["rho_calibrated"] = rho
         beside = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
-        described = Path(str(config.calibrate)).with_suffix(".json")
-        facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-        trained = ", ".join(f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts)
-        how = f" (fine-tuned with {trained})" if trained else ""
-        print(f"Calibrated on {config.calibrate}{how}, with rho {rho:g}{beside}.")
+        print(f"Calibrated on {config.calibrate}, with rho {rho:g}{beside}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in values for column in columns]
     frame = pd.DataFrame(np.concatenate(list(values.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
@@ -341,9 +336,8 @@ def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Se
     manifest = artifacts.manifest_of(path.parent)
     tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
     of_estimates = tables.estimate_prefix(estimates)
-    available = [
-        name for name in tables.columns_of(estimates, of_estimates) if name in tables.columns_of(truth, metric)
-    ]
+    in_truth = tables.columns_of(truth, metric)
+    available = [name for name in tables.columns_of(estimates, of_estimates) if name in in_truth]
     targets = target_task or tables.own_targets(available, tasks)
     if unknown := [name for name in targets if name not in available]:
         both = ", ".join(available) or "no target in common"
