@@ -313,8 +313,7 @@ class StoredPart:
     @property
     def kernel_is_smaller(self) -> bool:
         """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-        num_rows, dim = self.rows.shape
-        return num_rows <= dim
+        return self.manifest["num_rows"] <= self.manifest["dim"]
 
     def estimation_part(
         self,
