@@ -276,14 +276,8 @@ def save_predictions(
     records = {}
     for sample_index, completion in sorted(completions.items()):
         example = data.examples[sample_index]
-        records[str(example.record_index)] = [
-            {
-                "sample_index": example.record_index,
-                "completion_index": 0,
-                "question": example.prompt.removesuffix(" ###"),
-                "answer": example.completion.split("-->")[-1].strip(),
-                "prompt": example.prompt,
-                "completion": completion,
-            }
-        ]
+        answer = example.completion.split("-->")[-1].strip()
+        texts = {"question": example.prompt.removesuffix(" ###"), "answer": answer, "prompt": example.prompt}
+        numbers = {"sample_index": example.record_index, "completion_index": 0}
+        records[str(example.record_index)] = [{**numbers, **texts, "completion": completion}]
     write_json(Path(path), {"metadata": metadata, "data": records})

@@ -80,24 +80,23 @@ class Levels:
         return "base model (measured)", f"all tasks ({'measured' if self.whole else 'estimated'})"
 
 
-def known_levels(stored: Sequence[StoredPart], meta_training: Mapping[str, Any]) -> Levels | None:
+def known_levels(
+    stored: Sequence[StoredPart], parts: Sequence[Part], meta_training: Mapping[str, Any]
+) -> Levels | None:
     """The losses that meta-training measured, else those of the store's rows at its first and last checkpoint; None where
     neither has the base model's and a later one."""
-    targets, of_target = stored[0].targets, stored[0].rows_of_target > 0
+    targets, counts = stored[0].targets, parts[0].target.counts
     losses = meta_training.get("validation_losses", {})
     known = [np.array([losses.get(when, {}).get(name, np.nan) for name in targets]) for when in ("base", "last")]
     same_data = meta_training.get("data_fingerprint") == stored[0].manifest["data_fingerprint"]
-    if same_data and np.isfinite(known)[:, of_target].all():
+    if same_data and np.isfinite(known)[:, counts > 0].all():
         return Levels(known[0], known[1], losses["last_step"], losses["whole"])
-    first, last = stored[0], stored[-1]  # in the order of training
-    if first.manifest["step"] != 0 or last.manifest["step"] == 0:
+    first, last = stored[0].manifest["step"], stored[-1].manifest["step"]  # in the order of training
+    if first != 0 or last == 0:
         return None
-    means = []
-    for part in (first, last):
-        target = part.samples["target"]
-        sums = np.bincount(target[target >= 0], part.outputs[target >= 0], len(targets))
-        means.append(np.where(of_target, sums / np.maximum(part.rows_of_target, 1), np.nan))
-    return Levels(means[0], means[1], last.manifest["step"], whole=False)
+    sums = np.array([parts[0].target.output_sums, parts[-1].target.output_sums])
+    base, all_tasks = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return Levels(base, all_tasks, last, whole=False)
 
 
 def stored(cls: type[Config], typed: Mapping[str, Any]) -> tuple[Config, Path]:
@@ -124,15 +123,14 @@ class Estimator:
         if kind.output_function not in (None, manifest["output_function"]):
             wanted = f"take the gradients with --output_function {kind.output_function} too"
             raise ValueError(f"--estimator {config.estimator} is of {kind.output_function}s; {wanted}")
-        weight_by = config.weight_by or self.stored[0].weight_by
         self.parts: list[Part] = []
         for part in self.stored:
             by_rows = kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers)
             division = task_of_row, len(self.tasks), self.division or "tasks"
-            self.parts.append(part.estimation_part(*division, weight_by=weight_by, by_rows=by_rows))
+            self.parts.append(part.estimation_part(*division, weight_by=config.weight_by, by_rows=by_rows))
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
-        self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
+        self.levels = known_levels(self.stored, self.parts, self.meta_training) if of_losses else None
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
         self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
         if self.levels is not None and not self.levels.whole:

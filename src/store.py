@@ -285,12 +285,6 @@ class StoredPart:
         return self.manifest["targets"]
 
     @property
-    def rows_of_target(self) -> np.ndarray:
-        """How many rows each target has, (k,)."""
-        target = self.samples["target"]
-        return np.bincount(target[target >= 0], minlength=len(self.targets))
-
-    @property
     def kernel_is_smaller(self) -> bool:
         """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
         return self.manifest["num_rows"] <= self.manifest["dim"]
