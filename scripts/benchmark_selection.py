@@ -56,7 +56,9 @@ class Selecting:
     def __init__(self, world: Any, args: argparse.Namespace) -> None:
         self.world, self.args = world, args
         worlds.prepare(world, args, margins=False)
-        self.estimators = {name: worlds.estimator_of(world, args, name) for name in ("ridge", "alignment")}
+        self.estimators = {
+            name: worlds.estimator_of(world, args, name) for name in ("ridge", "alignment", "representation")
+        }
         self.estimator: Estimator = self.estimators["ridge"]
         self.columns = self.estimator.chosen_targets()
         self.targets = [self.estimator.targets[column] for column in self.columns]
@@ -187,6 +189,7 @@ class Selecting:
             "backward elimination": lambda: self.forward("backward"),
             "random ensemble": self.random_ensemble,
             "alignment, top k": lambda: self.top_k("alignment", k),
+            "representation, top k": lambda: self.top_k("representation", k),
             "mean matching, k tasks": lambda: self.mean_matching(k),
             "random k tasks": lambda: (draw_subsets(NUM_RANDOM, self.num_tasks, k, seed=1), 0),
             "random halves": lambda: (draw_subsets(NUM_RANDOM, self.num_tasks, 0.5, seed=1), 0),

@@ -125,13 +125,13 @@ def shorten(source: Path, path: Path, rows_per_task: int, max_characters: int) -
 
 
 def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
-    """Run the stages up to the gradients where they are missing: of losses, and of margins."""
+    """Run the stages up to the gradients where they are missing: of losses, with representations, and of margins."""
     train, gradients, _ = world.scripts
     if world.made_by:
         console.run_command(world.made_by)
     console.run_command(f"{train} {world.data} {world.training} --save_name {world.folder.name}")
     stage_2 = f"{gradients} --save_name {world.folder.name} --project_dim {args.project_dim}"
-    console.run_command(stage_2)
+    console.run_command(f"{stage_2} --representations")
     if margins:
         console.run_command(f"{stage_2} --output_function margin")
         share_clusters(world, args)

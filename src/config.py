@@ -252,6 +252,7 @@ class CheckpointsConfig:
 class GradientConfig:
     """gradients"""
 
+    representations: bool = flag(False, "also keep hidden states, for --estimator representation", shown="do not")
     max_tokens_per_batch: Any = flag(4096, "rows times longest row of a batch, or auto: on a GPU twice that and so on, "  # noqa: RUF009
         "as long as a batch fits", number(int, 1, word=AUTO), "TOKENS", free=True)  # fmt: skip
 
@@ -279,7 +280,8 @@ class EstimatorConfig:
 
     estimator: str = flag("ridge", "ridge: quadratic models of the subset and of the target; linear: first order in "
         "the target; logistic: the paper's regression, for --output_function margin; alignment: inner product of mean "
-        "gradients, as in LESS; constant: the loss before training", metavar="NAME", free=True)  # fmt: skip
+        "gradients, as in LESS; representation: similarity of hidden states, for stage 2's --representations; "
+        "constant: the loss before training", metavar="NAME", free=True)  # fmt: skip
     rho: float = flag(1e-3, "ridge strength lambda, in mean squared norms of a gradient", POSITIVE, free=True)
     weight_by: str | None = flag(None, "what weighs the same in an estimate: target tokens, rows, or the tasks of a "
         "subset", free=True, choices=("token", "sample", "task"), shown="as the meta-training was")  # fmt: skip

@@ -334,7 +334,7 @@ def _logistic(part: Part, strength: float) -> OnSubsets:
 
 
 def _alignment(part: Part, strength: float) -> OnSubsets:
-    """L_val - b_val.b_S/(N_val N_S): a step along the mean gradient as in LESS."""
+    """L_val - b_val.b_S/(N_val N_S): a step along the mean gradient as in LESS; of unit-length representations, RDS."""
     sums, (means, slopes) = _tensor(part.train.sums), _target_means(part)
     return lambda shares: means - shares @ sums @ slopes.T
 
@@ -354,6 +354,7 @@ class EstimatorKind:
     needs_rows: bool = False  # it reads a part's rows, not their moments alone
     needs_outers: bool = False  # it reads the outer products even where there are fewer rows than dimensions
     output_function: str | None = None  # the only one whose rows it takes; None = any
+    represented: bool = False  # its rows are representations instead of gradients
     ranks_only: bool = False  # its estimates are no losses; only their order says something
 
 
@@ -369,6 +370,9 @@ ESTIMATORS = {
         ranks_only=True,
     ),
     "alignment": EstimatorKind(_alignment, "inner product of mean gradients, as in LESS", ranks_only=True),
+    "representation": EstimatorKind(
+        _alignment, "similarity of hidden states, for stage 2's --representations", represented=True, ranks_only=True
+    ),
     "constant": EstimatorKind(_constant, "the target's loss before training, which an estimate must beat"),
 }
 

@@ -4,7 +4,7 @@ Samples of a batch do not meet before that sum, so the gradient at a layer's out
 output; with the layer's input it gives the per-sample gradient G_i = sum_t delta_t a_t^T of the layer's weight, which is
 projected at once. Weight gradients, a p-vector or a p x d matrix are never formed.
 
-Letters: B batch, T tokens, d projection dimension.
+Letters: B batch, T tokens, d projection dimension, H hidden size.
 """
 
 from __future__ import annotations
@@ -40,12 +40,22 @@ class GradientCollector:
         projection: Where each matrix's per-sample gradients are added.
         output_function: "loss" or "margin".
         autocast: dtype name of mixed precision, or None. Projections are added up in float32 either way.
+        represent: Also keep the samples' representations.
+
+    Attributes:
+        representations: Of the last batch, (B, H) float32 of unit length: the hidden states that the output layer
+            sees, averaged with weights that grow linearly along the sample (Muennighoff, 2022, arXiv:2202.08904).
     """
 
     def __init__(
-        self, model: LanguageModel, projection: Projection, output_function: str = "loss", autocast: str | None = None
+        self,
+        model: LanguageModel,
+        projection: Projection,
+        output_function: str = "loss",
+        autocast: str | None = None,
+        represent: bool = False,
     ) -> None:
-        self.model, self.projection = model, projection
+        self.model, self.projection, self.represent = model, projection, represent
         self.output_function = OUTPUT_FUNCTIONS[output_function]
         self.autocast = autocast
         self.matrices = model.layout.matrices  # a layout is of trainable parameters
@@ -65,6 +75,9 @@ class GradientCollector:
             modules[matrix.module_name].register_forward_hook(self._watch(matrix, modules[matrix.module_name]))
             for matrix in self.matrices
         ]
+        if self.represent:
+            outputs = self.model.network.get_output_embeddings()
+            self._hooks.append(outputs.register_forward_pre_hook(self._keep_representations))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,6 +113,11 @@ class GradientCollector:
 
         return forward_hook
 
+    def _keep_representations(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        hidden = arguments[0].detach().float()  # (B, T, H)
+        weights = self._valid.cumsum(1) * self._valid
+        self.representations = nn.functional.normalize((weights[:, :, None] * hidden).sum(1), dim=1)
+
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows (B, d) and outputs (B,) of one batch, float32."""
         device = self.model.device
@@ -107,6 +125,8 @@ class GradientCollector:
         num_rows = len(batch["labels"])
         self._rows = torch.zeros(num_rows, self.projection.dim, device=device)
         self._positions = {batch["input_ids"].numel(), batch["labels"].numel()}
+        if self.represent:
+            self._valid = self.model.valid_positions(batch)
         dtype = getattr(torch, self.autocast) if self.autocast else None
         mixed = torch.autocast(device.type, dtype, enabled=dtype is not None)
         with torch.enable_grad():
@@ -165,7 +185,7 @@ def collect_gradients(
     """
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     wait = processes.wait if processes else lambda: None
-    collector = GradientCollector(model, projection, output_function, autocast)
+    collector = GradientCollector(model, projection, output_function, autocast, store.representations is not None)
     if rank == 0:
         store.absorb()
     wait()
@@ -213,7 +233,9 @@ def _collect(
                 )
                 bar.total = bar.n + datamodule.padded_tokens(waiting)
                 continue
-            store.write(indices, *((collector.output_function.sign * value).cpu().numpy() for value in taken))
+            values = [collector.output_function.sign * value for value in taken]
+            values += [collector.representations] if collector.represent else []
+            store.write(indices, *(value.cpu().numpy() for value in values))
             bar.update(datamodule.padded_tokens([indices]))
     store.flush()
 

@@ -187,6 +187,15 @@ class LanguageModel(nn.Module):
             handle.remove()
         return logits, labels[rows, columns], rows
 
+    def valid_positions(self, batch: Batch) -> Tensor:
+        """Which positions that the output layer sees are the sample's own and not padding, (B, T) bool."""
+        if self.kind == "encoder_decoder":
+            return batch["labels"] != IGNORED
+        if "attention_mask" in batch:
+            return batch["attention_mask"].bool()
+        # padded on the right, or not at all: a row ends with its last label
+        return (batch["labels"] != IGNORED).flip(1).cumsum(1).flip(1) > 0
+
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
         """Greedy completions of a batch of prompts (`TaskDataModule.collate_prompts`), special tokens left out."""

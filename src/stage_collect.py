@@ -48,7 +48,7 @@ def weights_fingerprint(checkpoint: Path) -> str:
 def request_at(config: CollectConfig, checkpoint: Path, model: LanguageModel, dim: int) -> dict[str, Any]:
     """What a row of a checkpoint's store depends on, besides its tokens."""
     flags = ("model_key", "max_length", "max_target_length", "output_function", "projection", "base_dtype", "use_qlora",
-             "loss_on_prompt", "lora_alpha")  # fmt: skip
+             "representations", "loss_on_prompt", "lora_alpha")  # fmt: skip
     return {
         **{name: getattr(config, name) for name in flags},
         "base_fingerprint": base_fingerprint(config),
@@ -92,9 +92,10 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                                      "gradient: projecting buys nothing; --projection none keeps them as they are"])  # fmt: skip
             request = request_at(config, folder, model, projection.dim)
             repair = f"Remove {part} to take the gradients again, or give meta-training a --save_name of its own."
+            hidden = model.network.get_output_embeddings().weight.shape[1] if config.representations else None
             for turn in (True, False):  # the first process makes what is missing, then the others join it
                 if processes.is_first == turn:
-                    writer = store.StoreWriter(part, request, samples, projection.dim, repair, names,
+                    writer = store.StoreWriter(part, request, samples, projection.dim, repair, hidden, names,
                                                lambda index: f"sample {index} ({data.where(index)})")  # fmt: skip
                 processes.wait()
             if not writer.complete:
@@ -104,8 +105,8 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                 if max_tokens == AUTO:  # all processes share it; the default on a CPU and of spread weights
                     max_tokens = datamodule.max_tokens_per_batch
                     if processes.is_first and model.device.type == "cuda" and not model.is_sharded:
-                        of_collector = model, projection, config.output_function, hardware.autocast
-                        collector = gradients.GradientCollector(*of_collector)
+                        of_collector = config.output_function, hardware.autocast, config.representations
+                        collector = gradients.GradientCollector(model, projection, *of_collector)
                         max_tokens = gradients.fitting_budget(collector, datamodule, rows)
                         console.say(f"Batches of up to {max_tokens:,} tokens fit into the GPU's memory.")
                     max_tokens = int(processes.from_first(max_tokens))

@@ -1,6 +1,6 @@
 """The store of projected gradients: one folder per checkpoint, complete or absent, each row known by its content.
 
-Letters: R rows (training and validation), B batch, d projection dimension, n tasks.
+Letters: R rows (training and validation), B batch, d projection dimension, H hidden size, n tasks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -26,6 +27,7 @@ from src.estimation import Part, Rows, TaskMoments, task_moments, token_weights
 
 PROJECTED = "projected.npy"
 OUTPUTS = "outputs.npy"
+REPRESENTATIONS = "representations.npy"
 SAMPLES = "samples.npz"
 DONE = "done.npy"
 FINGERPRINT = "rows_fingerprint"
@@ -47,6 +49,7 @@ class StoreWriter:
             positions in `names` or -1; `target_tokens`, how many tokens the output is a mean over.
         dim: d.
         repair: What to do about another request, for the message.
+        representation_size: H, where representations are kept too.
         names: "tasks" and "targets" -> their names.
         describe: A sample's index -> its name, for messages.
 
@@ -66,6 +69,7 @@ class StoreWriter:
         samples: Mapping[str, np.ndarray],
         dim: int,
         repair: str,
+        representation_size: int | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
         describe: Callable[[int], str] = "sample {}".format,
     ) -> None:
@@ -86,12 +90,15 @@ class StoreWriter:
             if not self.partial.is_dir():  # else other rows were begun, which are kept
                 self._tidy()
             return
+        sizes: dict[str, tuple[int, ...]] = {PROJECTED: (dim,), OUTPUTS: ()}
+        if representation_size:
+            sizes[REPRESENTATIONS] = (representation_size,)
         if (found := self._found(self.partial)) != self.fingerprint:
             if found is not None:  # other rows: absorbed like a shard
                 _remove(shard := self._shard(found))
                 os.replace(self.partial, shard)
-            self._create(dim)
-        self._open()
+            self._create(sizes)
+        self._open(sizes)
         with np.load(self.partial / SAMPLES) as arrays:
             reused = arrays["reused"]
         self.reused = int(reused[self._first].sum())
@@ -109,20 +116,21 @@ class StoreWriter:
         check_manifest(folder, found, self.request, self.repair)
         return found.get(FINGERPRINT)
 
-    def _create(self, dim: int) -> None:
+    def _create(self, sizes: Mapping[str, tuple[int, ...]]) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         try:
-            for name, size in ((PROJECTED, (dim,)), (OUTPUTS, ()), (DONE, ())):
+            for name, size in {**sizes, DONE: ()}.items():
                 dtype, shape = (bool if name == DONE else np.float32), (len(self._first), *size)
                 array = np.lib.format.open_memmap(self.partial / name, "w+", dtype, shape)
                 with open(self.partial / name, "rb+") as file:
                     os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         except OSError as error:
             shutil.rmtree(self.partial)
-            reason = f"{error.strerror} (the rows need {4 * len(self._first) * (dim + 1):,} bytes)"
+            needed = 4 * len(self._first) * sum(map(math.prod, sizes.values()))
+            reason = f"{error.strerror} (the rows need {needed:,} bytes)"
             raise OSError(error.errno, reason, str(self.folder.parent)) from error
-        self._open()
+        self._open(sizes)
         for source in (self.folder, *self._shards()):
             self._copy(source)
         self.flush()
@@ -130,9 +138,9 @@ class StoreWriter:
         # last: a folder without it was not begun
         write_arrays(self.partial / SAMPLES, {**self.samples, "reused": self._done, "made_from": made_from})
 
-    def _open(self) -> None:
-        self._arrays = {name: np.lib.format.open_memmap(self.partial / name, "r+") for name in (PROJECTED, OUTPUTS)}
-        self.rows = self._arrays[PROJECTED]
+    def _open(self, names: Iterable[str]) -> None:
+        self._arrays = {name: np.lib.format.open_memmap(self.partial / name, "r+") for name in names}
+        self.rows, self.representations = self._arrays[PROJECTED], self._arrays.get(REPRESENTATIONS)
         self._done = np.lib.format.open_memmap(self.partial / DONE, "r+")
         self._written, self._flushed = np.zeros(len(self._done), bool), time.monotonic()
 
@@ -165,8 +173,12 @@ class StoreWriter:
         missing, indices = self._is_missing, self.samples["sample_index"]
         return [batch for batch in batches if missing[np.searchsorted(indices, batch)].any()]
 
-    def write(self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray) -> None:
-        """Store the rows (B, d) and outputs (B,) of these samples. ValueError: a value is not finite; names the sample."""
+    def write(
+        self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray, representations: np.ndarray | None = None
+    ) -> None:
+        """Store the rows (B, d), outputs (B,) and, where they are kept, representations (B, H) of these samples.
+        ValueError: a value is not finite; names the sample.
+        """
         finite = {"output": np.isfinite(outputs), "gradient": np.isfinite(rows).all(axis=1)}
         if (bad := ~(finite["output"] & finite["gradient"])).any():
             at = int(np.argmax(bad))
@@ -176,8 +188,8 @@ class StoreWriter:
                 "row's text, lower the learning rate of meta-training, or take gradients with --precision 32"
             )
         positions = np.searchsorted(self.samples["sample_index"], sample_index)
-        for name, values in ((PROJECTED, rows), (OUTPUTS, outputs)):
-            self._arrays[name][positions] = values
+        for array, values in zip(self._arrays.values(), (rows, outputs, representations), strict=False):
+            array[positions] = values
         self._written[positions] = True
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
@@ -200,8 +212,9 @@ class StoreWriter:
         """A writer of its own for the process `rank`, for these samples; `absorb` takes its rows over."""
         kept = np.isin(self.samples["sample_index"], sample_index)
         samples = {name: values[kept] for name, values in self.samples.items()}
+        hidden_size = None if self.representations is None else self.representations.shape[1]
         folder, dim = self.folder.with_name(f"{self.folder.name}.rank_{rank}"), self.rows.shape[1]
-        return StoreWriter(folder, self.request, samples, dim, self.repair, describe=self.describe)
+        return StoreWriter(folder, self.request, samples, dim, self.repair, hidden_size, describe=self.describe)
 
     def absorb(self) -> None:
         """Take over what shards have done, of this run or of a killed one, and remove them."""
@@ -269,6 +282,13 @@ class StoredPart:
         return np.load(self.folder / OUTPUTS)
 
     @cached_property
+    def representations(self) -> np.ndarray:
+        """Representations (R, H); FileNotFoundError where the store was made without."""
+        if REPRESENTATIONS not in self.manifest["files"]:
+            raise FileNotFoundError(f"{self.folder} has no representations; take gradients with --representations")
+        return np.load(self.folder / REPRESENTATIONS, mmap_mode="r")
+
+    @cached_property
     def samples(self) -> dict[str, np.ndarray]:
         """The `samples` of `StoreWriter`."""
         with np.load(self.folder / SAMPLES) as arrays:
@@ -297,6 +317,7 @@ class StoredPart:
         *,
         weight_by: str | None = None,
         by_rows: bool = False,
+        represented: bool = False,
     ) -> Part:
         """Moments of tasks and targets for the estimators.
 
@@ -306,12 +327,14 @@ class StoredPart:
             name: Names the cache of the moments; another division into tasks needs another name.
             weight_by: How rows weigh, one of `estimation.WEIGHT_BY`; None = as in the training.
             by_rows: Give the rows themselves instead of their outer products.
+            represented: Representations in place of the gradients (estimator `representation`).
         """
         weight_by = weight_by or self.weight_by
         tasks, targets = self.samples["task"] if task_of_row is None else task_of_row, self.samples["target"]
         num_tasks = len(self.manifest["tasks"]) if num_tasks is None else num_tasks
-        train = self.moments(name, tasks, num_tasks, weight_by, not by_rows)
-        target = self.moments("targets", targets, len(self.targets), weight_by, not by_rows)
+        outers = not (by_rows or represented)
+        train = self.moments(name, tasks, num_tasks, weight_by, outers, represented)
+        target = self.moments("targets", targets, len(self.targets), weight_by, outers, represented)
         rows = Rows(self.rows, self.outputs, tasks, targets, self._row_weights(weight_by)) if by_rows else None
         return Part(train, target, rows, self.manifest["output_function"], weight_by)
 
@@ -320,17 +343,19 @@ class StoredPart:
         tokens, is_training = self.samples["target_tokens"], self.samples["task"] >= 0
         return token_weights(tokens, is_training) if weight_by == "token" else None
 
-    def moments(self, name: str, groups: np.ndarray, number: int, weight_by: str, outers: bool) -> TaskMoments:
+    def moments(
+        self, name: str, groups: np.ndarray, number: int, weight_by: str, outers: bool, represented: bool = False
+    ) -> TaskMoments:
         """The moments of so many groups of rows, computed once and kept in a .npz beside the rows."""
         by_token = weight_by == "token"
-        file = f"moments_{name}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
+        file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
         made_from = self.manifest[FINGERPRINT]
         kept = read_arrays(self.folder / file) or {}
         same_groups = np.array_equal(kept.pop("group_of_row", ()), groups)
         if kept.pop("made_from", None) == made_from and same_groups:
             return TaskMoments(**{"outers": cast(Any, None), **kept})
-        options: dict[str, Any] = {"weights": self._row_weights(weight_by), "outers": outers, "progress": progress}
-        moments = task_moments(self.rows, self.outputs, groups, number, **options)
+        values, weights = self.representations if represented else self.rows, self._row_weights(weight_by)
+        moments = task_moments(values, self.outputs, groups, number, weights=weights, outers=outers, progress=progress)
         kept = {field: value for field, value in vars(moments).items() if value is not None}
         write_arrays(self.folder / file, {"group_of_row": groups, "made_from": np.array(made_from), **kept})
         return moments

@@ -173,6 +173,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "larger than all": (ESTIMATE, ["--subset_size", "9", "--sampled_tasks", "bad/new.txt"], r"subset size 9"),
     "more than exist": (ESTIMATE, ["--number_of_subsets", "99", "--sampled_tasks", "bad/new.txt"], r"99 subsets of 2 out of 4 tasks.*only 6 exist"),
     "margins of losses": (ESTIMATE, ["--estimator", "logistic"], r"margin"),
+    "no representations": (ESTIMATE, ["--estimator", "representation"], r"--representations"),
     "truth without losses": (ESTIMATE, ["--calibrate", "bad/results.csv"], r"bad/results\.csv"),
     "no truth": (ESTIMATE, ["--calibrate", "bad/none.csv"], r"bad/none\.csv"),
     # selection

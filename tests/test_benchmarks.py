@@ -38,7 +38,7 @@ def test_every_estimator_and_every_method_is_judged(
 
     run_script("scripts/benchmark_selection.py", *TINY)
     of = {record["method"]: record for record in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert len(of) == 12 and of["oracle"]["regret"] == 0 and of["all tasks"]["regret"] == 1
+    assert len(of) == 13 and of["oracle"]["regret"] == 0 and of["all tasks"]["regret"] == 1
     assert of["base model"]["tasks"] == 0 and of["base model"]["passes"] == 0
     forward = of["forward selection"]
     assert all(of[name]["tasks"] == forward["tasks"] for name in of if name.endswith(("top k", "k tasks")))

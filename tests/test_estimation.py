@@ -183,7 +183,7 @@ def test_logistic_equals_a_general_minimiser(
         np.testing.assert_allclose(at, solution, rtol=0.01, atol=0.01 * np.abs(solution).max())
 
 
-@pytest.mark.parametrize("estimator", ["alignment", "constant"])
+@pytest.mark.parametrize("estimator", ["alignment", "representation", "constant"])
 def test_estimators_without_a_solution_displace_nothing(part: Part, membership: np.ndarray, estimator: str) -> None:
     with pytest.raises(ValueError, match=f"'{estimator}' has no solution .*; choose one of ridge, linear, logistic"):
         solutions(part, membership, estimator=estimator)

@@ -50,7 +50,7 @@ class World:
         selected = ["--subset_file", "sampled_tasks/toy_forward_selection.txt"]
         self.commands = [
             [*training, "--epochs", "2", "--checkpoint_at", "0.5", "1.0"],
-            [*STAGE_2, *NAMED, *DIM, *SMALL_BATCHES],
+            [*STAGE_2, *NAMED, *DIM, "--representations", *SMALL_BATCHES],
             ["custom_train_alpaca.py", *NAMED, "--subset_file", "three.txt"],
             [STAGE_3, *NAMED, *drawn],
             [STAGE_4, *NAMED],
@@ -327,7 +327,7 @@ def test_a_store_of_something_else_is_refused(
     for path in folder.rglob(MANIFEST):
         path.write_text(path.read_text().replace('"../model"', '"model"'))
     monkeypatch.chdir(folder)
-    command = [*STAGE_2, *NAMED, *DIM]
+    command = [*STAGE_2, *NAMED, *DIM, "--representations"]
     run_script(*command)  # it fits as it is
     if change:
         change(folder)
@@ -343,13 +343,13 @@ def test_artifacts_of_another_version_are_no_parents(world: World, monkeypatch: 
     with pytest.raises((ValueError, FileNotFoundError), match=r"called that|no projected gradients"):
         run_script(STAGE_3, *NAMED)
     with pytest.raises(ValueError, match=f"has version 2, this code reads version {ARTIFACT_VERSION}; remove"):
-        run_script(*STAGE_2, *NAMED, *DIM)
+        run_script(*STAGE_2, *NAMED, *DIM, "--representations")
 
 
 @pytest.mark.parametrize(
     "damage", [lambda path: path.write_bytes(path.read_bytes()[:-8]), Path.unlink], ids=["cut", "gone"]
 )
-@pytest.mark.parametrize("name", ["projected", "outputs", "samples"])
+@pytest.mark.parametrize("name", ["projected", "outputs", "representations", "samples"])
 def test_a_damaged_part_is_found(world: World, damage: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world.after(2, "damaged"))
     (path,) = Path("gradients").glob(f"*/step_step=8/{name}.np[yz]")

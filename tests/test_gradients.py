@@ -270,6 +270,30 @@ def test_a_gpu_gives_the_same_rows(kind: str, model_folders: dict[str, str], tmp
         torch.testing.assert_close(on_gpu.cpu(), torch.from_numpy(on_cpu), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_representations_do_not_depend_on_the_batch(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+    """Position-weighted means of the last hidden states, from transformers' own output, a sample at a time."""
+    model = adapted(model_folders[kind])
+    datamodule = make_datamodule(model, tmp_path)
+    projection = make_projection("sketch", 8, 0)
+    indices = np.arange(10)
+    with GradientCollector(model, projection, represent=True) as collect:
+        collect(datamodule.collate(indices))
+        together = collect.representations.numpy()
+        if model.kind == "decoder":
+            collect(datamodule.collate(indices, pad_left=True))
+            np.testing.assert_allclose(collect.representations.numpy(), together, atol=1e-5)
+    for index, found in zip(indices, together, strict=True):
+        batch = datamodule.collate([index])
+        del batch["sample_index"]
+        with torch.no_grad():
+            output = model.network(**batch, output_hidden_states=True)
+        states = output.hidden_states if model.kind == "decoder" else output.decoder_hidden_states
+        last = states[-1][0] * (model.network.config.d_model**-0.5 if kind == "t5" else 1)  # T5 scales tied outputs
+        mean = np.average(last.numpy(), axis=0, weights=np.arange(1, len(last) + 1))
+        np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-5)
+
+
 def test_collector_leaves_the_model_as_it_was(model_folders: dict[str, str], tmp_path: Path) -> None:
     model = adapted(model_folders["llama"]).train()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -170,7 +170,7 @@ def test_a_dead_process_leaves_what_it_has_finished(model_folders: dict[str, str
     projection = make_projection("sketch", 16, 0)
 
     def writer(name: str) -> StoreWriter:
-        return StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "")
+        return StoreWriter(tmp_path / name, {"dim": 16}, samples, 16, "", representation_size=32)
 
     def take(store: StoreWriter, rank: int, world: int) -> None:
         """What one process does between two of its waits."""
@@ -190,7 +190,10 @@ def test_a_dead_process_leaves_what_it_has_finished(model_folders: dict[str, str
     for batch in datamodule.evaluation_batches(collected):  # three samples are done, then it dies
         index = batch["sample_index"].numpy()
         position = np.searchsorted(rows, index)
-        parts = (np.load(tmp_path / "whole" / f"{name}.npy")[position] for name in ("projected", "outputs"))
+        parts = (
+            np.load(tmp_path / "whole" / f"{name}.npy")[position]
+            for name in ("projected", "outputs", "representations")
+        )
         dead.write(index, *parts)
     dead.flush()
 
@@ -203,7 +206,7 @@ def test_a_dead_process_leaves_what_it_has_finished(model_folders: dict[str, str
         take(again, rank, 3)
     again.absorb()
     again.finish({})
-    for name in ("projected", "outputs"):
+    for name in ("projected", "outputs", "representations"):
         expected, found = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("whole", "cut"))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert not list(tmp_path.glob(".cut*"))

@@ -374,19 +374,32 @@ def test_selected_rows_are_exported(copy: list[str]) -> None:
         run_script(*export)
 
 
-def test_margins_and_checkpointing(copy: list[str]) -> None:
+def test_margins_representations_and_checkpointing(copy: list[str]) -> None:
     """The flags of stage 2: what each leaves, and the estimators that live on it."""
     margins = ["--output_function", "margin", "--project_dim", "16"]
-    run_script(*COLLECT, *TOY, *margins, "--gradient_checkpointing")
+    run_script(*COLLECT, *TOY, *margins, "--representations", "--gradient_checkpointing")
     (store,) = Path("gradients").glob("*_dim_16_margin_run_0")
-    parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz"}
+    parts = {
+        "manifest.json",
+        "outputs.npy",
+        "projected.npy",
+        "samples.npz",
+        "representations.npy",
+    }
     found = {name for name in files_below(store) if "moments_" not in name}
     assert found == {f"{step}/{file}" for step in ("step_step=8", "step_step=16") for file in parts}
+    representations = np.load(store / "step_step=8" / "representations.npy")
+    np.testing.assert_allclose(np.linalg.norm(representations, axis=1), 1, rtol=1e-5)
     Path("four.txt").write_text("0\n1\n2\n3\n")
     drawn = [ESTIMATE, *TOY, "--sampled_tasks", "four.txt"]
-    for estimator in ("logistic", "alignment"):
+    for estimator in ("logistic", "representation"):
         run_script(*drawn, "--output_function", "margin", "--results_name", estimator, "--estimator", estimator)
         assert np.isfinite(pd.read_csv(f"results/{estimator}/estimates.csv").iloc[:, 2:].to_numpy(float)).all()
+    # "down" and "up a" answer with other letters: each task is nearest to itself
+    own = pd.read_csv("results/representation/estimates.csv")
+    assert own["score/down"].argmin() == 0 and own["score/up a"].argmin() == 2
+    with pytest.raises(FileNotFoundError, match="representations"):
+        run_script(*drawn, "--project_dim", "32", "--estimator", "representation")
 
 
 def test_fewer_rows_than_dimensions_use_their_kernel(copy: list[str]) -> None:

@@ -38,13 +38,13 @@ def writer(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"),
         "target_tokens": 1 + np.arange(len(keys)) % 5,
     }
     names = {"tasks": tasks, "targets": tasks}
-    return StoreWriter(folder, {"model_key": "m", "dim": DIM, **request}, samples, DIM, "Take them again.", names)
+    return StoreWriter(folder, {"model_key": "m", "dim": DIM, **request}, samples, DIM, "Take them again.", 3, names)
 
 
 def values_of(keys: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """What is computed for rows with such keys: rows, outputs."""
+    """What is computed for rows with such keys: rows, outputs, representations."""
     numbers = np.array([float(key) for key in keys])
-    return np.outer(numbers, np.arange(1, DIM + 1)), -numbers
+    return np.outer(numbers, np.arange(1, DIM + 1)), -numbers, np.outer(numbers, np.ones(3))
 
 
 def compute(of: StoreWriter, indices: np.ndarray) -> int:
@@ -75,7 +75,7 @@ def run(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), sh
 def check(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), alone: bool = True) -> None:
     """The part is what one run from nothing makes, and nothing is beside it, but for a part of other rows."""
     (part,) = open_store(folder.parent, None, "")
-    for found, expected in zip((part.rows, part.outputs), values_of(keys), strict=True):
+    for found, expected in zip((part.rows, part.outputs, part.representations), values_of(keys), strict=True):
         np.testing.assert_array_equal(found, expected)
     assert part.samples["key"].tolist() == list(keys) and part.manifest["tasks"] == part.targets == list(tasks)
     weights = token_weights(part.samples["target_tokens"], part.samples["task"] >= 0)
@@ -86,7 +86,7 @@ def check(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), 
         for name, value in vars(expected).items():
             np.testing.assert_array_equal(getattr(found, name), value)
     assert not alone or [path.name for path in folder.parent.iterdir()] == [folder.name]
-    kept = {f"{name}.npy" for name in ("projected", "outputs")} | {"samples.npz", MANIFEST}
+    kept = {f"{name}.npy" for name in ("projected", "outputs", "representations")} | {"samples.npz", MANIFEST}
     assert {path.name for path in folder.iterdir() if "moments" not in path.name} == kept
 
 
@@ -228,10 +228,10 @@ def test_another_request_is_refused(finished: bool, tmp_path: Path) -> None:
 
 def test_value_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
     of = writer(tmp_path / "x", OLD)
-    rows, outputs = values_of(OLD[:2])
+    rows, outputs, representations = values_of(OLD[:2])
     rows[1, 2] = np.inf
     with pytest.raises(ValueError, match="sample 2: its gradient is not finite at x"):
-        of.write(np.array([0, 2]), rows, outputs)
+        of.write(np.array([0, 2]), rows, outputs, representations)
     assert 0 in of.missing() and 2 in of.missing()
 
 
@@ -240,7 +240,7 @@ def test_room_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="the rows need 160 bytes") as caught:
+    with pytest.raises(OSError, match="the rows need 256 bytes") as caught:
         writer(tmp_path / "store" / "x", OLD)
     assert caught.value.errno == errno.ENOSPC and not list((tmp_path / "store").iterdir())
     monkeypatch.undo()
