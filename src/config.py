@@ -253,6 +253,8 @@ class GradientConfig:
     """gradients"""
 
     representations: bool = flag(False, "also keep hidden states, for --estimator representation", shown="do not")
+    save_projection_matrix: bool = flag(False, "also write the projection's random signs, packed in bits, beside the "
+        "gradients of each checkpoint", free=True, shown="do not; the seed draws them again")  # fmt: skip
     max_tokens_per_batch: Any = flag(4096, "rows times longest row of a batch, or auto: on a GPU twice that and so on, "  # noqa: RUF009
         "as long as a batch fits", number(int, 1, word=AUTO), "TOKENS", free=True)  # fmt: skip
 

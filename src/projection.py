@@ -36,7 +36,7 @@ class Projection:
     the CPU: any rank, device, order of layers and later run uses the same one. `columns` says where kind "none" puts each.
     """
 
-    def __init__(self, kind: str, dim: int, seed: int, columns: Mapping[str, slice]) -> None:
+    def __init__(self, kind: str, dim: int, seed: int, columns: Mapping[tuple[str, Shape], slice]) -> None:
         self.kind, self.dim, self.seed, self._columns = kind, dim, seed, columns
         self._matrix = cache(self._draw)
 
@@ -45,8 +45,15 @@ class Projection:
         """Add the projections of G_i = sum_t delta_t a_t^T of the parameter `name`, (out, in), to each sample's row.
 
         `output_gradients` is delta (B, T, out), zero at padding, `inputs` a (B, T, in); `rows` (B, d) float32 is changed
-        in place. Sums are float32 whatever the dtype of the factors.
+        in place. Sums are float32 whatever the dtype of the factors. ValueError: other shapes, or rows of another dtype.
         """
+        batch, tokens = output_gradients.shape[:2]
+        expected = ((batch, tokens, shape[0]), (batch, tokens, shape[1]), (batch, self.dim))
+        found = tuple(tuple(array.shape) for array in (output_gradients, inputs, rows))
+        if found != expected:
+            raise ValueError(f"{name} {shape}: factors and rows have shapes {found}, expected {expected}")
+        if rows.dtype != torch.float32:
+            raise ValueError(f"rows of projected gradients must be float32, found {rows.dtype}")
         # a surrounding autocast region would take the products back to half precision
         with torch.autocast(rows.device.type, enabled=False):
             self._matrix(name, shape, rows.device).add(output_gradients.float(), inputs.float(), rows)
@@ -54,12 +61,25 @@ class Projection:
     @torch.no_grad()
     def lift(self, solution: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         """The adjoint of `add`: P x, by name the parts (out, in) in the dtype and on the device of x (d,)."""
+        if solution.shape != (self.dim,):
+            raise ValueError(f"a solution has {self.dim} numbers, found shape {tuple(solution.shape)}")
         return {name: self._matrix(name, shape, solution.device).lift(solution) for name, shape in shapes.items()}
+
+    def packed_signs(self, name: str, shape: Shape) -> np.ndarray:
+        """The random signs of one matrix, uint8, a bit each (1 is +) in the order of `numpy.packbits`.
+
+        sketch: the p entries of G, row by row (the bins follow from the seed); two_sided: the (out, d_o) matrix,
+        then the (in, d_i) matrix; dense: (p, bytes), each line of d signs padded to whole 64-bit words; none: nothing.
+        """
+        return self._draw(name, shape, torch.device("cpu")).packed_signs()
 
     def _draw(self, name: str, shape: Shape, device: torch.device) -> _Matrix:
         if self.kind in RANDOM:
             return RANDOM[self.kind](partial(self._stream, name, shape), shape, self.dim, device)
-        return _Identity(self._columns[name], shape)
+        if (name, shape) not in self._columns:
+            known = ", ".join(f"{known} {size}" for known, size in self._columns)
+            raise ValueError(f"{name} {shape} is not one of the matrices of this projection: {known}")
+        return _Identity(self._columns[name, shape], shape)
 
     def _stream(self, name: str, shape: Shape, part: str) -> np.random.PCG64:
         """The random 64-bit words that belong to one part of one matrix."""
@@ -70,13 +90,23 @@ class Projection:
 def make_projection(kind: str, dim: int | None, seed: int, shapes: Mapping[str, Shape] | None = None) -> Projection:
     """A projection of one of the `KINDS` to d = `dim` numbers.
 
-    "none" keeps all numbers, whatever `dim`; it needs `shapes`, (out, in) of every adapted matrix by name in the order of
-    its columns.
+    "none" needs `shapes`, (out, in) of every adapted matrix by name in the order of its columns; its dim may be None.
+    ValueError: an unknown kind, d below 1, or "none" without shapes or with a d that is not p.
     """
-    columns, end = dict[str, slice](), 0
-    for name, shape in (shapes or {}).items():
-        columns[name] = slice(end, end := end + math.prod(shape))
-    return Projection(kind, int(dim) if dim and kind in RANDOM else end, int(seed), columns)
+    if kind not in KINDS:
+        raise ValueError(f"unknown projection {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind in RANDOM:
+        if dim is None or dim < 1:
+            raise ValueError(f"the projection {kind!r} needs a dimension of at least 1, found {dim}")
+        return Projection(kind, int(dim), int(seed), {})
+    if not shapes:
+        raise ValueError("the projection 'none' needs the shapes of all adapted matrices")
+    columns, end = dict[tuple[str, Shape], slice](), 0
+    for name, shape in shapes.items():
+        columns[name, shape] = slice(end, end := end + math.prod(shape))
+    if dim not in (None, end):
+        raise ValueError(f"the projection 'none' keeps all {end} parameters, found projection dimension {dim}; omit it")
+    return Projection(kind, end, int(seed), columns)
 
 
 class _Fold:
@@ -125,17 +155,22 @@ class _Sketch:
     def lift(self, solution: Tensor) -> Tensor:
         return torch.cat([hashed.unfold(solution) for _, hashed in self.hashes]).view(self.shape)
 
+    def packed_signs(self) -> np.ndarray:
+        return np.packbits(self.lift(torch.ones(self.dim)).numpy() > 0)
+
 
 class _TwoSided:
     """R_o^T G R_i of +-1 matrices, d_o d_i ~ d, from the projected factors: G is never formed. For full fine-tuning and
     very large layers; less accurate, most of all when few rows or columns of G hold its weight."""
 
     def __init__(self, stream: Stream, shape: Shape, dim: int, device: torch.device) -> None:
-        self.sides, self.factors = projected_sides(shape, dim), []
+        self.sides, self.signs, self.factors = projected_sides(shape, dim), [], []
         for part, size, side in zip(("out", "in"), shape, self.sides, strict=True):
-            factor = torch.from_numpy(_signs(stream(part), size * side)).view(size, side).float() / math.sqrt(side)
-            # a side that keeps its size stays as it is
-            self.factors.append(None if size == side else factor.to(device))
+            self.signs.append(signs := _signs(stream(part), size * side))
+            factor = torch.from_numpy(signs).view(size, side).float() / math.sqrt(side)
+            self.factors.append(
+                None if size == side else factor.to(device)
+            )  # a side that keeps its size stays as it is
         self.hashed = _Fold(stream("bins"), math.prod(self.sides), dim, device)  # any d is allowed, a prime too
 
     def add(self, output_gradients: Tensor, inputs: Tensor, rows: Tensor) -> None:
@@ -148,6 +183,9 @@ class _TwoSided:
         if out_factor is not None:
             lifted = out_factor.to(solution.dtype) @ lifted
         return lifted if in_factor is None else lifted @ in_factor.to(solution.dtype).T
+
+    def packed_signs(self) -> np.ndarray:
+        return np.packbits(np.concatenate(self.signs) > 0)
 
 
 class _Dense:
@@ -183,6 +221,9 @@ class _Dense:
         lifted = torch.cat([signs @ solution for _, signs in self.blocks(solution.dtype)])
         return lifted.view(self.shape) / math.sqrt(self.dim)
 
+    def packed_signs(self) -> np.ndarray:
+        return self.lines(0, math.prod(self.shape)).cpu().numpy()
+
 
 class _Identity:
     """No projection, d = p, for small models: each matrix flattened in its own columns of the row."""
@@ -195,6 +236,9 @@ class _Identity:
 
     def lift(self, solution: Tensor) -> Tensor:
         return solution[self.columns].reshape(self.shape).clone()
+
+    def packed_signs(self) -> np.ndarray:
+        return np.empty(0, np.uint8)
 
 
 RANDOM: dict[str, type[_Sketch] | type[_TwoSided] | type[_Dense]]

@@ -127,6 +127,9 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                     "config": recorded(config),
                 }
                 writer.finish(facts | console.spent(started) | {"command": console.command_typed()})
+            signs = part / store.PROJECTION_SIGNS
+            if processes.is_first and config.save_projection_matrix and not signs.is_file():
+                store.save_projection_signs(signs, projection, model.layout.shapes)
             processes.wait()
     stage_3 = "fast_estimate_linear_regression" + ("" if config.dataset_key else "_alpaca")
     print(

@@ -126,7 +126,11 @@ class Estimator:
         self.parts: list[Part] = []
         for part in self.stored:
             by_rows = kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers)
-            options: dict[str, Any] = {"weight_by": config.weight_by, "by_rows": by_rows, "represented": kind.represented}
+            options: dict[str, Any] = {
+                "weight_by": config.weight_by,
+                "by_rows": by_rows,
+                "represented": kind.represented,
+            }
             division = task_of_row, len(self.tasks), self.division or "tasks"
             self.parts.append(part.estimation_part(*division, **options))
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)

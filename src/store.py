@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,16 +21,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from src.artifacts import MANIFEST, check_files, check_manifest, file_sizes, read_manifest, write_manifest
+from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
 from src.console import progress
 from src.datamodule import read_arrays, write_arrays
 from src.estimation import Part, Rows, TaskMoments, task_moments, token_weights
+from src.projection import Projection
 
 PROJECTED = "projected.npy"
 OUTPUTS = "outputs.npy"
 REPRESENTATIONS = "representations.npy"
 SAMPLES = "samples.npz"
 DONE = "done.npy"
+PROJECTION_SIGNS = "projection_signs.npz"
 FINGERPRINT = "rows_fingerprint"
 FLUSH_SECONDS = 5.0
 """How much work a killed run loses at most."""
@@ -239,6 +242,8 @@ class StoreWriter:
             if names:
                 groups = self.samples[kind.removesuffix("s")]
                 part.moments(kind, groups, len(names), part.weight_by, not part.kernel_is_smaller)
+        if (signs := self.folder / PROJECTION_SIGNS).is_file():  # of the same request
+            os.replace(signs, self.partial / PROJECTION_SIGNS)
         write_manifest(self.partial, manifest)
         if self.folder.is_dir():
             os.replace(self.folder, self._shard("replaced"))
@@ -359,6 +364,14 @@ class StoredPart:
         kept = {field: value for field, value in vars(moments).items() if value is not None}
         write_arrays(self.folder / file, {"group_of_row": groups, "made_from": np.array(made_from), **kept})
         return moments
+
+
+def save_projection_signs(path: Path, projection: Projection, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """The signs of every matrix as a .npz: parameter name -> `Projection.packed_signs`, one in memory at a time."""
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, shape in shapes.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, projection.packed_signs(name, shape))
 
 
 def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) -> list[StoredPart]:

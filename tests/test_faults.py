@@ -50,7 +50,7 @@ class World:
         selected = ["--subset_file", "sampled_tasks/toy_forward_selection.txt"]
         self.commands = [
             [*training, "--epochs", "2", "--checkpoint_at", "0.5", "1.0"],
-            [*STAGE_2, *NAMED, *DIM, "--representations", *SMALL_BATCHES],
+            [*STAGE_2, *NAMED, *DIM, "--representations", "--save_projection_matrix", *SMALL_BATCHES],
             ["custom_train_alpaca.py", *NAMED, "--subset_file", "three.txt"],
             [STAGE_3, *NAMED, *drawn],
             [STAGE_4, *NAMED],
@@ -167,7 +167,7 @@ def test_killed_before_each_change_of_a_folder(world: World, number: int) -> Non
 
 
 def test_killed_while_the_store_is_finished(world: World) -> None:
-    """From the last row to the folder's name: the moments, the manifest, the rename."""
+    """From the last row to the folder's name: the moments, the manifest, the rename, the signs."""
     folder = world.after(1, "finishing")
     part = ".step_step=16.part"
     for moment in (
@@ -175,6 +175,7 @@ def test_killed_while_the_store_is_finished(world: World) -> None:
         f"{part}/moments_tasks.npz",
         f"{part}/{MANIFEST}",
         f"{part}'",
+        "step_step=16/projection_signs.npz",
     ):
         kill(world.stages.run(folder, world.commands[1], stop_at=moment))
     assert world.stages.run(folder, world.commands[1]).status == 0

@@ -22,6 +22,7 @@ from src.models import (
     load_model,
 )
 from src.projection import make_projection
+from src.store import save_projection_signs
 from tests.test_models import KINDS, adapted, make_datamodule
 
 
@@ -75,6 +76,10 @@ def test_rows_are_the_for_loop_gradients(kind: str, output: str, model_folders: 
         ]
         projected = gradients @ torch.stack(columns, dim=1).numpy()
         assert np.linalg.norm(rows - projected) <= 1e-5 * np.linalg.norm(projected)
+    save_projection_signs(tmp_path / "signs.npz", projection, model.layout.shapes)  # the dense one, unpacked by hand
+    with np.load(tmp_path / "signs.npz") as signs:
+        bits = np.concatenate([np.unpackbits(signs[name], axis=1)[:, :48] for name in model.layout.shapes])
+    np.testing.assert_allclose(rows, gradients @ (2.0 * bits - 1) / np.sqrt(48), rtol=1e-4, atol=1e-5)
 
 
 def adapted_as(folder: str, lora: LoraConfig) -> LanguageModel:

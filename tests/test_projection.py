@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -165,13 +166,49 @@ def test_large_matrices_are_taken_in_chunks(
     torch.testing.assert_close(projection.lift(solution, {"w": shape})["w"], lifted)
 
 
+@pytest.mark.parametrize(
+    ("kind", "num_signs"), [("sketch", 96), ("two_sided", 16 + 24 * 8), ("dense", 96 * 64), ("none", 0)]
+)
+def test_packed_signs_are_as_many_as_documented(kind: str, num_signs: int) -> None:
+    """And half of them are positive; +-1/sqrt(d) of the dense ones is P."""
+    assert projected_sides((4, 24), DIM) == (4, 8)
+    packed = make(kind).packed_signs("layer0.A", (4, 24))
+    assert packed.dtype == np.uint8 and packed.size == math.ceil(num_signs / 8)
+    if num_signs:
+        assert np.unpackbits(packed).mean() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(num_signs))
+    if kind == "dense":
+        signs = np.unpackbits(packed, axis=1)[:, :DIM].astype(float) * 2 - 1
+        np.testing.assert_allclose(whole_matrix(make("dense"))[:96], signs / math.sqrt(DIM))
+
+
 def test_projected_sides() -> None:
     """Balanced divisors, or the rank whole, or nothing to reduce; of a prime d a few numbers more, which the hash folds."""
-    shapes = {(2048, 2048): (20, 20), (4, 24): (4, 24), (16, 2048): (16, 25), (2048, 16): (25, 16), (3, 5): (3, 5)}
+    shapes = {(2048, 2048): (20, 20), (16, 2048): (16, 25), (2048, 16): (25, 16), (3, 5): (3, 5)}
     assert {shape: projected_sides(shape, 400) for shape in shapes} == shapes
     for dim in (2, 7, 97, 101):
         out, size = projected_sides((64, 64), dim)
         assert dim <= out * size <= dim + min(out, size)
+
+
+NONE, SKETCH, ZEROS, ROWS = make("none"), make("sketch"), torch.zeros(2, 3, 4), torch.zeros(2, DIM)
+
+
+@pytest.mark.parametrize(
+    ("message", "ask"),
+    {
+        "unknown projection 'gauss'; choose one of sketch": lambda: make_projection("gauss", 10, 0),
+        "at least 1, found 0": lambda: make_projection("sketch", 0, 0),
+        "needs the shapes": lambda: make_projection("none", None, 0),
+        f"keeps all {NONE.dim} parameters, found .* 10": lambda: make_projection("none", 10, 0, shapes=SHAPES),
+        r"expected \(\(2, 3, 4\), \(2, 3, 24\), \(2, 30\)\)": lambda: SKETCH.add("w", (4, 24), ZEROS, ZEROS, ROWS),
+        "must be float32, found": lambda: SKETCH.add("w", (4, 4), ZEROS, ZEROS, ROWS.double()),
+        "not one of the matrices": lambda: NONE.add("w", (4, 4), ZEROS, ZEROS, torch.zeros(2, NONE.dim)),
+        r"30 numbers, found shape \(29,\)": lambda: SKETCH.lift(torch.zeros(29), SHAPES),
+    }.items(),
+)
+def test_bad_requests_are_refused(message: str, ask: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask()
 
 
 def test_a_large_dense_matrix_is_drawn_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,10 +374,10 @@ def test_selected_rows_are_exported(copy: list[str]) -> None:
         run_script(*export)
 
 
-def test_margins_representations_and_checkpointing(copy: list[str]) -> None:
+def test_margins_representations_signs_and_checkpointing(copy: list[str]) -> None:
     """The flags of stage 2: what each leaves, and the estimators that live on it."""
     margins = ["--output_function", "margin", "--project_dim", "16"]
-    run_script(*COLLECT, *TOY, *margins, "--representations", "--gradient_checkpointing")
+    run_script(*COLLECT, *TOY, *margins, "--representations", "--save_projection_matrix", "--gradient_checkpointing")
     (store,) = Path("gradients").glob("*_dim_16_margin_run_0")
     parts = {
         "manifest.json",
@@ -385,6 +385,7 @@ def test_margins_representations_and_checkpointing(copy: list[str]) -> None:
         "projected.npy",
         "samples.npz",
         "representations.npy",
+        "projection_signs.npz",
     }
     found = {name for name in files_below(store) if "moments_" not in name}
     assert found == {f"{step}/{file}" for step in ("step_step=8", "step_step=16") for file in parts}
