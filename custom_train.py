@@ -21,7 +21,7 @@ from typing import Any
 from src import config, console
 
 SHOWN = (
-    config.CotData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig,
+    config.CotData, config.RowsConfig, config.ModelConfig, config.TrainingConfig,
     config.MetaTrainingConfig, config.ChosenTasks, config.RunsConfig, config.ClustersConfig, config.NameConfig,
     config.HardwareConfig,
 )  # fmt: skip

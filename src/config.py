@@ -105,11 +105,13 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class CotData:
-    """data (chain of thought)"""
+    """data and generation (chain of thought)"""
 
     dataset_key: str | None = flag(None, "data set: strategy_qa, gsm8k, …", metavar="KEY", shown="instruction data")
     preset_key: str = flag("ft_cot", "rows: ft, ft_cot, ft_cot_t70_<k>aug with k of 1 2 4 8 16 32 64", metavar="KEY")
     keep_incorrect: bool = flag(False, "train on completions with a wrong answer too, as published", shown="do not")
+    inference_batch_size: int = flag(32, "rows of a generation batch", COUNT, free=True)
+    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, free=True)
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,6 @@ class TrainingConfig:
     loss_over: str = flag("token", "a batch's loss is the mean over target tokens, or rows", choices=("token", "row"))
     weight_decay: float = flag(0.0, "weight decay of AdamW", NOT_NEGATIVE)
     epochs: int = flag(10, "passes over the rows", COUNT)
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """generation (chain of thought)"""
-
-    inference_batch_size: int = flag(32, "rows of a generation batch", COUNT, free=True)
-    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, free=True)
 
 
 @dataclass(frozen=True)
@@ -355,7 +349,7 @@ class KeepConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig(DataConfig, ModelConfig, TrainingConfig, GenerationConfig, NameConfig, HardwareConfig):
+class RunConfig(DataConfig, ModelConfig, TrainingConfig, NameConfig, HardwareConfig):
     """What every stage knows of its run: data, model, training, name; and where it runs itself."""
 
     @property
@@ -423,7 +417,7 @@ class SelectConfig(EstimationConfig, SelectionConfig, KeepConfig, RunsConfig):
 # --- from flags and manifests to a configuration --------------------------------------------------------------
 
 Config = TypeVar("Config", bound=RunConfig)
-RECORDED = {f.name for group in (DataConfig, ModelConfig, TrainingConfig, GenerationConfig, ProjectionConfig, GradientConfig)
+RECORDED = {f.name for group in (DataConfig, ModelConfig, TrainingConfig, ProjectionConfig, GradientConfig)
             for f in fields(group)} | {"save_name", "run", "precision", "checkpoint_at"}  # fmt: skip
 """What a manifest records for the stages after it."""
 DATA_FLAGS = tuple(f.name for f in fields(DataConfig))

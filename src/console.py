@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None, positionals: str = "") -> None:
         prog = (_typed or sys.argv)[0]
         usage = " ".join(filter(None, ["python", prog, positionals, "[flags]"]))
-        layout = partial(_Help, max_help_position=32, width=110)
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
         super().__init__(prog=prog, usage=usage, description=doc, formatter_class=layout, allow_abbrev=False)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -55,18 +55,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.format_usage().strip()}   (all flags: --help)\nerror: {message}\n")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows a flag's values once, behind its last name."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        values = self._format_args(action, str(action.metavar or "TEXT"))
-        if action.nargs == "+" and not action.choices:
-            values = f"{action.metavar or 'TEXT'} ..."
-        return f"{', '.join(action.option_strings)} {values}"
 
 
 # --- telling -------------------------------------------------------------------------------------------------

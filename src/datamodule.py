@@ -77,13 +77,10 @@ def tokenize(
     token: the tokenizer's, or another special token that the completion ends with, such as a chat template's end of
     turn; white space and repetitions behind it are dropped.
 
-    A decoder's row longer than `max_length` loses the prompt's first tokens, except the beginning-of-text token, and
-    then the completion's last. An encoder-decoder's prompt is cut at `max_length`, before its last special tokens, its
-    completion at `max_target_length`. A notice counts the cut rows.
-
-    Raises:
-        ValueError: the tokenizer has no end token or cannot read a text, a completion has no token, or `max_length`
-            leaves no room for one.
+    A decoder's row longer than `max_length` loses the prompt's first tokens, except the beginning-of-text token, and then
+    the completion's last. An encoder-decoder's prompt is cut at `max_length`, before its last special tokens, its
+    completion at `max_target_length`. A notice counts the cut rows. ValueError: the tokenizer has no end token or cannot
+    read a text, a completion has no token, or `max_length` leaves no room for one.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; add one to it")

@@ -17,9 +17,6 @@ from torch.nn.functional import one_hot, softplus
 
 WEIGHT_BY = ("token", "sample", "task")
 DEFAULT_RHO = 1e-3
-CURVATURE_POWER = 1
-"""A training row of n target tokens counts n to this power in H_S. Independent gradients of tokens would ask for 2; on two
-synthetic worlds (`data/make_synthetic.py --joined 4`) LDS was 0.92 and 0.83 with 1, 0.90 and 0.80 with 2."""
 
 OnSubsets = Callable[[Tensor], Tensor]
 """Shares (c, n), factors of the tasks' moments that make means of sums -> estimates (c, k), or solutions (c, d)."""
@@ -43,7 +40,7 @@ class TaskMoments:
     output_sums: np.ndarray  # of outputs, (n,) float64
     sums: np.ndarray  # b_t, of gradients, (n, d) float64
     squares: np.ndarray  # trace of H_t, (n,) float64
-    # H_t, of outer products with the weights of the curvature, (n, d, d); None where the rows are used instead.
+    # H_t, of outer products, (n, d, d); None where the rows are used instead.
     # Float32, since they are most of a run's memory; it changes estimates by less than 1e-6 of themselves.
     outers: np.ndarray | None
 
@@ -56,8 +53,7 @@ class Rows:
     outputs: np.ndarray  # (R,)
     task_of_row: np.ndarray  # (R,), -1 for none
     target_of_row: np.ndarray  # (R,), -1 for none
-    weights: np.ndarray | None = None  # of a row in sums of gradients (R,); None = 1
-    curvatures: np.ndarray | None = None  # of a row in sums of outer products (R,); None = 1
+    weights: np.ndarray | None = None  # of a row in all sums (R,); None = 1
 
 
 @dataclass(frozen=True)
@@ -73,15 +69,14 @@ class Part:
     )
 
 
-def token_weights(target_tokens: np.ndarray, is_training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the rows (R,) in sums of gradients and of outer products, for training on the mean over tokens.
+def token_weights(target_tokens: np.ndarray, is_training: np.ndarray) -> np.ndarray:
+    """Weights of the rows (R,) in all sums, for training on the mean over tokens.
 
-    A training row of n target tokens counts n times in b_S and N_S, and n ** CURVATURE_POWER times in H_S; n (R,) is taken
-    relative to its mean where `is_training` (R,). The other rows are a target's, whose loss is a mean over rows; in its
-    curvature they have one power less, which keeps the unit of H_S.
+    A training row of n target tokens counts n times; n (R,) is taken relative to its mean where `is_training` (R,). The
+    other rows are a target's, whose loss is a mean over rows. In H_S independent gradients of tokens would ask for n squared;
+    on two synthetic worlds (`data/make_synthetic.py --joined 4`) LDS was 0.92 and 0.83 with n, 0.90 and 0.80 with n squared.
     """
-    relative = target_tokens / target_tokens[is_training].mean()
-    return np.where(is_training, relative, 1.0), relative ** np.where(is_training, CURVATURE_POWER, CURVATURE_POWER - 1)
+    return np.where(is_training, target_tokens / target_tokens[is_training].mean(), 1.0)
 
 
 def task_moments(
@@ -91,7 +86,6 @@ def task_moments(
     num_tasks: int,
     *,
     weights: np.ndarray | None = None,
-    curvatures: np.ndarray | None = None,
     outers: bool = True,
     progress: Progress | None = None,
 ) -> TaskMoments:
@@ -100,11 +94,11 @@ def task_moments(
     Raises:
         ValueError: a row is not finite.
     """
-    of_gradient, of_square = (np.ones(len(rows)) if of is None else of for of in (weights, curvatures))
+    of_row = np.ones(len(rows)) if weights is None else weights
     dim, of_task = rows.shape[1], np.flatnonzero(task_of_sample >= 0)
     counts, summed_weights, output_sums = (
         np.bincount(task_of_sample[of_task], values[of_task], num_tasks)
-        for values in (np.ones(len(rows)), of_gradient, of_gradient * outputs)
+        for values in (np.ones(len(rows)), of_row, of_row * outputs)
     )
     sums, squares = np.zeros((num_tasks, dim)), np.zeros(num_tasks)
     summed_outers = np.zeros((num_tasks, dim, dim), np.float32) if outers else None
@@ -115,8 +109,8 @@ def task_moments(
         for task in np.unique(tasks[tasks >= 0]):
             own = np.flatnonzero(tasks == task)
             gradients, samples = block[own].astype(np.float64), start + own
-            scaled = of_square[samples, None] * gradients
-            sums[task] += of_gradient[samples] @ gradients
+            scaled = of_row[samples, None] * gradients
+            sums[task] += of_row[samples] @ gradients
             squares[task] += np.vdot(scaled, gradients)
             if summed_outers is not None:
                 summed_outers[task] += gradients.T @ scaled
@@ -251,26 +245,24 @@ def _combined(shares: Tensor, outers: Tensor) -> Tensor:
 
 
 def _kernel_solver(part: Part, strength: float) -> OnSubsets:
-    """x = -G' (G G' + lambda I)^-1 s/r with the rows of G times r, the roots of their shares in the curvature, and s their
-    shares in the gradient."""
-    gradients, _, task_of_row, of_row, in_curvature = _rows_of(part, "task_of_row")
+    """x = -G' (G G' + lambda I)^-1 r with the rows of G times r, the roots of their shares."""
+    gradients, _, task_of_row, of_row = _rows_of(part, "task_of_row")
     kernel = gradients @ gradients.T
 
     def on_subset(shares: Tensor) -> Tensor:
-        chosen = (shares * in_curvature).nonzero().squeeze(1)
-        roots = (shares * in_curvature)[chosen].sqrt()
-        goals, roots = ((shares * of_row)[chosen] / roots).float(), roots.float()
+        chosen = shares.nonzero().squeeze(1)
+        roots = shares[chosen].sqrt().float()
         gram = roots[:, None] * kernel[chosen][:, chosen] * roots
         gram.diagonal().add_(strength)
-        return -(roots * _solve(gram, goals)) @ gradients[chosen]
+        return -(roots * _solve(gram, roots)) @ gradients[chosen]
 
-    return lambda shares: torch.stack([on_subset(of_rows) for of_rows in shares[:, task_of_row]]).double()
+    return lambda shares: torch.stack([on_subset(of_rows) for of_rows in shares[:, task_of_row] * of_row]).double()
 
 
 def _logistic_solver(part: Part, strength: float) -> OnSubsets:
     """x_S that minimises the mean of log(1 + exp(o_i + g_i.x)) + lambda |x|^2, for outputs o = minus the margin: Newton's
     method for all subsets of a chunk at once, each step halved until the subset's objective does not rise."""
-    single, outputs, task_of_row, of_row, _ = _rows_of(part, "task_of_row")
+    single, outputs, task_of_row, of_row = _rows_of(part, "task_of_row")
     gradients = single.double()
 
     def hessian(curvatures: Tensor) -> Tensor:
@@ -312,12 +304,12 @@ def _ridge(part: Part, strength: float) -> OnSubsets:
         return _linear(part, strength)
     solve, (means, slopes), totals = _ridge_solver(part, strength), _target_means(part), _tensor(part.target.weights)
     if part.target.outers is None:
-        gradients, _, target_of_row, _, in_curvature = _rows_of(part, "target_of_row")
+        gradients, _, target_of_row, of_row = _rows_of(part, "target_of_row")
 
     def curvatures(x: Tensor) -> Tensor:
         if part.target.outers is not None:
             return torch.stack([((x @ outer) * x).sum(1) for outer in torch.from_numpy(part.target.outers)], dim=1)
-        squares = in_curvature * (x @ gradients.T).double().square()
+        squares = of_row * (x @ gradients.T).double().square()
         return squares.new_zeros(len(x), len(totals)).index_add_(1, target_of_row, squares)
 
     def estimates(shares: Tensor) -> Tensor:
@@ -335,7 +327,7 @@ def _linear(part: Part, strength: float) -> OnSubsets:
 
 def _logistic(part: Part, strength: float) -> OnSubsets:
     """The paper's (arXiv:2409.19458): the mean of log(1 + exp(o_i + g_i.x_S)) over the target's rows."""
-    solve, (gradients, outputs, target_of_row, _, _) = _logistic_solver(part, strength), _rows_of(part, "target_of_row")
+    solve, (gradients, outputs, target_of_row, _) = _logistic_solver(part, strength), _rows_of(part, "target_of_row")
     in_target = one_hot(target_of_row, len(part.target.counts)).double()
     in_target /= in_target.sum(0)  # (rows of targets, k)
     return lambda shares: softplus(outputs + solve(shares) @ gradients.double().T) @ in_target
@@ -439,15 +431,15 @@ def _with_targets(part: Part, targets: Sequence[int]) -> Part:
     return replace(part, target=replace(part.target, **chosen), rows=rows)
 
 
-def _rows_of(part: Part, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of the rows that have a task or a target (`group`): gradients (float32), outputs, group ids, weights, curvatures."""
+def _rows_of(part: Part, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the rows that have a task or a target (`group`): gradients (float32), outputs, group ids, weights."""
     if (rows := part.rows) is None:
         raise ValueError("this estimator would need the rows of a part, and this one has moments only")
     groups = np.asarray(getattr(rows, group))
     chosen = np.flatnonzero(groups >= 0)
-    ones, gradients = np.ones(len(groups)), torch.from_numpy(np.asarray(rows.rows[chosen], np.float32))
-    weights, curvatures = (_tensor((ones if of is None else of)[chosen]) for of in (rows.weights, rows.curvatures))
-    return gradients, _tensor(rows.outputs[chosen]), torch.from_numpy(groups[chosen]).long(), weights, curvatures
+    weights = np.ones(len(groups)) if rows.weights is None else rows.weights
+    gradients, ids = torch.from_numpy(np.asarray(rows.rows[chosen], np.float32)), torch.from_numpy(groups[chosen])
+    return gradients, _tensor(rows.outputs[chosen]), ids.long(), _tensor(weights[chosen])
 
 
 def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Letters: m subsets, n tasks, k targets.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,24 +80,23 @@ class Levels:
         return "base model (measured)", f"all tasks ({'measured' if self.whole else 'estimated'})"
 
 
-def known_levels(stored: Sequence[StoredPart], meta_training: Mapping[str, Any]) -> Levels | None:
+def known_levels(
+    stored: Sequence[StoredPart], parts: Sequence[Part], meta_training: Mapping[str, Any]
+) -> Levels | None:
     """The losses that meta-training measured, else those of the store's rows at its first and last checkpoint; None where
     neither has the base model's and a later one."""
-    targets, of_target = stored[0].targets, stored[0].rows_of("target") > 0
+    targets, counts = stored[0].targets, parts[0].target.counts
     losses = meta_training.get("validation_losses", {})
     known = [np.array([losses.get(when, {}).get(name, np.nan) for name in targets]) for when in ("base", "last")]
     same_data = meta_training.get("data_fingerprint") == stored[0].manifest["data_fingerprint"]
-    if same_data and np.isfinite(known)[:, of_target].all():
+    if same_data and np.isfinite(known)[:, counts > 0].all():
         return Levels(known[0], known[1], losses["last_step"], losses["whole"])
-    first, last = stored[0], stored[-1]  # in the order of training
-    if first.manifest["step"] != 0 or last.manifest["step"] == 0:
+    first, last = stored[0].manifest["step"], stored[-1].manifest["step"]  # in the order of training
+    if first != 0 or last == 0:
         return None
-    means = []
-    for part in (first, last):
-        target = part.samples["target"]
-        sums = np.bincount(target[target >= 0], part.outputs[target >= 0], len(targets))
-        means.append(np.where(of_target, sums / np.maximum(part.rows_of("target"), 1), np.nan))
-    return Levels(means[0], means[1], last.manifest["step"], whole=False)
+    sums = np.array([parts[0].target.output_sums, parts[-1].target.output_sums])
+    base, all_tasks = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return Levels(base, all_tasks, last, whole=False)
 
 
 def stored(cls: type[Config], typed: Mapping[str, Any]) -> tuple[Config, Path]:
@@ -115,7 +113,6 @@ class Estimator:
             raise ValueError(f"--estimator {config.estimator}: choose one of {', '.join(ESTIMATORS)}")
         self.config, self.store, kind = config, store, ESTIMATORS[config.estimator]
         self.stored: list[StoredPart] = open_store(store, config.load_model_dir, "stage 2")
-        say_notices(notice for part in self.stored for notice in part.notices())
         manifest = self.stored[0].manifest
         self.targets, self.tasks = self.stored[0].targets, list(manifest["tasks"])
         self.division: str | None = None  # names another division into tasks than the data's own
@@ -126,18 +123,21 @@ class Estimator:
         if kind.output_function not in (None, manifest["output_function"]):
             wanted = f"take the gradients with --output_function {kind.output_function} too"
             raise ValueError(f"--estimator {config.estimator} is of {kind.output_function}s; {wanted}")
-        weight_by = config.weight_by or self.stored[0].weight_by
         self.parts: list[Part] = []
         for part in self.stored:
             by_rows = kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers)
-            options: dict[str, Any] = {"weight_by": weight_by, "by_rows": by_rows, "represented": kind.represented}
+            options: dict[str, Any] = {
+                "weight_by": config.weight_by,
+                "by_rows": by_rows,
+                "represented": kind.represented,
+            }
             division = task_of_row, len(self.tasks), self.division or "tasks"
             self.parts.append(part.estimation_part(*division, **options))
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
-        self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
-        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
+        self.levels = known_levels(self.stored, self.parts, self.meta_training) if of_losses else None
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
+        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
         if self.levels is not None and not self.levels.whole:
             when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
             note = "the loss of all tasks is estimated: it was last measured"
@@ -214,8 +214,7 @@ class Estimator:
     @property
     def meta_training(self) -> dict[str, Any]:
         """The manifest of the meta-training that the gradients were taken on; empty where it is not ours, or gone."""
-        folder = Path(self.stored[0].manifest["checkpoint_dir"]).parent
-        return artifacts.read_manifest(folder, "") if (folder / artifacts.MANIFEST).is_file() else {}
+        return artifacts.manifest_of(Path(self.stored[0].manifest["checkpoint_dir"]).parent)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -294,11 +293,7 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
         values |= dict(zip((tables.CALIBRATED, tables.LOW, tables.HIGH), calibrated, strict=True))
         calibration["rho_calibrated"] = rho
         beside = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
-        described = Path(str(config.calibrate)).with_suffix(".json")
-        facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-        trained = ", ".join(f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts)
-        how = f" (fine-tuned with {trained})" if trained else ""
-        print(f"Calibrated on {config.calibrate}{how}, with rho {rho:g}{beside}.")
+        print(f"Calibrated on {config.calibrate}, with rho {rho:g}{beside}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in values for column in columns]
     frame = pd.DataFrame(np.concatenate(list(values.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
@@ -354,12 +349,11 @@ def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Se
     """
     started, path, truth = time.perf_counter(), estimates_file, tables.read_table(truth_file, of_subsets=True)
     estimates = tables.read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
-    manifest = artifacts.read_manifest(path.parent, "stage 3") if (path.parent / artifacts.MANIFEST).is_file() else {}
+    manifest = artifacts.manifest_of(path.parent)
     tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
     of_estimates = tables.estimate_prefix(estimates)
-    available = [
-        name for name in tables.columns_of(estimates, of_estimates) if name in tables.columns_of(truth, metric)
-    ]
+    in_truth = tables.columns_of(truth, metric)
+    available = [name for name in tables.columns_of(estimates, of_estimates) if name in in_truth]
     targets = target_task or tables.own_targets(available, tasks)
     if unknown := [name for name in targets if name not in available]:
         both = ", ".join(available) or "no target in common"

@@ -5,7 +5,6 @@ Letters: R rows (training and validation), B batch, d projection dimension, H hi
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -25,7 +24,7 @@ import numpy as np
 from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
 from src.console import progress
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
+from src.estimation import Part, Rows, TaskMoments, task_moments, token_weights
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -62,9 +61,8 @@ class StoreWriter:
         reused: How many of the R rows were taken over.
         to_compute: Sample indices of the others, done or not: batches are cut from these, wherever a run was killed.
 
-    Raises:
-        ValueError: the folder is of another request.
-        OSError: there is no room for the rows. All is taken at once: a write through a map would end the process.
+    ValueError: the folder is of another request. OSError: there is no room for the rows. All is taken at once: a write
+    through a map would end the process.
     """
 
     def __init__(
@@ -182,9 +180,7 @@ class StoreWriter:
         self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray, representations: np.ndarray | None = None
     ) -> None:
         """Store the rows (B, d), outputs (B,) and, where they are kept, representations (B, H) of these samples.
-
-        Raises:
-            ValueError: a value is not finite; names the sample.
+        ValueError: a value is not finite; names the sample.
         """
         finite = {"output": np.isfinite(outputs), "gradient": np.isfinite(rows).all(axis=1)}
         if (bad := ~(finite["output"] & finite["gradient"])).any():
@@ -241,10 +237,11 @@ class StoreWriter:
         self.flush()
         manifest = {**self.request, **self.names, FINGERPRINT: self.fingerprint, "num_rows": len(self._first), **facts}
         manifest["files"] = file_sizes(self.partial, [*self._arrays, SAMPLES])
-        part, outers = StoredPart(self.partial, manifest), not kernel_is_smaller(*self.rows.shape)
+        part = StoredPart(self.partial, manifest)
         for kind, names in self.names.items():
             if names:
-                part.moments(kind, self.samples[kind.removesuffix("s")], len(names), part.weight_by, outers)
+                groups = self.samples[kind.removesuffix("s")]
+                part.moments(kind, groups, len(names), part.weight_by, not part.kernel_is_smaller)
         if (signs := self.folder / PROJECTION_SIGNS).is_file():  # of the same request
             os.replace(signs, self.partial / PROJECTION_SIGNS)
         write_manifest(self.partial, manifest)
@@ -272,11 +269,6 @@ def _copy_rows(to: np.ndarray, ours: np.ndarray, source: np.ndarray, theirs: np.
         to[ours[start : start + block]] = source[theirs[start : start + block]]
 
 
-def kernel_is_smaller(num_rows: int, dim: int) -> bool:
-    """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-    return num_rows <= dim
-
-
 @dataclass(frozen=True)
 class StoredPart:
     """The finished rows of one checkpoint, memory-mapped."""
@@ -298,9 +290,7 @@ class StoredPart:
     def representations(self) -> np.ndarray:
         """Representations (R, H); FileNotFoundError where the store was made without."""
         if REPRESENTATIONS not in self.manifest["files"]:
-            raise FileNotFoundError(
-                f"{self.folder} holds no representations; take its gradients with --representations"
-            )
+            raise FileNotFoundError(f"{self.folder} has no representations; take gradients with --representations")
         return np.load(self.folder / REPRESENTATIONS, mmap_mode="r")
 
     @cached_property
@@ -319,20 +309,10 @@ class StoredPart:
         """Names of the targets, in the order of their ids."""
         return self.manifest["targets"]
 
-    def rows_of(self, kind: str) -> np.ndarray:
-        """How many rows each of the "task"s, or "target"s, has."""
-        groups = self.samples[kind]
-        return np.bincount(groups[groups >= 0], minlength=len(self.manifest[f"{kind}s"]))
-
     @property
     def kernel_is_smaller(self) -> bool:
         """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-        return kernel_is_smaller(self.manifest["num_rows"], self.manifest["dim"])
-
-    def notices(self) -> list[str]:
-        """Targets without rows (every task has some)."""
-        empty = [name for name, count in zip(self.targets, self.rows_of("target"), strict=True) if not count]
-        return [f"{self.folder}: target {name} has no rows, so that nothing is estimated of it" for name in empty]
+        return self.manifest["num_rows"] <= self.manifest["dim"]
 
     def estimation_part(
         self,
@@ -360,17 +340,13 @@ class StoredPart:
         outers = not (by_rows or represented)
         train = self.moments(name, tasks, num_tasks, weight_by, outers, represented)
         target = self.moments("targets", targets, len(self.targets), weight_by, outers, represented)
-        rows = None
-        if by_rows:
-            values = self.representations if represented else self.rows
-            rows = Rows(values, self.outputs, tasks, targets, *self._row_weights(weight_by))
+        rows = Rows(self.rows, self.outputs, tasks, targets, self._row_weights(weight_by)) if by_rows else None
         return Part(train, target, rows, self.manifest["output_function"], weight_by)
 
-    def _row_weights(self, weight_by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Weights of the rows in sums of gradients (R,) and of outer products (R,); None where all weigh the same."""
-        if weight_by != "token":
-            return None, None
-        return token_weights(self.samples["target_tokens"], self.samples["task"] >= 0)
+    def _row_weights(self, weight_by: str) -> np.ndarray | None:
+        """Weights of the rows (R,); None where all weigh the same."""
+        tokens, is_training = self.samples["target_tokens"], self.samples["task"] >= 0
+        return token_weights(tokens, is_training) if weight_by == "token" else None
 
     def moments(
         self, name: str, groups: np.ndarray, number: int, weight_by: str, outers: bool, represented: bool = False
@@ -378,14 +354,13 @@ class StoredPart:
         """The moments of so many groups of rows, computed once and kept in a .npz beside the rows."""
         by_token = weight_by == "token"
         file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
-        made_from = self.manifest[FINGERPRINT] + f"^{CURVATURE_POWER}" * by_token
+        made_from = self.manifest[FINGERPRINT]
         kept = read_arrays(self.folder / file) or {}
         same_groups = np.array_equal(kept.pop("group_of_row", ()), groups)
         if kept.pop("made_from", None) == made_from and same_groups:
             return TaskMoments(**{"outers": cast(Any, None), **kept})
-        values, (weights, curvatures) = self.representations if represented else self.rows, self._row_weights(weight_by)
-        options = {"weights": weights, "curvatures": curvatures, "outers": outers, "progress": progress}
-        moments = task_moments(values, self.outputs, groups, number, **cast(Any, options))
+        values, weights = self.representations if represented else self.rows, self._row_weights(weight_by)
+        moments = task_moments(values, self.outputs, groups, number, weights=weights, outers=outers, progress=progress)
         kept = {field: value for field, value in vars(moments).items() if value is not None}
         write_arrays(self.folder / file, {"group_of_row": groups, "made_from": np.array(made_from), **kept})
         return moments
@@ -407,26 +382,21 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
         checkpoints: Names of the checkpoints wanted; None = all that are there.
         made_by: The script that makes the store, for messages.
 
-    Raises:
-        FileNotFoundError: there is no store, or not for a checkpoint, or a file of it is gone.
-        ValueError: parts do not belong together, or a file has another size than when it was made.
+    FileNotFoundError: there is no store, or not for a checkpoint, or a file of it is gone. ValueError: parts do not belong
+    together, or a file has another size than when it was made.
     """
     if checkpoints is None:
         found = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
         if not found:
-            like = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*")], cutoff=0.8)
-            there = f" (there are {', '.join(like)}: other model, adapter, projection or --save_name)" if like else ""
-            raise FileNotFoundError(f"no projected gradients in {folder}{there}; make them with: python {made_by}")
+            raise FileNotFoundError(f"no projected gradients in {folder}; make them with: python {made_by}")
     else:
         found = [folder / Path(name.removesuffix("/")).name.removesuffix(".ckpt") for name in checkpoints]
     parts = [StoredPart(path, read_manifest(path, made_by)) for path in found]
     parts.sort(key=lambda part: (part.manifest["step"], part.folder.name))
     trainings = sorted({str(Path(part.manifest.get("checkpoint_dir", "")).parent.resolve()) for part in parts})
     if checkpoints is None and len(trainings) > 1:
-        raise ValueError(
-            f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)}); name those to be "
-            "used with --load_model_dir"
-        )
+        of_several = f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)})"
+        raise ValueError(f"{of_several}; name those to be used with --load_model_dir")
     expected = {key: parts[0].manifest[key] for key in ("tasks", "targets", FINGERPRINT, "output_function", "dim")}
     for part in parts:
         check_files(part.folder, part.manifest, f"Remove {part.folder} and take the gradients again.")

@@ -156,7 +156,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "task out of range": (TRAIN, ["--task_idxes", "0", "9"], r"--task_idxes 9: this data has tasks 0 to 3"),
     "negative task": (TRAIN, ["--task_idxes", "-3"], r"--task_idxes"),
     "task twice": (TRAIN, ["--task_idxes", "1", "1"], r"--task_idxes 1 1: a task is named twice"),
-    "no subset file": (TRAIN, ["--subset_file", "bad/none.txt"], r"bad/none\.txt is not there"),
+    "no subset file": (TRAIN, ["--subset_file", "bad/none.txt"], r"bad/none\.txt does not exist"),
     "empty subset file": (TRAIN, ["--subset_file", "bad/empty.txt"], r"bad/empty\.txt holds no subset"),
     "a word": (TRAIN, ["--subset_file", "bad/word.txt"], r"bad/word\.txt, line 1: 'one' is no task id; expected numbers from 0 to 3"),
     "out of range": (TRAIN, ["--subset_file", "bad/range.txt"], r"bad/range\.txt, line 2: '99' is no task id"),

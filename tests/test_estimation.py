@@ -51,10 +51,8 @@ def target_tokens(rows: Rows) -> np.ndarray:
 
 
 def make_part(rows: Rows, weight_by: str = "sample") -> Part:
-    weights, curvatures = None, None
-    if weight_by == "token":
-        weights, curvatures = token_weights(target_tokens(rows), rows.task_of_row >= 0)
-    of_rows = {"weights": weights, "curvatures": curvatures}
+    tokens = target_tokens(rows)
+    of_rows = {"weights": token_weights(tokens, rows.task_of_row >= 0) if weight_by == "token" else None}
     return Part(
         task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS, **of_rows),
         task_moments(rows.rows, rows.outputs, rows.target_of_row, NUM_TARGETS, **of_rows),
@@ -80,23 +78,21 @@ def membership() -> np.ndarray:
     return bits[(bits.sum(axis=1) >= 2) & (bits.sum(axis=1) <= 3)].astype(bool)
 
 
-def row_weights(rows: Rows, task_weights: np.ndarray, weight_by: str, power: int = 1) -> np.ndarray:
-    """The weight of every row (R,) in a subset, task by task; of outer products with `power`."""
+def row_weights(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
+    """The weight of every row (R,) in a subset, task by task."""
     weights = np.zeros(len(rows.outputs))
     tokens = target_tokens(rows)
     relative = tokens / tokens[rows.task_of_row >= 0].mean()
     for task, weight in enumerate(task_weights):
         of_task = rows.task_of_row == task
         weights[of_task] = weight / (of_task.sum() if weight_by == "task" else 1)
-    return weights * relative**power if weight_by == "token" else weights
+    return weights * relative if weight_by == "token" else weights
 
 
 def ridge_strength(rows: Rows, weight_by: str, rho: float = RHO) -> float:
-    """lambda = rho times the mean squared norm over the rows of all tasks, as curvature weighs them."""
-    weights, curvatures = (
-        row_weights(rows, np.ones(NUM_TASKS), weight_by, power) for power in (1, module.CURVATURE_POWER)
-    )
-    return rho * curvatures @ (rows.rows.astype(float) ** 2).sum(axis=1) / weights.sum()
+    """lambda = rho times the mean squared norm over the rows of all tasks."""
+    weights = row_weights(rows, np.ones(NUM_TASKS), weight_by)
+    return rho * weights @ (rows.rows.astype(float) ** 2).sum(axis=1) / weights.sum()
 
 
 def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -108,22 +104,18 @@ def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     return np.array(means), np.array(slopes)
 
 
-def quadratic_terms(rows: Rows, solutions: np.ndarray, weight_by: str) -> np.ndarray:
-    """Half the mean squared change of each target's rows along each solution, (m, k); the longer a row is, the nearer is
-    its gradient, a mean over tokens, to 0, and the more it says about the tokens' curvature."""
-    tokens = target_tokens(rows)
-    relative = (tokens / tokens[rows.task_of_row >= 0].mean()) ** (module.CURVATURE_POWER - 1)
-    changes = rows.rows.astype(float) @ solutions.T * (relative[:, None] ** 0.5 if weight_by == "token" else 1)
+def quadratic_terms(rows: Rows, solutions: np.ndarray) -> np.ndarray:
+    """Half the mean squared change of each target's rows along each solution, (m, k)."""
+    changes = rows.rows.astype(float) @ solutions.T
     return np.array([(changes[rows.target_of_row == target] ** 2).mean(axis=0) / 2 for target in range(NUM_TARGETS)]).T
 
 
 def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
-    """x_S by scikit-learn, from the raw rows: regress minus weight over curvature on the gradients without intercept."""
-    weights, curvatures = (row_weights(rows, task_weights, weight_by, power) for power in (1, module.CURVATURE_POWER))
+    """x_S by scikit-learn, from the raw rows: regress -1 on the gradients without intercept."""
+    weights = row_weights(rows, task_weights, weight_by)
     chosen = weights > 0
     ridge = Ridge(alpha=ridge_strength(rows, weight_by) * weights.sum(), fit_intercept=False, solver="cholesky")
-    goals = -weights[chosen] / curvatures[chosen]
-    ridge.fit(rows.rows[chosen].astype(float), goals, sample_weight=curvatures[chosen])
+    ridge.fit(rows.rows[chosen].astype(float), -np.ones(chosen.sum()), sample_weight=weights[chosen])
     return ridge.coef_
 
 
@@ -132,20 +124,13 @@ def without_outers(part: Part) -> Part:
     return replace(part, train=replace(part.train, outers=None), target=replace(part.target, outers=None))
 
 
-@pytest.mark.parametrize(("weight_by", "power"), [("token", 1), ("token", 2), ("sample", 1), ("task", 1)])
+@pytest.mark.parametrize("weight_by", ["token", "sample", "task"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("dim", "by_rows"), [(DIM, False), (DIM, True), (200, True)])
 def test_ridge_equals_a_regression_on_the_raw_rows(
-    membership: np.ndarray,
-    weight_by: str,
-    power: int,
-    weighted: bool,
-    dim: int,
-    by_rows: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    membership: np.ndarray, weight_by: str, weighted: bool, dim: int, by_rows: bool
 ) -> None:
     """Moments, the rows' kernel, batching and float32 change nothing: each x_S is a ridge regression on the rows of S."""
-    monkeypatch.setattr(module, "CURVATURE_POWER", power)
     rows = make_rows(dim=dim)
     part = without_outers(make_part(rows, weight_by)) if by_rows else make_part(rows, weight_by)
     weights = membership * np.random.default_rng(1).random(membership.shape) if weighted else membership
@@ -158,7 +143,7 @@ def test_ridge_equals_a_regression_on_the_raw_rows(
         for name, from_part in (("linear", part), ("ridge", part), ("ridge", replace(part, output_function="margin")))
     )
     np.testing.assert_allclose(linear, first_order, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ridge, first_order + quadratic_terms(rows, expected, weight_by), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ridge, first_order + quadratic_terms(rows, expected), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(margin, first_order, rtol=1e-4, atol=1e-5)
 
 
@@ -166,7 +151,7 @@ def test_weights_of_rows(rows: Rows, membership: np.ndarray) -> None:
     """Tasks that differ in size and rows in length make a difference; rows of one length weigh the same."""
     by_token, by_sample, by_task = (estimate([make_part(rows, weight_by)], membership) for weight_by in WEIGHT_BY)
     assert min(np.abs(by_sample - by_task).max(), np.abs(by_sample - by_token).max()) > 1e-3
-    np.testing.assert_array_equal(token_weights(np.full(5, 9), np.arange(5) < 3), np.ones((2, 5)))
+    np.testing.assert_array_equal(token_weights(np.full(5, 9), np.arange(5) < 3), np.ones(5))
 
 
 @pytest.mark.parametrize(
@@ -275,8 +260,8 @@ def test_moments_are_sums_over_rows(
     monkeypatch.setattr(module, "_BLOCK_ROWS", block_rows)
     np.save(tmp_path / "rows.npy", rows.rows[:, :3])
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    weights, curvatures = np.random.default_rng(0).random((2, len(mapped))) if weighted else np.ones((2, len(mapped)))
-    options = {"weights": weights, "curvatures": curvatures} if weighted else {}
+    weights = np.random.default_rng(0).random(len(mapped)) if weighted else np.ones(len(mapped))
+    options = {"weights": weights} if weighted else {}
     task_of_row = rows.task_of_row // 3  # two tasks, so that a block of them is short
     moments = task_moments(mapped, rows.outputs, task_of_row, 2, **options)
     for task in range(2):
@@ -286,8 +271,8 @@ def test_moments_are_sums_over_rows(
             "weights": sum(weights[row] for row in own),
             "output_sums": sum(weights[row] * float(rows.outputs[row]) for row in own),
             "sums": sum(weights[row] * mapped[row] for row in own),
-            "squares": sum(curvatures[row] * mapped[row] @ mapped[row] for row in own),
-            "outers": sum(curvatures[row] * np.outer(mapped[row], mapped[row]) for row in own),
+            "squares": sum(weights[row] * mapped[row] @ mapped[row] for row in own),
+            "outers": sum(weights[row] * np.outer(mapped[row], mapped[row]) for row in own),
         }
         for name, value in expected.items():
             np.testing.assert_allclose(getattr(moments, name)[task], value, rtol=1e-5, atol=1e-5, err_msg=name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +224,7 @@ def test_checkpointing_lets_layer_inputs_go(
         loss = OUTPUT_FUNCTIONS["loss"].function
         earlier = [found for found in gc.get_objects() if type(found) is torch.Tensor]
         with GradientCollector(model, make_projection("sketch", 16, 0)) as collect:
-            collect.output_function = replace(OUTPUT_FUNCTIONS["loss"], function=output)
+            collect.output_function = OUTPUT_FUNCTIONS["loss"]._replace(function=output)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 collect(batch)
         return sum(size for pointer, size in held.items() if pointer not in weights)

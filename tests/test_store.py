@@ -78,11 +78,11 @@ def check(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), 
     for found, expected in zip((part.rows, part.outputs, part.representations), values_of(keys), strict=True):
         np.testing.assert_array_equal(found, expected)
     assert part.samples["key"].tolist() == list(keys) and part.manifest["tasks"] == part.targets == list(tasks)
-    weights, curvatures = token_weights(part.samples["target_tokens"], part.samples["task"] >= 0)
+    weights = token_weights(part.samples["target_tokens"], part.samples["task"] >= 0)
     moments = part.estimation_part()
     for kind, found in (("task", moments.train), ("target", moments.target)):
         groups = part.samples[kind]
-        expected = task_moments(part.rows, part.outputs, groups, len(tasks), weights=weights, curvatures=curvatures)
+        expected = task_moments(part.rows, part.outputs, groups, len(tasks), weights=weights)
         for name, value in vars(expected).items():
             np.testing.assert_array_equal(getattr(found, name), value)
     assert not alone or [path.name for path in folder.parent.iterdir()] == [folder.name]
