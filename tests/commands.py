@@ -1,7 +1,5 @@
 """Loads the stage scripts by path, as a user names them."""
 
-from __future__ import annotations
-
 from src.console import ROOT, load_script
 
 __all__ = ["ROOT", "STAGES", "load_script", "run_script"]

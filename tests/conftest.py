@@ -1,11 +1,9 @@
 """Tiny real components: a character tokenizer, two-layer models built from a config, ten-row data."""
 
-from __future__ import annotations
-
 import json
 import os
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,14 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def stages() -> Iterator[Stages]:
+def stages():
     """Runs stages in processes of their own that need no imports."""
     with Stages() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def shared_data():
     """Real data beside the project; tests that need it skip where it is not there."""
     if not SHARED.is_dir():
         pytest.skip("no ../shared/data")
@@ -109,7 +107,7 @@ class _Folders(dict[str, str]):
 
 
 @pytest.fixture(scope="session")
-def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def model_folders(tmp_path_factory):
     """Architecture -> folder of a tiny model."""
     root = tmp_path_factory.mktemp("models")
     return _Folders(lambda kind: str(build_model_folder(kind, root / kind)))
@@ -158,7 +156,7 @@ def write_sources(path: Path, tasks: dict[str, int], **extra: str) -> Path:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path, monkeypatch):
     """An empty current folder, so that stages write below it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

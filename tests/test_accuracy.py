@@ -1,7 +1,5 @@
 """Scores of estimates against values worked out by hand or by a general library."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, spearmanr
@@ -23,7 +21,7 @@ from src.evaluation import (
 )
 
 
-def test_figures_by_hand() -> None:
+def test_figures_by_hand():
     """Four subsets, one neighbouring pair exchanged: 1 - 6 * 2 / (4 * 15)."""
     assert linear_datamodeling_score(np.array([1.0, 2, 3, 4]), np.array([10.0, 30, 20, 40])) == pytest.approx(0.8)
     assert np.isnan(linear_datamodeling_score(np.ones(4), np.arange(4.0)))
@@ -33,7 +31,7 @@ def test_figures_by_hand() -> None:
     assert figures["regret"] == pytest.approx(0.5)
 
 
-def test_bootstrap_interval_is_scipys() -> None:
+def test_bootstrap_interval_is_scipys():
     rng = np.random.default_rng(0)
     truth = rng.standard_normal(60)
     estimates = truth + rng.standard_normal(60)
@@ -44,7 +42,7 @@ def test_bootstrap_interval_is_scipys() -> None:
     assert found[0] < linear_datamodeling_score(estimates, truth) < found[1]
 
 
-def test_attainable_maximum_is_what_the_exact_truth_scores() -> None:
+def test_attainable_maximum_is_what_the_exact_truth_scores():
     """Spearman-Brown by hand; over many draws it is the score of the noiseless values against the mean of the runs."""
     runs = np.random.default_rng(0).standard_normal((20, 3)) + np.arange(20.0)[:, None] / 5
     r = np.mean([spearmanr(runs[:, a], runs[:, b]).statistic for a, b in ((0, 1), (0, 2), (1, 2))])
@@ -63,7 +61,7 @@ def test_attainable_maximum_is_what_the_exact_truth_scores() -> None:
     assert np.mean(maxima) == pytest.approx(np.mean(scores), abs=0.01)
 
 
-def test_score_of_the_best_quarter() -> None:
+def test_score_of_the_best_quarter():
     """Of twelve subsets the three that are best after fine-tuning; of eleven too, but not of nine."""
     fine_tuned = np.random.default_rng(0).permutation(np.arange(1.0, 13.0))
     estimates = fine_tuned.copy()
@@ -73,7 +71,7 @@ def test_score_of_the_best_quarter() -> None:
     assert np.isnan(judge(estimates[:9], fine_tuned[:9])["lds_top_quarter"])
 
 
-def test_comparison_has_every_predictor_for_every_target() -> None:
+def test_comparison_has_every_predictor_for_every_target():
     """Estimates that know inclusion alone score like the predictor that does, and nothing once it is given."""
     is_in = np.array([True, True, False, False])
     np.testing.assert_allclose(given_inclusion(np.array([1.0, 3, 10, 20]), is_in), [-1, 1, -5, 5])
@@ -96,7 +94,7 @@ def test_comparison_has_every_predictor_for_every_target() -> None:
     assert set(comparison({"estimate": truth[:, :1]}, runs[:, :1], ["a"])["target"]) == {"a"}
 
 
-def test_calibration_is_a_least_squares_line() -> None:
+def test_calibration_is_a_least_squares_line():
     rng = np.random.default_rng(0)
     estimates, fine_tuned = rng.standard_normal((7, 2)), rng.standard_normal((7, 2))
     fine_tuned[:, 0] += 3 * estimates[:, 0]
@@ -108,7 +106,7 @@ def test_calibration_is_a_least_squares_line() -> None:
     assert high[1, 0] - low[1, 0] > high[0, 0] - low[0, 0]  # farther from what was fine-tuned
 
 
-def test_intervals_hold_what_they_promise() -> None:
+def test_intervals_hold_what_they_promise():
     """Over many draws of seven fine-tuned subsets with normal noise, 90 % of new values lie within."""
     rng = np.random.default_rng(0)
     estimates = rng.standard_normal((8, 4000))
@@ -117,7 +115,7 @@ def test_intervals_hold_what_they_promise() -> None:
     assert np.mean((low <= fine_tuned[7:]) & (fine_tuned[7:] <= high)) == pytest.approx(0.9, abs=0.02)
 
 
-def test_leave_one_out_chooses_the_ridge_that_predicts() -> None:
+def test_leave_one_out_chooses_the_ridge_that_predicts():
     """Where it is clearly better than the default."""
     rng = np.random.default_rng(0)
     fine_tuned = rng.standard_normal((8, 3))

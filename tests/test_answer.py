@@ -1,7 +1,5 @@
 """Of everything that was fine-tuned the best on validation rows, and how sure that is, in words."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -36,7 +34,7 @@ def noise(seed: int, size: int = 40, scale: float = 0.02) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, size)
 
 
-def test_the_base_model_may_be_best(tmp_path: Path) -> None:
+def test_the_base_model_may_be_best(tmp_path):
     """Then nothing helps, whatever the selections say; of equal losses too."""
     base = 1 + noise(0, scale=0.5)
     fine_tuned(tmp_path, {"0 1 2": [base + 2], "1": [base + 1 + noise(1)], "": [base]})
@@ -47,7 +45,7 @@ def test_the_base_model_may_be_best(tmp_path: Path) -> None:
     assert best_fine_tuned(tmp_path, TASKS).subset == ()
 
 
-def test_rows_are_compared_in_pairs(tmp_path: Path) -> None:
+def test_rows_are_compared_in_pairs(tmp_path):
     """Losses differ more from row to row than from subset to subset: the pairs tell. The interval is that of a paired t."""
     base = 3 + noise(0, scale=2.0)
     losses = {"": [base], "0 1 2": [base - 0.5 + noise(1)], "0 2": [base - 0.501 + noise(2)], "1": [base + 1]}
@@ -60,7 +58,7 @@ def test_rows_are_compared_in_pairs(tmp_path: Path) -> None:
     assert basis.startswith("Intervals are over 40 validation rows; what another seed would change is not in them ")
 
 
-def test_seeds_count(tmp_path: Path) -> None:
+def test_seeds_count(tmp_path):
     """Two seeds that disagree take the certainty that rows seem to give, with or without the losses of rows."""
     base = 3 + noise(0)
     losses = {"": [base, base], "1": [base - 0.9 + noise(1), base + 0.5 + noise(2)]}
@@ -72,7 +70,7 @@ def test_seeds_count(tmp_path: Path) -> None:
         assert answer.lines[2] == f"Intervals are over {'40 validation rows and ' if keep_rows else ''}2 seeds."
 
 
-def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+def test_what_is_not_known_is_said(tmp_path):
     """One seed and no losses of rows; and no base model in the table."""
     fine_tuned(tmp_path, {"0 1 2": [np.array([2.0])], "1": [np.array([1.0])]}, keep_rows=False)
     _, found, basis = best_fine_tuned(tmp_path, TASKS).lines
@@ -80,7 +78,7 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert re.match("How sure this is cannot be said of one seed", basis)
 
 
-def test_targets_count_the_same(tmp_path: Path) -> None:
+def test_targets_count_the_same(tmp_path):
     """Of two targets the mean is compared, with the variance of both."""
     base, losses = noise(0, 60, 1.0), noise(1, 60, 0.3) - 0.05
     target, rows = np.where(np.arange(60) % 2, "a", "b"), []

@@ -1,7 +1,5 @@
 """Bad input: one line that names the culprit and the cure, a status that is not 0, and a folder left as it was."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -200,7 +198,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def place(track: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def place(track, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad_input") / "workspace"
     shutil.copytree(track[0], folder)
     flags = track[1]
@@ -225,9 +223,7 @@ def arguments_of(script: str, own: list[str], flags: list[str]) -> tuple[str, li
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_written(
-    case: str, place: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_one_line_and_nothing_written(case, place, monkeypatch, capsys):
     script, own, pattern = CASES[case]
     folder, flags = place
     monkeypatch.chdir(folder)
@@ -244,7 +240,7 @@ def test_one_line_and_nothing_written(
     assert not (folder / "bad" / "executed").exists()
 
 
-def test_a_script_says_it_on_the_terminal(place: tuple[Path, list[str]]) -> None:
+def test_a_script_says_it_on_the_terminal(place):
     """The same from a shell: one line on the error stream, status 1."""
     folder, flags = place
     command = [sys.executable, str(ROOT / TRAIN), *flags, "--subset_file", "bad/word.txt"]
@@ -254,9 +250,7 @@ def test_a_script_says_it_on_the_terminal(place: tuple[Path, list[str]]) -> None
     assert "Traceback" not in ended.stderr
 
 
-def test_odd_names_of_tasks_work(
-    model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_names_of_tasks_work(model_folders, tmp_path, monkeypatch):
     """From training to a selection and its export; nothing is written outside of the workspace."""
     folder = tmp_path / "deep" / "workspace"
     folder.mkdir(parents=True)
@@ -266,7 +260,7 @@ def test_odd_names_of_tasks_work(
     Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ["--data_files", "rows.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "2"]
 
-    def run(script: str, *more: str) -> None:
+    def run(script, *more):
         name, *own = script.split()
         module = load_script(name)
         run_stage(module.main, module.parse_args([*own, *flags, *more]))

@@ -1,7 +1,5 @@
 """The benchmarks on a world of minutes made seconds: every row, every file, and going on where a run ended."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -17,9 +15,7 @@ WORLD = "synthetic:9,num_tasks=6,pretrain_steps=30,rows_per_task=12,target_rows=
 TINY = ["--world", WORLD, "--epochs", "1", "--runs", "2", "--project_dim", "32", "--json"]
 
 
-def test_every_estimator_and_every_method_is_judged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_every_estimator_and_every_method_is_judged(tmp_path, monkeypatch, capsys):
     """With --json nothing else is printed; the second benchmark goes on with the world of the first."""
     monkeypatch.chdir(tmp_path)
     run_script("scripts/benchmark_estimates.py", *TINY, "--subsets", "6", "--calibration_subsets", "5")
@@ -51,7 +47,7 @@ def test_every_estimator_and_every_method_is_judged(
     assert len(list(Path("results").glob("benchmark_*/figure.png"))) == 2
 
 
-def test_worlds_are_named_by_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worlds_are_named_by_what_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     worlds, script = load_script("scripts/worlds.py"), load_script("scripts/benchmark_estimates.py")
     args = script.parse_args(["--epochs", "3"])
@@ -73,7 +69,7 @@ def test_worlds_are_named_by_what_they_are(tmp_path: Path, monkeypatch: pytest.M
             worlds.parse_world(name, flags)
 
 
-def test_a_store_of_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_store_of_many_rows(tmp_path, monkeypatch, capsys):
     """The script at a small size: all rows are written, summed and estimated from, and nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     flags = "--rows 5000 --dim 16 --tasks 20 --targets 3 --subsets 7"

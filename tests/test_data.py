@@ -1,7 +1,5 @@
 """Rows of a run: splits that never move, pickles that never run, chain-of-thought files, errors with file and line."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -20,15 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.cot import (
-    DATASET_KEYS,
-    clean_answer,
-    extract_answers,
-    judge,
-    load_cot,
-    parse_preset,
-    save_predictions,
-)
+from src.cot import DATASET_KEYS, clean_answer, extract_answers, judge, load_cot, parse_preset, save_predictions
 from src.data import Example, TaskData, stable_split
 from src.frames import read_pickle
 from src.instruction import load_instruction
@@ -573,7 +563,7 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path) -> Project:
+def project(tmp_path):
     return Project(tmp_path)
 
 

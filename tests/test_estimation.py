@@ -1,9 +1,6 @@
 """Estimation: batched solves from moments against one subset at a time on the raw rows."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,17 +61,17 @@ def make_part(rows: Rows, weight_by: str = "sample") -> Part:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
+def rows():
     return make_rows()
 
 
 @pytest.fixture(scope="module")
-def part(rows: Rows) -> Part:
+def part(rows):
     return make_part(rows)
 
 
 @pytest.fixture(scope="module")
-def membership() -> np.ndarray:
+def membership():
     """Every pair and triple of tasks: (35, n)."""
     bits = np.arange(2**NUM_TASKS)[:, None] >> np.arange(NUM_TASKS) & 1
     return bits[(bits.sum(axis=1) >= 2) & (bits.sum(axis=1) <= 3)].astype(bool)
@@ -135,15 +132,7 @@ def without_outers(part: Part) -> Part:
 @pytest.mark.parametrize(("weight_by", "power"), [("token", 1), ("token", 2), ("sample", 1), ("task", 1)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("dim", "by_rows"), [(DIM, False), (DIM, True), (200, True)])
-def test_ridge_equals_a_regression_on_the_raw_rows(
-    membership: np.ndarray,
-    weight_by: str,
-    power: int,
-    weighted: bool,
-    dim: int,
-    by_rows: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ridge_equals_a_regression_on_the_raw_rows(membership, weight_by, power, weighted, dim, by_rows, monkeypatch):
     """Moments, the rows' kernel, batching and float32 change nothing: each x_S is a ridge regression on the rows of S."""
     monkeypatch.setattr(module, "CURVATURE_POWER", power)
     rows = make_rows(dim=dim)
@@ -162,7 +151,7 @@ def test_ridge_equals_a_regression_on_the_raw_rows(
     np.testing.assert_allclose(margin, first_order, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_of_rows(rows: Rows, membership: np.ndarray) -> None:
+def test_weights_of_rows(rows, membership):
     """Tasks that differ in size and rows in length make a difference; rows of one length weigh the same."""
     by_token, by_sample, by_task = (estimate([make_part(rows, weight_by)], membership) for weight_by in WEIGHT_BY)
     assert min(np.abs(by_sample - by_task).max(), np.abs(by_sample - by_token).max()) > 1e-3
@@ -172,9 +161,7 @@ def test_weights_of_rows(rows: Rows, membership: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("weight_by", "offset", "rho"), [("token", 0, RHO), ("sample", 0, RHO), ("task", 0, RHO), ("sample", 20, 1e-3)]
 )
-def test_logistic_equals_a_general_minimiser(
-    rows: Rows, membership: np.ndarray, weight_by: str, offset: float, rho: float
-) -> None:
+def test_logistic_equals_a_general_minimiser(rows, membership, weight_by, offset, rho):
     """The paper's estimator against scipy, a subset at a time, from the raw rows.
 
     Margins of -20 leave almost no curvature at the start, where an undamped Newton step goes astray.
@@ -187,7 +174,7 @@ def test_logistic_equals_a_general_minimiser(
     for subset, estimates, at in zip(membership[::5], found[::5], solved[::5], strict=True):
         weights = row_weights(rows, subset, weight_by)
 
-        def objective(x: np.ndarray, weights: np.ndarray = weights) -> float:
+        def objective(x, weights=weights):
             losses = np.logaddexp(0, outputs + rows.rows @ x)
             return float(np.average(losses, weights=weights) + strength * x @ x)
 
@@ -199,12 +186,12 @@ def test_logistic_equals_a_general_minimiser(
 
 
 @pytest.mark.parametrize("estimator", ["alignment", "representation", "constant"])
-def test_estimators_without_a_solution_displace_nothing(part: Part, membership: np.ndarray, estimator: str) -> None:
+def test_estimators_without_a_solution_displace_nothing(part, membership, estimator):
     with pytest.raises(ValueError, match=f"'{estimator}' has no solution .*; choose one of ridge, linear, logistic"):
         solutions(part, membership, estimator=estimator)
 
 
-def test_targets_can_be_chosen(part: Part, membership: np.ndarray) -> None:
+def test_targets_can_be_chosen(part, membership):
     """The chosen columns, in the order asked for."""
     cases = [(part, name) for name in ESTIMATORS] + [(without_outers(part), "ridge")]
     for from_part, estimator in cases:
@@ -214,7 +201,7 @@ def test_targets_can_be_chosen(part: Part, membership: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("weight_by", WEIGHT_BY)
-def test_alignment_and_constant_by_hand(rows: Rows, membership: np.ndarray, weight_by: str) -> None:
+def test_alignment_and_constant_by_hand(rows, membership, weight_by):
     """L_val minus the inner product of the mean gradients of target and subset; L_val alone."""
     means, slopes = target_means(rows)
     weights = [row_weights(rows, subset, weight_by) for subset in membership]
@@ -227,9 +214,7 @@ def test_alignment_and_constant_by_hand(rows: Rows, membership: np.ndarray, weig
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_chunks_are_irrelevant(
-    part: Part, membership: np.ndarray, estimator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_are_irrelevant(part, membership, estimator, monkeypatch):
     """Solving one subset at a time gives the same estimates."""
     expected = estimate([part], membership, estimator=estimator, rho=RHO)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
@@ -239,16 +224,14 @@ def test_chunks_are_irrelevant(
 
 @pytest.mark.parametrize("estimator", ["ridge", "logistic"])
 @pytest.mark.parametrize("scale", [1e-8, 1e6])
-def test_estimates_do_not_depend_on_the_unit_of_gradients(
-    rows: Rows, part: Part, membership: np.ndarray, estimator: str, scale: float
-) -> None:
+def test_estimates_do_not_depend_on_the_unit_of_gradients(rows, part, membership, estimator, scale):
     """rho is relative, so gradients of another model's size give the same estimates, also in float32."""
     scaled = make_part(replace(rows, rows=rows.rows * np.float32(scale)))
     expected = estimate([part], membership, estimator=estimator)
     np.testing.assert_allclose(estimate([scaled], membership, estimator=estimator), expected, rtol=5e-4, atol=1e-5)
 
 
-def test_several_checkpoints_are_averaged(part: Part, membership: np.ndarray) -> None:
+def test_several_checkpoints_are_averaged(part, membership):
     """The estimate over checkpoints is the mean of theirs; they may differ in d."""
     other = make_part(make_rows(seed=1, dim=5))
     expected = (estimate([part], membership) + estimate([other], membership)) / 2
@@ -256,7 +239,7 @@ def test_several_checkpoints_are_averaged(part: Part, membership: np.ndarray) ->
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_training_on_nothing_changes_nothing(rows: Rows, part: Part, membership: np.ndarray, estimator: str) -> None:
+def test_training_on_nothing_changes_nothing(rows, part, membership, estimator):
     """The empty subset is the target as it is, and so is any whose gradients are 0; "logistic" is in log(1 + exp(-margin))."""
     outputs = np.logaddexp(0, rows.outputs) if estimator == "logistic" else rows.outputs
     means, _ = target_means(replace(rows, outputs=outputs))
@@ -268,9 +251,7 @@ def test_training_on_nothing_changes_nothing(rows: Rows, part: Part, membership:
 
 @pytest.mark.parametrize("block_rows", [7, 10_000])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_moments_are_sums_over_rows(
-    rows: Rows, block_rows: int, weighted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moments_are_sums_over_rows(rows, block_rows, weighted, tmp_path, monkeypatch):
     """Block by block from a file, a task's moments are sums over its rows; rows of no task count for nothing."""
     monkeypatch.setattr(module, "_BLOCK_ROWS", block_rows)
     np.save(tmp_path / "rows.npy", rows.rows[:, :3])
@@ -294,7 +275,7 @@ def test_moments_are_sums_over_rows(
     assert task_moments(mapped, rows.outputs, task_of_row, 2, outers=False).outers is None
 
 
-def test_approximation_error_by_hand() -> None:
+def test_approximation_error_by_hand():
     """|residual|^2 / |displaced outputs|^2; a model that is linear in its parameters has none."""
     rows, solution = np.array([[1.0, 2.0], [0.0, 1.0]]), np.array([1.0, 1.0])
     start = np.array([1.0, 2.0])
@@ -311,12 +292,12 @@ def test_approximation_error_by_hand() -> None:
         ({"membership": -np.eye(NUM_TASKS)}, "not negative"),
     ],
 )
-def test_bad_input_is_refused(part: Part, options: dict, message: str) -> None:
+def test_bad_input_is_refused(part, options, message):
     with pytest.raises(ValueError, match=message):
         estimate([replace(part, rows=None)], **{"membership": np.eye(NUM_TASKS), **options})
 
 
-def test_subsets_and_targets_without_rows_are_refused(rows: Rows, membership: np.ndarray) -> None:
+def test_subsets_and_targets_without_rows_are_refused(rows, membership):
     """A task without rows may sit beside others, but cannot be a subset; a target needs rows."""
     without = make_part(replace(rows, task_of_row=np.where(rows.task_of_row == 2, -1, rows.task_of_row)))
     assert np.isfinite(estimate([replace(without, weight_by="task")], membership)).all()
@@ -327,7 +308,7 @@ def test_subsets_and_targets_without_rows_are_refused(rows: Rows, membership: np
         estimate([without], membership)
 
 
-def test_rows_that_are_not_finite_are_refused(rows: Rows, part: Part, membership: np.ndarray) -> None:
+def test_rows_that_are_not_finite_are_refused(rows, part, membership):
     """The message names the task, whether the rows are summed now or were before."""
     gradients = np.where(rows.task_of_row[:, None] == 4, np.nan, rows.rows)
     with pytest.raises(ValueError, match="task 4 has outputs or gradients that are not finite"):
@@ -338,12 +319,12 @@ def test_rows_that_are_not_finite_are_refused(rows: Rows, part: Part, membership
 
 
 @pytest.mark.parametrize("with_outers", [True, False])
-def test_mixture_weights_find_the_lowest_estimate(part: Part, rows: Rows, with_outers: bool) -> None:
+def test_mixture_weights_find_the_lowest_estimate(part, rows, with_outers):
     """As low as a general minimiser gets from the same start, and the shares are what the estimates were of."""
     part = part if with_outers else without_outers(part)
     shares, course = mixture_weights([part], [1], rho=RHO)
 
-    def mean_estimate(logits: np.ndarray) -> float:
+    def mean_estimate(logits):
         weights = NUM_TASKS * np.exp(logits) / np.exp(logits).sum()
         return float(estimate([part], weights[None], rho=RHO, targets=[1])[0, 0])
 
@@ -356,7 +337,7 @@ def test_mixture_weights_find_the_lowest_estimate(part: Part, rows: Rows, with_o
     assert of_shares[0, 0] == pytest.approx(course.min(), rel=1e-3)
 
 
-def test_neighbours_are_estimated_as_they_are_alone(part: Part) -> None:
+def test_neighbours_are_estimated_as_they_are_alone(part):
     """Subsets one task apart share their sums; the estimates are those of each subset by itself."""
     forward = np.eye(NUM_TASKS, dtype=bool) | np.isin(np.arange(NUM_TASKS), [0, 2])
     any_weights = np.random.default_rng(0).random((9, NUM_TASKS)) + 0.1
@@ -367,7 +348,7 @@ def test_neighbours_are_estimated_as_they_are_alone(part: Part) -> None:
 
 
 @pytest.mark.parametrize("shares", [[[0.25] * 4], [[0.5, 0.5, 0, 1], [0.5, 0.5, 1, 0], [0.2, 0.2, 0.2, 0.2]]])
-def test_slopes_of_combined_moments_are_those_of_the_sums(shares: list[list[float]]) -> None:
+def test_slopes_of_combined_moments_are_those_of_the_sums(shares):
     """At equal weights too, where a maximum has several places: those of the plain product."""
     outers, goal = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 4)))
     at = torch.tensor(shares, dtype=torch.float64, requires_grad=True)

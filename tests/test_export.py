@@ -1,7 +1,5 @@
 """Exports for other trainers, read back as each trainer's documents say that it reads them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -46,12 +44,12 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_said(monkeypatch):
     monkeypatch.setattr(console, "_said", set())
 
 
 @pytest.fixture
-def flags(workspace: Path, model_folders: dict[str, str]) -> list[str]:
+def flags(workspace, model_folders):
     """Four sources, one of them of conversations, two with names that make one file name; rows are held out of each."""
     shutil.copytree(model_folders["llama"], "model")
     Path("model/chat_template.jinja").write_text(TEMPLATE)
@@ -212,7 +210,7 @@ READERS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl, "open-i
            "torchtune": torchtune}  # fmt: skip
 
 
-def test_every_trainer_is_read_and_explained() -> None:
+def test_every_trainer_is_read_and_explained():
     assert READERS.keys() == export.TRAINERS.keys()
     source = (console.ROOT / SCRIPT).read_text()
     readme = (console.ROOT / "README.md").read_text()
@@ -222,7 +220,7 @@ def test_every_trainer_is_read_and_explained() -> None:
 
 @pytest.mark.parametrize("by", [[], ["--trainer_samples"]], ids=["files", "trainer"])
 @pytest.mark.parametrize("name", READERS)
-def test_a_trainer_reads_what_the_mixture_says(name: str, by: list[str], flags: list[str]) -> None:
+def test_a_trainer_reads_what_the_mixture_says(name, by, flags):
     """Its keys, its fields, as many rows of each source as the shares say, no held-out row, every conversation whole."""
     run_script(SCRIPT, *flags, *weights(), "--for", name, *by)
     folder, data = Path(f"results/mine/export_{name}"), data_of(flags)
@@ -285,7 +283,7 @@ def slow_counts(shares: list[float], available: list[int], total: int, most: flo
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_counts_are_those_of_a_slow_reference(seed: int) -> None:
+def test_counts_are_those_of_a_slow_reference(seed):
     rng = np.random.default_rng(seed)
     size = int(rng.integers(1, 9))
     shares = rng.choice([0, 0.1, 0.25, 1 / 3, rng.random(), 1e-6], size).tolist()
@@ -310,13 +308,11 @@ def test_counts_are_those_of_a_slow_reference(seed: int) -> None:
         ([40, 20, 7], [40, 20, 7], 67, 1, [40, 20, 7]),
     ],
 )  # fmt: skip
-def test_counts_by_hand(
-    shares: list[float], available: list[int], total: int, most: float, expected: list[int]
-) -> None:
+def test_counts_by_hand(shares, available, total, most, expected):
     assert row_counts(shares, available, total, most) == expected == slow_counts(shares, available, total, most)
 
 
-def test_rows_are_drawn_evenly_and_by_seed() -> None:
+def test_rows_are_drawn_evenly_and_by_seed():
     rows = np.array([3, 5, 8, 9])
     for count in (1, 4, 7, 12):
         drawn = drawn_rows(rows, count, 0, "a")
@@ -332,7 +328,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "mixture.json"}
 
 
-def test_a_seed_decides_everything(flags: list[str], tmp_path: Path) -> None:
+def test_a_seed_decides_everything(flags, tmp_path):
     """The same seed writes the same bytes, another other rows; files of an earlier selection are gone; a source's file does
     not depend on the other sources."""
     folder = Path("results/mine/export_trl")
@@ -356,9 +352,7 @@ def test_a_seed_decides_everything(flags: list[str], tmp_path: Path) -> None:
     }
 
 
-def test_the_mixture_says_rows_tokens_repeats_and_where_it_is_from(
-    flags: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_the_mixture_says_rows_tokens_repeats_and_where_it_is_from(flags, capsys):
     data = data_of(flags)
     chosen = [data.tasks.index("chat"), data.tasks.index("law")]
     text = " ".join(map(str, chosen))
@@ -404,9 +398,7 @@ def test_the_mixture_says_rows_tokens_repeats_and_where_it_is_from(
         ({"law": 1, "b/1": 1}, [], None),
     ],
 )  # fmt: skip
-def test_caps_and_sources_without_a_row_are_named(
-    shares: dict, more: list[str], note: str | None, flags: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_caps_and_sources_without_a_row_are_named(shares, more, note, flags, capsys):
     run_script(SCRIPT, *flags, *weights(shares), "--for", "llamafactory", *more)
     printed = capsys.readouterr().out
     notes = [line for line in printed.splitlines() if "caps" in line or "left out" in line]
@@ -418,7 +410,7 @@ def test_caps_and_sources_without_a_row_are_named(
 # --- conversations ---------------------------------------------------------------------------------------------
 
 
-def test_tools_stay_with_a_conversation_or_are_refused(flags: list[str]) -> None:
+def test_tools_stay_with_a_conversation_or_are_refused(flags):
     call = {"type": "function", "function": {"name": "look", "arguments": {"for": "é"}}}
     turns = [
         *said(("user", "q")),
@@ -457,7 +449,7 @@ def direct(examples: list[tuple[str, str, str]], name: str, model: str = "nowher
     return Path(f"results/own/export_{name}")
 
 
-def test_texts_become_conversations_where_only_those_are_taken(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_texts_become_conversations_where_only_those_are_taken(workspace, capsys):
     """Without a tokenizer tokens are not counted, and the run goes on; a row without a prompt is refused by name."""
     folder = direct([("a", "p", "c"), ("b", "q", "d")], "open-instruct")
     assert read(folder / "a.jsonl") == [{"messages": said(("user", "p"), ("assistant", "c"))}]
@@ -473,7 +465,7 @@ def test_texts_become_conversations_where_only_those_are_taken(workspace: Path, 
     assert (folder / "a.jsonl").is_file()  # the earlier export is whole
 
 
-def test_a_source_of_both_kinds_is_written_as_conversations(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_source_of_both_kinds_is_written_as_conversations(flags, capsys):
     more = lines(Path("more.jsonl"), [{"prompt": "p", "completion": "c", "task": "chat"}])
     typed = [*flags[:2], more, *flags[2:]]
     data = data_of(typed)
@@ -485,7 +477,7 @@ def test_a_source_of_both_kinds_is_written_as_conversations(flags: list[str], ca
     assert said(("user", "p"), ("assistant", "c")) in [row["messages"] for row in rows] and len(rows) == 31
 
 
-def test_clusters_keep_conversations(flags: list[str]) -> None:
+def test_clusters_keep_conversations(flags):
     data = data_of(flags)
     of_cluster = data.with_tasks({int(row): f"c{row % 2}" for row in data.indices("train")})
     known = {row: text for row, text in enumerate(data.messages.to_pylist()) if text}
@@ -504,13 +496,13 @@ def test_clusters_keep_conversations(flags: list[str]) -> None:
         (["--trainer_samples"], "--trainer_samples has no effect without --for"),
     ],
 )
-def test_wrong_flags_are_named(typed: list[str], message: str, flags: list[str]) -> None:
+def test_wrong_flags_are_named(typed, message, flags):
     with pytest.raises(ValueError, match=re.escape(message)):
         run_script(SCRIPT, *flags, "--task_idxes", "0", *typed)
 
 
 @pytest.mark.parametrize("typed", [["--max_repeat", "0.5"], ["--total_rows", "0"], ["--seed", "-1"]])
-def test_numbers_out_of_range_are_refused(typed: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_numbers_out_of_range_are_refused(typed, capsys):
     with pytest.raises(SystemExit):
         load_script(SCRIPT).parse_args(["--for", "trl", *typed])
     assert f"error: argument {typed[0]}: {typed[1]}: expected a" in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """What the README promises a contributor: an architecture, a format, an estimator and a search are one entry each."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +27,7 @@ STAGE_1, STAGE_2 = "custom_train_alpaca.py", "fast_estimate_eval_approximation_a
 STAGE_3, STAGE_4 = "fast_estimate_linear_regression_alpaca.py", "fast_estimate_forward_selection.py"
 
 
-def test_an_architecture_is_an_entry_of_lora_targets(
-    workspace: Path, model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_architecture_is_an_entry_of_lora_targets(workspace, model_folders, monkeypatch):
     """Phi-3 computes queries, keys and values in one layer. Once that has a name, rows are those of a loop of backwards."""
     write_sources(workspace / "sources.jsonl", {"up": 12, "down": 12})
     flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["phi3"], "--train_lora", "--lora_rank", "4"]
@@ -62,7 +58,7 @@ def psv_records(source: str) -> Iterator[tuple[str, Record]]:
         yield from _numbered(source, csv.DictReader(file, delimiter="|"))
 
 
-def test_a_data_format_is_a_reader_in_the_table_of_formats(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_format_is_a_reader_in_the_table_of_formats(workspace, monkeypatch):
     """A .psv file is refused by its name; with a reader it gives what the same data in .jsonl give, a damaged one is named."""
     write_sources(workspace / "rows.jsonl", {"up": 20, "down": 20})
     pd.read_json("rows.jsonl", lines=True).to_csv("rows.psv", sep="|", index=False)
@@ -85,7 +81,7 @@ def one_step(part: Part, strength: float) -> OnSubsets:
     return lambda weights: means - (weights @ sums) / (weights @ totals).clamp(min=1)[:, None] @ slopes.T / strength
 
 
-def test_an_estimator_is_an_entry_of_estimators(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimator_is_an_entry_of_estimators(here, monkeypatch):
     """Stage 3 takes it by its name and writes its estimates: the mean over the checkpoints of what the rows give."""
     monkeypatch.setitem(ESTIMATORS, "one_step", EstimatorKind(one_step, "one step of gradient descent"))
     subsets = [(0,), (3,), (0, 2), (1, 2, 3)]
@@ -115,7 +111,7 @@ def second(estimate: Estimate, num_tasks: int, **_: object) -> SelectionPath:
     return SelectionPath((), 0.0, (Step((task,), task, values[task]),), (task,), values[task])
 
 
-def test_a_selection_method_is_an_entry_of_methods(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selection_method_is_an_entry_of_methods(here, monkeypatch):
     """Stage 4 takes it by its name; its estimates are stage 3's."""
     at = ["--save_name", "toy", "--project_dim", "32", "--target_task", "goal", "--results_name", "mine"]
     Path("singles.txt").write_text("0\n1\n2\n3\n")

@@ -1,7 +1,5 @@
 """Flags: what is inherited, what contradicts, what has no effect, and what machines make of hardware flags."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +20,7 @@ def settings(typed: str, cls: type = config.EstimateConfig, script: str = "fast_
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_said(monkeypatch):
     monkeypatch.setattr(console, "_said", set())
 
 
@@ -38,7 +36,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--project_gradients --batch_size 2", None),
     ],
 )
-def test_flags_without_effect_are_named_once(typed: str, note: str | None, capsys: pytest.CaptureFixture) -> None:
+def test_flags_without_effect_are_named_once(typed, note, capsys):
     for _ in range(2):
         settings(typed)
     printed = capsys.readouterr().out.splitlines()
@@ -55,7 +53,7 @@ def test_flags_without_effect_are_named_once(typed: str, note: str | None, capsy
         ({"train_instruction": True, "data_files": ("a",)}, "names files of its own"),
     ],
 )
-def test_flags_that_contradict_each_other_are_refused(values: dict, message: str) -> None:
+def test_flags_that_contradict_each_other_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         config.inherit(config.TrainConfig, values)
 
@@ -63,23 +61,21 @@ def test_flags_that_contradict_each_other_are_refused(values: dict, message: str
 @pytest.mark.parametrize(
     "typed", ["--rho -1", "--project_dim 0", "--subset_size 1.5", "--heldout_share 2", "--prject_dim 3"]
 )
-def test_values_out_of_range_and_unknown_flags(typed: str, capsys: pytest.CaptureFixture) -> None:
+def test_values_out_of_range_and_unknown_flags(typed, capsys):
     with pytest.raises(SystemExit):
         settings(typed)
     shown = capsys.readouterr().err
     assert "error: " in shown and ("did you mean --project_dim" in shown) == ("prject" in typed)
 
 
-def test_lightnings_names_of_precisions() -> None:
+def test_lightnings_names_of_precisions():
     found = settings("--train_lora --precision bf16-true")
     assert (found.base_dtype, found.hardware.precision) == ("bfloat16", "bf16-mixed")
     assert settings("--train_lora --precision 32-true").hardware.precision == "32-true"
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [("fsdp", "bf16-mixed"), ("ddp", "16-mixed")])
-def test_the_published_precision_on_four_gpus(
-    strategy: str, precision: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_published_precision_on_four_gpus(strategy, precision, capsys, monkeypatch):
     """The published command spreads the weights in 16 bits, which Lightning refuses: bf16 is taken, and that is said."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -93,7 +89,7 @@ def test_the_published_precision_on_four_gpus(
         _ = config.HardwareConfig((7,)).hardware
 
 
-def test_only_the_first_process_speaks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_speaks(capsys, monkeypatch):
     for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
@@ -121,7 +117,7 @@ def collecting(typed: str) -> tuple[config.CollectConfig, Path | None]:
     return config.from_run(config.CollectConfig, config.typed_flags(args))
 
 
-def test_a_stage_takes_what_is_not_typed_from_its_run(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_stage_takes_what_is_not_typed_from_its_run(workspace, capsys):
     """By name; by flags that fit; or the last one, which is said."""
     law = finished_run("law", lr=1e-3, train_lora=True, lora_rank=4, max_length=64)
     plain = finished_run(None, lr=2e-3, model_key="N")
@@ -134,7 +130,7 @@ def test_a_stage_takes_what_is_not_typed_from_its_run(workspace: Path, capsys: p
     assert f"going on from {plain}" in capsys.readouterr().out
 
 
-def test_what_is_typed_and_contradicts_is_refused_with_both_values(workspace: Path) -> None:
+def test_what_is_typed_and_contradicts_is_refused_with_both_values(workspace):
     finished_run("law", lr=1e-3)
     for typed, message in (
         ("--save_name law --lr 0.5", r"--lr 0.001 there, --lr 0.5 typed|--lr 0.001 there, 0.5 typed"),
@@ -147,8 +143,8 @@ def test_what_is_typed_and_contradicts_is_refused_with_both_values(workspace: Pa
     assert collecting("--save_name law --data_files b.jsonl")[0].data_files == ("b.jsonl",)  # a source added later
 
 
-def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspace: Path) -> None:
-    def training(typed: str) -> config.TrainConfig:
+def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspace):
+    def training(typed):
         return config.for_training(config.typed_flags(load_script("custom_train_alpaca.py").parse_args(typed.split())))
 
     finished_run("law", lr=1e-3, epochs=3)
@@ -166,7 +162,7 @@ def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspac
     assert training("--save_name law").epochs == 3
 
 
-def test_every_flag_is_declared_once_and_has_a_meaning() -> None:
+def test_every_flag_is_declared_once_and_has_a_meaning():
     groups = [
         value
         for value in vars(config).values()
@@ -182,7 +178,7 @@ def test_every_flag_is_declared_once_and_has_a_meaning() -> None:
 
 
 @pytest.mark.parametrize("script", STAGES)
-def test_help_shows_at_most_forty_flags(script: str, capsys: pytest.CaptureFixture) -> None:
+def test_help_shows_at_most_forty_flags(script, capsys):
     with pytest.raises(SystemExit) as ended:
         load_script(script).parse_args(["--help"])
     shown = capsys.readouterr().out
@@ -191,9 +187,7 @@ def test_help_shows_at_most_forty_flags(script: str, capsys: pytest.CaptureFixtu
     assert len(flags) <= 40 and len(re.findall(r"\(default:\s", shown)) >= len(flags)
 
 
-def test_a_training_too_short_for_an_adapter_is_noted_before_it_starts(
-    model_folders: dict[str, str], workspace: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_training_too_short_for_an_adapter_is_noted_before_it_starts(model_folders, workspace, capsys):
     write_sources(workspace / "flan.jsonl", {"upper": 12, "lower": 12})
     here = ["--data_files", "flan.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--max_length", "96"]
     for lr, batch_size, is_noted in (("2e-5", "128", True), ("1e-2", "8", False)):

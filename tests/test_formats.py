@@ -1,7 +1,5 @@
 """Users' data as they have it: every format and layout gives the rows that FLAN-layout jsonl gives."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re
@@ -25,7 +23,7 @@ def texts(data: TaskData) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture
-def frame(tmp_path: Path) -> pd.DataFrame:
+def frame(tmp_path):
     """Rows of two tasks whose prompts end with a line break, as FLAN's are made to."""
     lines = write_sources(tmp_path / "flan.jsonl", {"a": 12, "b": 9}).read_text().splitlines()
     rows = pd.DataFrame([json.loads(line) for line in lines])[["inputs", "targets", "_task_name"]]
@@ -56,7 +54,7 @@ FORMATS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_rows(name: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_every_format_gives_the_same_rows(name, frame, tmp_path):
     FORMATS["rows.jsonl"](frame, tmp_path / "expected.jsonl")
     FORMATS[name](frame, tmp_path / name)
     expected, found = load_instruction([tmp_path / "expected.jsonl"]), load_instruction([tmp_path / name])
@@ -72,7 +70,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_rows(layout: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_every_layout_gives_the_same_rows(layout, frame, tmp_path):
     make, columns = LAYOUTS[layout]
     FORMATS["rows.jsonl"](frame, tmp_path / "expected.jsonl")
     other = pd.DataFrame([make(*row) for row in frame[["inputs", "targets", "_task_name"]].itertuples(index=False)])
@@ -82,7 +80,7 @@ def test_every_layout_gives_the_same_rows(layout: str, frame: pd.DataFrame, tmp_
         assert texts(load_instruction([tmp_path / name], columns=columns)) == expected
 
 
-def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled() -> None:
+def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled():
     tokenizer = character_tokenizer(end_appended=False)
     tokenizer.chat_template = CALLING.replace("{{ m.content or '' }}", "{{ m.content }}{{ eos_token }}")
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
@@ -106,7 +104,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_errors_name_file_row_and_column(case: str, tmp_path: Path, model_folders: dict[str, str]) -> None:
+def test_errors_name_file_row_and_column(case, tmp_path, model_folders):
     row, message = BAD[case]
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 1") as error:
@@ -114,7 +112,7 @@ def test_errors_name_file_row_and_column(case: str, tmp_path: Path, model_folder
     assert re.search(message, str(error.value)), str(error.value)
 
 
-def test_damaged_sources_are_named(frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_sources_are_named(frame, tmp_path, monkeypatch):
     FORMATS["rows.parquet"](frame, tmp_path / "cut.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-40])
     (tmp_path / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
@@ -187,14 +185,14 @@ def chat(template: str = CALLING) -> Callable[[], PreTrainedTokenizerFast]:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_files_are_read_as_tools_write_them(name: str, tmp_path: Path) -> None:
+def test_files_are_read_as_tools_write_them(name, tmp_path):
     content, prompt, completion = WRITTEN[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (row,) = load_instruction([tmp_path / name], load_tokenizer=chat()).examples
     assert (row.prompt, row.completion, row.task) == (prompt, completion, name.split(".")[0])
 
 
-def test_conversations_in_parquet_are_those_in_jsonl(tmp_path: Path) -> None:
+def test_conversations_in_parquet_are_those_in_jsonl(tmp_path):
     """A columnar file has nulls where rows have different keys."""
     turns = [
         *said(("user", "q")),
@@ -207,7 +205,7 @@ def test_conversations_in_parquet_are_those_in_jsonl(tmp_path: Path) -> None:
     assert texts(found) == texts(load_instruction([lines(tmp_path / "rows.jsonl", rows)], load_tokenizer=chat()))
 
 
-def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path: Path) -> None:
+def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path):
     source = lines(tmp_path / "d.jsonl", [{"instruction": "q", "context": "c", "response": "a"}])
     (row,) = load_instruction([source], columns=Columns(None, "instruction", "response")).examples
     assert row.prompt == "q\nc\n"
@@ -221,21 +219,21 @@ def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path: Path) -> None
         ("first.csv", "prompt,completion\n0,q,a\n"),
     ],
 )
-def test_a_csv_row_never_shifts(name: str, content: str, tmp_path: Path) -> None:
+def test_a_csv_row_never_shifts(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}, row 1 has \d fields, and the first line names \d columns \("):
         load_instruction([tmp_path / name])
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "saved", "rows.pkl"])
-def test_empty_outputs_are_left_out_and_counted_in_every_format(name: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_empty_outputs_are_left_out_and_counted_in_every_format(name, frame, tmp_path):
     frame.loc[[2, 5], "targets"] = ["", " "] if name in ("rows.csv", "rows.pkl") else ["", None]
     FORMATS[name](frame, tmp_path / name)
     data = load_instruction([tmp_path / name])
     assert len(data) == len(frame) - 2 and "2 of 21 rows have an empty output and are left out" in data.notices[0]
 
 
-def test_sources_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_told_apart_by_their_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("law/train", "medicine/train", "code/train", "x/code", "y/code", "same/a", "goal"):
         lines(Path(f"{name}.jsonl"), pairs())
@@ -256,7 +254,7 @@ SNAPSHOT = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00
 
 
 @pytest.mark.parametrize("source", ["law", "law/data", *[f"law/data/{SNAPSHOT[0]}"]])
-def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source: str, tmp_path: Path) -> None:
+def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source, tmp_path):
     for number, name in enumerate(SNAPSHOT):
         lines(tmp_path / "law" / "data" / name, [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)])
     (tmp_path / "law" / "README.md").write_text("# law")
@@ -267,7 +265,7 @@ def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source: str, t
     assert load_instruction(sources[:1] if is_file else sources, sources[2:]).targets in (("test",), ("law",), ())
 
 
-def test_other_splits_beside_their_data_set(tmp_path: Path) -> None:
+def test_other_splits_beside_their_data_set(tmp_path):
     for name in ("law", "law_test", "unit_test", "mix/train/0000", "mix/validation/0000"):
         lines(tmp_path / f"{name}.jsonl", pairs())
     data = load_instruction([tmp_path])
@@ -277,7 +275,7 @@ def test_other_splits_beside_their_data_set(tmp_path: Path) -> None:
     assert load_instruction([tmp_path], [tmp_path / "law_test.jsonl"]).targets == ("law_test",)
 
 
-def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
+def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path):
     for name in ("law.jsonl", "UPPER.JSONL", "packed.jsonl.zst", "rows.xlsx", "sub/extra.jsonl", "model/config.json"):
         lines(tmp_path / name, pairs())
     data = load_instruction([tmp_path])
@@ -286,7 +284,7 @@ def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
     assert named == [str(tmp_path / name) for name in ("packed.jsonl.zst", "rows.xlsx", "sub")]
 
 
-def test_a_task_column_is_for_the_sources_that_have_it(tmp_path: Path) -> None:
+def test_a_task_column_is_for_the_sources_that_have_it(tmp_path):
     mixed = lines(tmp_path / "mixed.jsonl", [{**row, "source": "ab"[i % 2]} for i, row in enumerate(pairs())])
     goal = lines(tmp_path / "goal.jsonl", pairs())
     data = load_instruction([mixed], [goal], columns=Columns("source"))
@@ -297,11 +295,11 @@ def test_a_task_column_is_for_the_sources_that_have_it(tmp_path: Path) -> None:
         load_instruction([mixed], [goal], columns=Columns("kind"))
 
 
-def test_splits_and_texts_are_the_same_on_any_day(tmp_path: Path) -> None:
+def test_splits_and_texts_are_the_same_on_any_day(tmp_path):
     talks = [{"messages": said(("user", f"q{i}"), ("assistant", "a"))} for i in range(20)]
     source = lines(tmp_path / "chat.jsonl", talks)
 
-    def loaded(template: str) -> TaskData:
+    def loaded(template):
         return load_instruction([source], load_tokenizer=chat(template))
 
     dated = loaded("{{ strftime_now('%d %b %Y') }}" + CALLING)
@@ -321,7 +319,7 @@ def test_splits_and_texts_are_the_same_on_any_day(tmp_path: Path) -> None:
         ("{% for m in messages %}{{ m", "unexpected end"),
     ],
 )
-def test_what_a_template_raises_names_the_row(template: str, reason: str, tmp_path: Path) -> None:
+def test_what_a_template_raises_names_the_row(template, reason, tmp_path):
     source = lines(tmp_path / "chat.jsonl", [CHAT])
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take this") as caught:
         load_instruction([source], load_tokenizer=chat(template))

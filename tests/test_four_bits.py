@@ -1,7 +1,5 @@
 """A base model in 4 bits: the same gradients as one backward per row, trained on and projected."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 
@@ -18,7 +16,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-def test_four_bits_need_bitsandbytes(model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_bits_need_bitsandbytes(model_folders, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="--use_qlora: bitsandbytes is not installed; pip install -r requirements-qlora"
@@ -28,7 +26,7 @@ def test_four_bits_need_bitsandbytes(model_folders: dict[str, str], monkeypatch:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["llama", "llama-wide"])
-def test_gradients_on_a_four_bit_base(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_gradients_on_a_four_bit_base(kind, model_folders, tmp_path):
     """Layers narrower than a block of 64 numbers too; an evaluation before takes no gradient away."""
     own, exact = rows_with_base(model_folders[kind], BaseWeights(four_bit_device="cpu"), tmp_path)
     assert own.min() > 0.99
@@ -36,7 +34,7 @@ def test_gradients_on_a_four_bit_base(kind: str, model_folders: dict[str, str], 
 
 
 @needs_bitsandbytes
-def test_four_bit_stages(model_folders: dict[str, str], workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_four_bit_stages(model_folders, workspace, capsys):
     """Training and gradients on a 4-bit base; gradients without the flag are refused, and 4 bits without an adapter."""
     write_sources(workspace / "sources.jsonl", {"up": 20, "down": 20})
     flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama-wide"], "--lora_rank", "4"]

@@ -1,7 +1,5 @@
 """Projected gradients against the for-loop of backwards."""
 
-from __future__ import annotations
-
 import gc
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +52,7 @@ def collected(model: LanguageModel, datamodule, projection, output: str, indices
 
 @pytest.mark.parametrize("output", ["loss", "margin"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_the_for_loop_gradients(kind: str, output: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_rows_are_the_for_loop_gradients(kind, output, model_folders, tmp_path):
     """Exact gradients and each projection of them, for batches of one and of many rows of different length."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
@@ -108,9 +106,7 @@ LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
         ("gpt2", ["c_attn", "c_proj", "c_fc"], {"c_fc": 1}),
     ],
 )
-def test_any_layers_ranks_and_checkpointing(
-    kind: str, layers: list, ranks: dict, checkpointed: bool, model_folders: dict[str, str], tmp_path: Path
-) -> None:
+def test_any_layers_ranks_and_checkpointing(kind, layers, ranks, checkpointed, model_folders, tmp_path):
     """The rows are the for-loop's wherever LoRA sits, with recomputed activations or kept ones."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=layers, rank_pattern=ranks, fan_in_fan_out=kind == "gpt2")
     model = adapted_as(model_folders[kind], lora)
@@ -148,7 +144,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_every_known_architecture(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_every_known_architecture(kind, model_folders, tmp_path):
     """An adapter sits where `LORA_TARGETS` says; without one the rows are the for-loop's of every linear layer."""
     model = adapted(model_folders[kind])
     targets = LORA_TARGETS[model.network.config.model_type]
@@ -165,7 +161,7 @@ def test_every_known_architecture(kind: str, model_folders: dict[str, str], tmp_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_base(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_bfloat16_base(kind, model_folders, tmp_path):
     """A base in bfloat16 under a float32 adapter: rows are float32, near the for-loop's own and a float32 base's."""
     own, exact = rows_with_base(model_folders[kind], BaseWeights("bfloat16"), tmp_path)
     assert own.min() > 0.99  # other order of sums, in half precision
@@ -196,24 +192,22 @@ def rows_with_base(folder: str, weights: BaseWeights, tmp_path: Path) -> tuple[n
 
 
 @pytest.mark.parametrize("lora", [LoraShape(4, 8), None])
-def test_checkpointing_lets_layer_inputs_go(
-    lora: LoraShape | None, model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpointing_lets_layer_inputs_go(lora, model_folders, tmp_path, monkeypatch):
     """Between forward and backward, tensors that Python or the graph holds: a small share of what they are without."""
     model = load_model(model_folders["llama"], lora)
     batch = make_datamodule(model, tmp_path).collate(np.arange(20))
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
-    def kept() -> int:
+    def kept():
         """Bytes, without weights and logits."""
         held: dict[int, int] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def note(tensor):
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        def output(logits: torch.Tensor, *others: object) -> torch.Tensor:
+        def output(logits, *others):
             gc.collect()
             before = {id(tensor) for tensor in earlier}
             for found in gc.get_objects():
@@ -235,7 +229,7 @@ def test_checkpointing_lets_layer_inputs_go(
     assert kept() < 0.2 * whole
 
 
-def test_dropout_stays_off_under_checkpointing(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_dropout_stays_off_under_checkpointing(model_folders, tmp_path):
     """Adapter and layers with dropout: the same rows twice, and the mode of every module comes back."""
     model = adapted(model_folders["gpt2"]).checkpoint_activations().train()
     for module in model.modules():
@@ -249,7 +243,7 @@ def test_dropout_stays_off_under_checkpointing(model_folders: dict[str, str], tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_autocast_stays_near_float32(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_bf16_autocast_stays_near_float32(kind, model_folders, tmp_path):
     """Half precision costs digits (8 bits of mantissa, some layers deep), not direction; rows stay float32."""
     model = adapted(model_folders[kind])
     batch = make_datamodule(model, tmp_path).collate(np.arange(8))
@@ -265,7 +259,7 @@ def test_bf16_autocast_stays_near_float32(kind: str, model_folders: dict[str, st
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_gives_the_same_rows(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_gpu_gives_the_same_rows(kind, model_folders, tmp_path):
     """The projections' numbers do not depend on the device, so neither do the rows."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
@@ -277,7 +271,7 @@ def test_a_gpu_gives_the_same_rows(kind: str, model_folders: dict[str, str], tmp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_representations_do_not_depend_on_the_batch(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_representations_do_not_depend_on_the_batch(kind, model_folders, tmp_path):
     """Position-weighted means of the last hidden states, from transformers' own output, a sample at a time."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
@@ -300,7 +294,7 @@ def test_representations_do_not_depend_on_the_batch(kind: str, model_folders: di
         np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-5)
 
 
-def test_collector_leaves_the_model_as_it_was(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_collector_leaves_the_model_as_it_was(model_folders, tmp_path):
     model = adapted(model_folders["llama"]).train()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     datamodule = make_datamodule(model, tmp_path)

@@ -1,7 +1,5 @@
 """Estimates are in the unit of what they stand beside: measured losses of the base model and of the model of all tasks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ DIM = ["--project_dim", "32"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]) -> tuple[Path, list[str]]:
+def trained(tmp_path_factory, model_folders):
     """Stages 1 and 2 to the end, and the same training ended at a quarter."""
     folder = tmp_path_factory.mktemp("levels")
     write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
@@ -43,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, s
 
 
 @pytest.fixture
-def flags(trained: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def flags(trained, monkeypatch):
     monkeypatch.chdir(trained[0])
     return trained[1]
 
@@ -61,7 +59,7 @@ def measured(flags: list[str], *subset: str) -> pd.Series:
     return table[table["subset"] == wanted].iloc[0].filter(like="validation_loss/")
 
 
-def test_nothing_and_everything_are_what_fine_tuning_gives(flags: list[str]) -> None:
+def test_nothing_and_everything_are_what_fine_tuning_gives(flags):
     estimator = estimator_of(*flags)
     ends = np.array([[False] * 4, [True] * 4])
     found = estimator(ends)
@@ -70,7 +68,7 @@ def test_nothing_and_everything_are_what_fine_tuning_gives(flags: list[str]) -> 
     assert list(reference_estimates(estimator, [0])) == ["base model (measured)", "all tasks (measured)"]
 
 
-def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
+def test_all_other_estimates_are_shifted_together(flags):
     """At whatever rho; so that a search takes the same tasks, the first from the empty subset too."""
     estimator = estimator_of(*flags)
     members = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
@@ -86,7 +84,7 @@ def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
     assert plain.selected == shifted.selected
 
 
-def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_training_that_was_ended_early_says_so(flags, capsys):
     cut = ["--save_name", "cut"]
     estimator = estimator_of(*cut)
     assert estimator.levels.names == ("base model (measured)", "all tasks (estimated)")
@@ -118,7 +116,7 @@ def training_says(change: Callable[[dict[str, Any]], Any]) -> Iterator[Path]:
         (training / "manifest.json").write_text(text)
 
 
-def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None:
+def test_what_the_training_does_not_say_the_store_does(flags):
     """A folder of checkpoints whose training is not known: the losses of the rows at the first and the last of them."""
     whole = estimator_of(*flags)
     with training_says(lambda known: known.pop("validation_losses")) as training:
@@ -129,7 +127,7 @@ def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None
         assert alone.levels is None and alone.ranks_only
 
 
-def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_what_is_no_loss_is_called_a_score(flags, capsys):
     scored = [*flags, *DIM, "--estimator", "alignment", "--results_name", "scored"]
     run_script(STAGE_3, *scored, "--number_of_subsets", "4")
     table = pd.read_csv("results/scored/estimates.csv")
@@ -144,7 +142,7 @@ def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.Capt
     assert compared.loc["score (ranking only)", ["lds", "relative_error"]].isna().tolist() == [False, True]
 
 
-def test_a_selection_that_is_not_below_the_base_model_is_named(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_selection_that_is_not_below_the_base_model_is_named(flags, capsys):
     """The same gradients after a training that made everything worse."""
     named = [*flags, *DIM, "--target_task", "goal", "--results_name", "worse"]
     run_script(STAGE_4, *named)

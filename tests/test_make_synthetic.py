@@ -1,7 +1,5 @@
 """The built-in worlds: the same bytes for a seed, the users' formats, ordinary model folders."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -40,14 +38,14 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory):
     """A small world that several tests read."""
     folder = tmp_path_factory.mktemp("made") / "world"
     make_world(str(folder))
     return folder
 
 
-def test_a_seed_decides_every_byte(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_seed_decides_every_byte(workspace, capsys):
     for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         make_world(folder, "--seed", seed)
     assert digests("a") == digests("b")
@@ -57,7 +55,7 @@ def test_a_seed_decides_every_byte(workspace: Path, capsys: pytest.CaptureFixtur
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_instruction_world_is_in_the_users_formats(world: Path) -> None:
+def test_instruction_world_is_in_the_users_formats(world):
     keys = {"inputs", "targets", "_template_idx", "_task_name", "_task_source", "_template_type"}
     assert set(rows_of(world / "flan.jsonl")[0]) == keys
     data = load_instruction([world / "flan.jsonl"], [world / "target.jsonl"])
@@ -72,7 +70,7 @@ def test_instruction_world_is_in_the_users_formats(world: Path) -> None:
         assert len(ids) < 32
 
 
-def test_wrong_answers_are_as_many_as_the_name_says(world: Path) -> None:
+def test_wrong_answers_are_as_many_as_the_name_says(world):
     skills = load_script("data/make_synthetic.py").SKILLS
     rewrite = {skill.instruction: skill.rewrite for skill in skills.values()}
     wrong: dict[str, list[bool]] = {}
@@ -84,7 +82,7 @@ def test_wrong_answers_are_as_many_as_the_name_says(world: Path) -> None:
     assert all(0.3 <= share <= 0.5 for name, share in shares.items() if "noisy50" in name)
 
 
-def test_every_other_source_can_ask_for_several_words(workspace: Path) -> None:
+def test_every_other_source_can_ask_for_several_words(workspace):
     make_world("joined", "--joined", "3")
     counts: dict[str, set[tuple[int, int]]] = {}
     for row in rows_of(Path("joined/flan.jsonl")):
@@ -94,7 +92,7 @@ def test_every_other_source_can_ask_for_several_words(workspace: Path) -> None:
     assert sum(name.endswith("_x3") for name in counts) == 3
 
 
-def test_target_words_and_alpaca_rows_are_those_of_the_sources(world: Path) -> None:
+def test_target_words_and_alpaca_rows_are_those_of_the_sources(world):
     """No target row's word is in a source, in any wording; both layouts tell the same rows in the same order."""
     sources, targets = rows_of(world / "flan.jsonl"), rows_of(world / "target.jsonl")
     words, target_words = ({row["inputs"].split(": ")[1] for row in rows} for rows in (sources, targets))
@@ -109,7 +107,7 @@ def test_target_words_and_alpaca_rows_are_those_of_the_sources(world: Path) -> N
     assert all((frame["skill"][labels] == skill).all() for skill, labels in dev_labels.items())
 
 
-def test_a_folder_of_another_world_is_kept(workspace: Path) -> None:
+def test_a_folder_of_another_world_is_kept(workspace):
     """Other arguments, a changed file, a folder of the user's own: each is refused, and stays as it is."""
     make_world("world")
     with pytest.raises(FileExistsError, match=r"seed is 0, not 1.*--overwrite"):
@@ -126,7 +124,7 @@ def test_a_folder_of_another_world_is_kept(workspace: Path) -> None:
     assert Path("mine/notes.txt").read_text() == "keep"
 
 
-def test_a_failure_on_the_way_leaves_no_folder(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_on_the_way_leaves_no_folder(workspace, monkeypatch):
     script = load_script("data/make_synthetic.py")
     monkeypatch.setattr(script.base, "pretrain", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -143,7 +141,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_worlds_that_cannot_be_are_refused(workspace: Path, message: str) -> None:
+def test_worlds_that_cannot_be_are_refused(workspace, message):
     with pytest.raises(ValueError, match=message):
         run_script("data/make_synthetic.py", "--output_dir", "world", *REFUSED[message])
     assert not list(workspace.iterdir())
@@ -151,7 +149,7 @@ def test_worlds_that_cannot_be_are_refused(workspace: Path, message: str) -> Non
 
 @pytest.mark.parametrize(("architecture", "auto"), [("llama", AutoModelForCausalLM), ("t5", AutoModelForSeq2SeqLM)])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_base_model_of_users_text(workspace: Path, architecture: str, auto: type, steps: int) -> None:
+def test_base_model_of_users_text(workspace, architecture, auto, steps):
     write_sources(Path("text.jsonl"), {"a": 20, "b": 20})
     flags = [*SMALL, "--architecture", architecture, "--pretrain_steps", str(steps)]
     for folder in ("first", "second"):  # the second starts from another state of torch's generator
@@ -169,7 +167,7 @@ def test_base_model_of_users_text(workspace: Path, architecture: str, auto: type
         run_script("data/make_base_model.py", "--output_dir", "first", *flags)
 
 
-def test_pretraining_learns(workspace: Path) -> None:
+def test_pretraining_learns(workspace):
     """A hundred steps on two repeated rows bring the loss of that very text far below that of random weights."""
     text = json.loads(write_sources(Path("text.jsonl"), {"a": 2}).read_text().splitlines()[0])["inputs"]
     losses = []
@@ -182,7 +180,7 @@ def test_pretraining_learns(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
-def test_pretraining_on_completions_learns_to_answer(workspace: Path, architecture: str) -> None:
+def test_pretraining_on_completions_learns_to_answer(workspace, architecture):
     """Answers are learned, and prompts are read only: a decoder's loss on them stays that of a random model."""
     rows = [{"inputs": f"{letter} =", "targets": letter.upper() * 3, "_task_name": "t"} for letter in "abcdefgh" * 5]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -198,7 +196,7 @@ def test_pretraining_on_completions_learns_to_answer(workspace: Path, architectu
         assert model.network(input_ids=prompts, labels=prompts).loss.item() > 3
 
 
-def test_chain_of_thought_world(workspace: Path) -> None:
+def test_chain_of_thought_world(workspace):
     for folder in ("cot", "cot2"):
         flags = ["--output_dir", folder, "--num_questions", "40", "--pretrain_steps", "2"]
         run_script("data/make_synthetic_cot.py", *flags)

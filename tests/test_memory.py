@@ -1,10 +1,6 @@
 """Memory that runs out: gradients go on in smaller batches, everything else ends in one line that says what helps."""
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,6 @@ from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.projection import make_projection
 from src.store import StoreWriter
 from tests.conftest import write_sources
-from tests.faults import Stages
 from tests.test_models import adapted, make_datamodule
 from tests.test_stages import here, track
 
@@ -48,7 +43,7 @@ def fitting(rows: int, error: Exception) -> type[GradientCollector]:
 
 
 @pytest.fixture
-def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str], np.ndarray]:
+def collecting(model_folders, tmp_path):
     """Takes the gradients of the training rows into a store of this name, in one batch where it fits, and gives them."""
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=10_000)
@@ -61,7 +56,7 @@ def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str],
         "target": np.full(len(rows), -1),
     }
 
-    def collect(name: str) -> np.ndarray:
+    def collect(name):
         store = StoreWriter(tmp_path / name, {}, samples, 16, "")
         collect_gradients(model, datamodule, make_projection("sketch", 16, 0), store, output_function="loss")
         assert not len(store.missing())
@@ -71,9 +66,7 @@ def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str],
 
 
 @pytest.mark.parametrize("error", ERRORS[:4], ids=lambda error: type(error).__name__)
-def test_a_batch_that_ends_the_memory_is_halved(
-    error: Exception, collecting: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_ends_the_memory_is_halved(error, collecting, monkeypatch):
     """Three rows fit, more do not: the same rows as with memory for all; one that does not fit alone is named."""
     expected = collecting("all")
     monkeypatch.setattr(gradients, "GradientCollector", small := fitting(3, error))
@@ -86,17 +79,17 @@ def test_a_batch_that_ends_the_memory_is_halved(
         collecting("none")
 
 
-def test_other_errors_of_a_batch_are_not_hidden(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_a_batch_are_not_hidden(collecting, monkeypatch):
     monkeypatch.setattr(gradients, "GradientCollector", fitting(3, RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         collecting("store")
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
+def test_memory_that_runs_out_is_one_line(error):
     """With the flags of the script that help, and how much was asked for where that is known."""
 
-    def main(_: argparse.Namespace) -> None:
+    def main(_):
         raise error
 
     with pytest.raises(SystemExit) as ended:
@@ -110,7 +103,7 @@ def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 5, 1000])
-def test_auto_doubles_the_budget_while_a_batch_fits(rows: int, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_auto_doubles_the_budget_while_a_batch_fits(rows, model_folders, tmp_path):
     """Until the longest rows do not fit, or are all in one batch; what does not fit at the start is left to halving."""
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=40)
@@ -120,16 +113,10 @@ def test_auto_doubles_the_budget_while_a_batch_fits(rows: int, model_folders: di
     assert found == 40 if rows == 0 else batch <= rows < doubled or batch == len(indices)
 
 
-def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stages, workspace: Path) -> None:
+def test_memory_that_really_runs_out(model_folders, stages, workspace):
     """A process that may take 100 MB more: a batch of gradients is halved, a training step ends in one line."""
     write_sources(workspace / "sources.jsonl", {f"{name} {'long ' * 30}": 200 for name in ("up", "down")})
-    flags = [
-        "--data_files",
-        "sources.jsonl",
-        "--model_key",
-        model_folders["llama"],
-        "--train_lora",
-    ]
+    flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora"]
     training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
     outcome = stages.run(workspace, [*training, "--batch_size", "320", "--save_name", "large"], memory=100 << 20)
     assert outcome.status == 1 and "Traceback" not in outcome.output, outcome.output

@@ -1,7 +1,5 @@
 """Logits meet labels, padding changes nothing, checkpoints come back as they went."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
@@ -58,7 +56,7 @@ def make_datamodule(model: LanguageModel, path: Path, **options: object) -> Task
     return TaskDataModule(data, model.tokenizer, model.kind, **options)
 
 
-def test_rows_are_drawn_in_their_shares(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_rows_are_drawn_in_their_shares(model_folders, tmp_path):
     """An epoch has as many rows as the shares are worth; over many epochs each row comes up as often as its share says."""
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, batch_size=4)
@@ -78,7 +76,7 @@ def test_rows_are_drawn_in_their_shares(model_folders: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_target_logits_are_the_models_own_loss(kind, model_folders, tmp_path):
     """Selecting hidden states before the output layer gives the loss that transformers computes from everything."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
@@ -92,7 +90,7 @@ def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[st
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) -> None:
+def test_batches_keep_to_their_budget(kind, model_folders):
     """Every row once; padded tokens within the budget unless a row alone is longer; a decoder's batches are full."""
     tokenizer = load_tokenizer(model_folders[kind])
     model_kind = "encoder_decoder" if kind == "t5" else "decoder"
@@ -101,11 +99,11 @@ def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) 
 
     @settings(max_examples=40, deadline=None)
     @given(st.lists(sizes, min_size=1, max_size=30), st.integers(1, 300))
-    def check(rows: list[tuple[int, int]], budget: int) -> None:
+    def check(rows, budget):
         examples = [Example(i, "a", "train", "p" * p, "c" * c) for i, (p, c) in enumerate(rows)]
         datamodule = TaskDataModule(TaskData(tuple(examples)), tokenizer, model_kind)
 
-        def padded(batch: np.ndarray) -> int:
+        def padded(batch):
             return sum(datamodule.collate(batch)[name].numel() for name in names)
 
         batches = datamodule.budgeted(np.arange(len(rows)), budget)
@@ -118,13 +116,13 @@ def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_do_not_depend_on_padding(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_outputs_do_not_depend_on_padding(kind, model_folders, tmp_path):
     """A row alone, in a batch padded on the right, and in one padded on the left: one value of each function."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
 
     @torch.no_grad()
-    def values(indices: list[int], left: bool = False) -> torch.Tensor:
+    def values(indices, left=False):
         target = model.target_logits(datamodule.collate(indices, pad_left=left))
         return torch.stack([output.function(*target, len(indices)) for output in OUTPUT_FUNCTIONS.values()])
 
@@ -134,7 +132,7 @@ def test_outputs_do_not_depend_on_padding(kind: str, model_folders: dict[str, st
         torch.testing.assert_close(values(list(range(9)), left), alone, rtol=1e-4, atol=1e-5)
 
 
-def test_margin_is_exact_for_an_improbable_token() -> None:
+def test_margin_is_exact_for_an_improbable_token():
     """For p = 1e-9 the margin is log(p / (1 - p)) and its gradient still pulls the token up."""
     logits = torch.tensor([[0.0, 20.0, -1.0]], requires_grad=True)
     margin = OUTPUT_FUNCTIONS["margin"].function(logits, torch.tensor([0]), torch.tensor([0]), 1)
@@ -146,7 +144,7 @@ def test_margin_is_exact_for_an_improbable_token() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_comes_back(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_checkpoint_comes_back(kind, model_folders, tmp_path):
     model = adapted(model_folders[kind])
     save_model(model, tmp_path / "checkpoint")
     again = load_checkpoint(tmp_path / "checkpoint", model_folders[kind])
@@ -157,7 +155,7 @@ def test_checkpoint_comes_back(kind: str, model_folders: dict[str, str], tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_displaced_adds_and_takes_back(kind: str, model_folders: dict[str, str]) -> None:
+def test_displaced_adds_and_takes_back(kind, model_folders):
     model = adapted(model_folders[kind])
     before = model.trainable_state()
     change = {name: torch.randn(shape) for name, shape in model.layout.shapes.items()}
@@ -170,7 +168,7 @@ def test_displaced_adds_and_takes_back(kind: str, model_folders: dict[str, str])
         torch.testing.assert_close(parameters[name], value, rtol=0, atol=0)
 
 
-def test_adapter_start_depends_on_the_seed_alone(model_folders: dict[str, str]) -> None:
+def test_adapter_start_depends_on_the_seed_alone(model_folders):
     first, again, other = (
         torch.cat([value.flatten() for value in load_model(model_folders["llama"], LoraShape(4, 8), seed=seed)
                    .trainable_state().values()]) for seed in (0, 0, 1)
@@ -178,7 +176,7 @@ def test_adapter_start_depends_on_the_seed_alone(model_folders: dict[str, str]) 
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders, tmp_path):
     """Tokens were added and the model was not resized: it trains as before as long as no row has them."""
     shutil.copytree(model_folders["llama"], tmp_path / "model")
     tokenizer = load_tokenizer(model_folders["llama"])
@@ -211,9 +209,7 @@ def layers(model: LanguageModel) -> set[str]:
         ("llama", ["q_proj"], {"q_proj"}),
     ],
 )
-def test_layers_of_the_adapter_are_named_as_in_peft(
-    kind: str, named: list[str], expected: set[str], model_folders: dict[str, str]
-) -> None:
+def test_layers_of_the_adapter_are_named_as_in_peft(kind, named, expected, model_folders):
     assert layers(load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))) == expected
 
 
@@ -226,15 +222,13 @@ def test_layers_of_the_adapter_are_named_as_in_peft(
         ("t5-untied", ("q", "lm_head"), "linear layers but the output's, which lm_head is not"),
     ],
 )
-def test_layers_that_cannot_carry_it_are_named(
-    kind: str, named: tuple[str, ...], message: str, model_folders: dict[str, str]
-) -> None:
+def test_layers_that_cannot_carry_it_are_named(kind, named, message, model_folders):
     """Before it is trained: stage 2 takes no gradients there."""
     with pytest.raises(ValueError, match=rf"--lora_target_modules .*{message}"):
         load_model(model_folders[kind], LoraShape(2, 4, target_modules=named))
 
 
-def test_an_adapter_of_another_model_is_refused(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
     """Where that is certain: other weights in a folder, another name on the hub."""
     one = model_folders["llama"]
     copy, two = (str(shutil.copytree(one, tmp_path / name)) for name in ("copy", "two"))
@@ -286,9 +280,7 @@ def of_peft(folder: str, path: Path, **options: object) -> LanguageModel:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(
-    options: dict, frozen: str | None, model_folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(options, frozen, model_folders, tmp_path, capsys):
     """What else it has counts in outputs, is named, does not train, and is saved with it again."""
     theirs = of_peft(model_folders["llama"], tmp_path / "theirs", **options)
     batch = make_datamodule(theirs, tmp_path).collate([3])
@@ -307,7 +299,7 @@ def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(
         torch.testing.assert_close(rows[0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders, tmp_path):
     llama = model_folders["llama"]
     of_peft(llama, tmp_path / "dora", use_dora=True)
     get_peft_model(load_base_model(llama).network, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
@@ -336,11 +328,11 @@ def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders: dict[s
         ("a_folder", "a_folder"),
     ],
 )
-def test_model_keys(key: str, resolved: str, workspace: Path) -> None:
+def test_model_keys(key, resolved, workspace):
     (workspace / "a_folder").mkdir()
     assert resolve_model_key(key) == resolved
 
 
-def test_unreachable_model_is_one_clear_error() -> None:
+def test_unreachable_model_is_one_clear_error():
     with pytest.raises(FileNotFoundError, match="--model_key nobody/nothing: cannot load nobody/nothing"):
         load_model("nobody/nothing", None)

@@ -1,7 +1,5 @@
 """What a terminal shows: the lines that we print, and nothing of any library."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -50,7 +48,7 @@ def run(folder: Path, *command: str) -> list[str]:
     return (ended.stdout + ended.stderr).splitlines()
 
 
-def test_nothing_of_the_libraries_is_shown(model_folders: dict[str, str], workspace: Path) -> None:
+def test_nothing_of_the_libraries_is_shown(model_folders, workspace):
     """Training with generated answers in half precision, gradients and estimates, each in a process of its own."""
     write_reasoning_teacher(workspace)
     for command in (TRAINING, GRADIENTS, ESTIMATES):
@@ -61,7 +59,7 @@ def test_nothing_of_the_libraries_is_shown(model_folders: dict[str, str], worksp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_nor_by_several_processes(strategy: str, model_folders: dict[str, str], workspace: Path) -> None:
+def test_nor_by_several_processes(strategy, model_folders, workspace):
     write_reasoning_teacher(workspace)
     several = ["--accelerator", "cpu", "--devices", "0", "1", "--strategy", strategy]
     for command in (TRAINING, GRADIENTS):
@@ -70,7 +68,7 @@ def test_nor_by_several_processes(strategy: str, model_folders: dict[str, str], 
 
 
 @pytest.mark.parametrize("script", [*STAGES, "scripts/export_selection.py"])
-def test_help_is_all_that_help_shows(script: str, workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_help_is_all_that_help_shows(script, workspace, capsys):
     with pytest.raises(SystemExit):
         load_script(script).parse_args(["--help"])
     usage, *lines = run(workspace, script, "--help")

@@ -1,11 +1,7 @@
 """What a person sees while a stage works."""
 
-from __future__ import annotations
-
 import re
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,18 +13,18 @@ from tests.test_models import adapted, make_datamodule
 
 
 @pytest.fixture
-def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+def wait(monkeypatch):
     """Lets the clock of progress bars go on by so many seconds at once, whatever the machine does meanwhile."""
     now = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
 
-    def wait(seconds: float) -> None:
+    def wait(seconds):
         now[0] += seconds
 
     return wait
 
 
-def test_a_log_file_gets_a_line_now_and_then(wait: Callable[[float], None], capsys: pytest.CaptureFixture) -> None:
+def test_a_log_file_gets_a_line_now_and_then(wait, capsys):
     """Whole lines with share, pace and remaining time, no control characters, far fewer than steps; none for short work."""
     with console.progress(desc="gradients", total=60, initial=20, unit="sample") as bar:
         for _ in range(40):
@@ -54,7 +50,7 @@ def test_a_log_file_gets_a_line_now_and_then(wait: Callable[[float], None], caps
     assert uncounted[-1].startswith("reading: 30 rows [") and len(uncounted) <= 3
 
 
-def test_work_without_steps_says_what_it_is(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_without_steps_says_what_it_is(capsys, monkeypatch):
     monkeypatch.setattr(console, "SHOWN_AFTER_SECONDS", 0.5)
     said, ends = "", time.monotonic() + 30
     with console.waiting_for("clustering"):
@@ -67,9 +63,7 @@ def test_work_without_steps_says_what_it_is(capsys: pytest.CaptureFixture, monke
     assert said + capsys.readouterr().err == "clustering …\n"
 
 
-def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(
-    model_folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(model_folders, tmp_path, capsys, monkeypatch):
     for name in ("SHOWN_AFTER_SECONDS", "LOG_INTERVAL_SECONDS"):
         monkeypatch.setattr(console, name, 0)
     model = adapted(model_folders["llama"])
@@ -83,7 +77,7 @@ def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(
     assert said.count("validation: 100 %, 1 of 1 [") == 3, said  # before training, and after each epoch
 
 
-def test_losses_that_are_looked_at_later_are_named_all_the_same(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_losses_that_are_looked_at_later_are_named_all_the_same(model_folders, tmp_path):
     """As on a GPU, where a look at each step's would wait for it."""
     model = adapted(model_folders["llama"])
     module = FineTuning(model, make_datamodule(model, tmp_path).data, TrainingPlan(1, 1e-3))

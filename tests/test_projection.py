@@ -1,10 +1,7 @@
 """Projection: unbiased, adjoint, reproducible, and as accurate as the dense matrix on structured gradients."""
 
-from __future__ import annotations
-
 import hashlib
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -75,7 +72,7 @@ def inner_product_errors(kind: str, dim: int, factors: Factors, num_seeds: int) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_add_and_lift_are_adjoint(kind: str) -> None:
+def test_add_and_lift_are_adjoint(kind):
     """`add` adds P^T g to what is in the row, `lift` multiplies by P: P itself, taken from `lift`, reproduces the rows;
     those of "none" are the gradients."""
     projection, factors = make(kind), random_factors()
@@ -85,7 +82,7 @@ def test_add_and_lift_are_adjoint(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_inner_products_are_unbiased(kind: str) -> None:
+def test_inner_products_are_unbiased(kind):
     """E<P^T g, P^T h> = <g, h>, also for gradients that all layers share."""
     factors = {name: tuple(1 + factor for factor in pair) for name, pair in random_factors().items()}
     errors = inner_product_errors(kind, DIM, factors, num_seeds=200)
@@ -104,7 +101,7 @@ def test_inner_products_are_unbiased(kind: str) -> None:
         *[("two_sided", dim, "rank one", 1.5 / math.sqrt(dim)) for dim in (97, 100, 1024)],
     ],
 )
-def test_error_of_inner_products(kind: str, dim: int, structure: str, largest: float) -> None:
+def test_error_of_inner_products(kind, dim, structure, largest):
     """Of gradients whose weight sits on one rank, a row, a column or two columns d = 100 apart, in four layers."""
     shapes = {f"layer{layer}": (16, 200) for layer in range(1 if structure == "one layer" else 4)}
     factors = random_factors(shapes, batch=8, tokens=1 if structure == "rank one" else 3, seed=2)
@@ -118,7 +115,7 @@ def test_error_of_inner_products(kind: str, dim: int, structure: str, largest: f
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_draw_depends_on_seed_name_and_shape_only(kind: str) -> None:
+def test_draw_depends_on_seed_name_and_shape_only(kind):
     """The order of matrices, other matrices and the batch do not matter; seed and name do."""
     factors = random_factors()
     alone = {name: (delta[2:3], inputs[2:3]) for name, (delta, inputs) in reversed(factors.items())}
@@ -132,7 +129,7 @@ def test_draw_depends_on_seed_name_and_shape_only(kind: str) -> None:
     ("kind", "digest"),
     [("sketch", "bf010463a8bfa0fe"), ("two_sided", "bd7e3fe17998e2af"), ("dense", "2ec7877539fe8910")],
 )
-def test_draw_never_changes(kind: str, digest: str) -> None:
+def test_draw_never_changes(kind, digest):
     """Stored rows stay usable: a seed names the same matrix in every process, version and machine."""
     lifted = make_projection(kind, 16, 3).lift(torch.arange(1.0, 17.0), {"w": (6, 8)})["w"]
     rounded = [round(value) for value in (4 * lifted).flatten().tolist()]
@@ -140,7 +137,7 @@ def test_draw_never_changes(kind: str, digest: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_factors_are_summed_in_float32(kind: str) -> None:
+def test_half_precision_factors_are_summed_in_float32(kind):
     """bfloat16 factors give what their values give in float32, inside an autocast region too."""
     factors = random_factors(dtype=torch.bfloat16)
     exact = projected(make(kind), {name: (delta.float(), inputs.float()) for name, (delta, inputs) in factors.items()})
@@ -152,9 +149,7 @@ def test_half_precision_factors_are_summed_in_float32(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "limit", "shape"), [("sketch", "_CHUNK_ENTRIES", (5, 1 << 17)), ("dense", "_DENSE_ENTRIES", (5, 7))]
 )
-def test_large_matrices_are_taken_in_chunks(
-    kind: str, limit: str, shape: Shape, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_matrices_are_taken_in_chunks(kind, limit, shape, monkeypatch):
     """Several groups of rows, and chunks of samples or signs: the adjoint of `lift`, whatever the chunk."""
     factors, projection = random_factors({"w": shape}, batch=3, tokens=2), make_projection(kind, DIM, 0)
     solution, rows = torch.randn(DIM, generator=torch.Generator().manual_seed(3)), projected(projection, factors)
@@ -169,7 +164,7 @@ def test_large_matrices_are_taken_in_chunks(
 @pytest.mark.parametrize(
     ("kind", "num_signs"), [("sketch", 96), ("two_sided", 16 + 24 * 8), ("dense", 96 * 64), ("none", 0)]
 )
-def test_packed_signs_are_as_many_as_documented(kind: str, num_signs: int) -> None:
+def test_packed_signs_are_as_many_as_documented(kind, num_signs):
     """And half of them are positive; +-1/sqrt(d) of the dense ones is P."""
     assert projected_sides((4, 24), DIM) == (4, 8)
     packed = make(kind).packed_signs("layer0.A", (4, 24))
@@ -181,7 +176,7 @@ def test_packed_signs_are_as_many_as_documented(kind: str, num_signs: int) -> No
         np.testing.assert_allclose(whole_matrix(make("dense"))[:96], signs / math.sqrt(DIM))
 
 
-def test_projected_sides() -> None:
+def test_projected_sides():
     """Balanced divisors, or the rank whole, or nothing to reduce; of a prime d a few numbers more, which the hash folds."""
     shapes = {(2048, 2048): (20, 20), (16, 2048): (16, 25), (2048, 16): (25, 16), (3, 5): (3, 5)}
     assert {shape: projected_sides(shape, 400) for shape in shapes} == shapes
@@ -206,12 +201,12 @@ NONE, SKETCH, ZEROS, ROWS = make("none"), make("sketch"), torch.zeros(2, 3, 4), 
         r"30 numbers, found shape \(29,\)": lambda: SKETCH.lift(torch.zeros(29), SHAPES),
     }.items(),
 )
-def test_bad_requests_are_refused(message: str, ask: Callable[[], object]) -> None:
+def test_bad_requests_are_refused(message, ask):
     with pytest.raises(ValueError, match=message):
         ask()
 
 
-def test_a_large_dense_matrix_is_drawn_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_dense_matrix_is_drawn_again_each_time(monkeypatch):
     """And is the same one."""
     factors = torch.randn(2, 3, 5), torch.randn(2, 3, 7)
     found = []

@@ -1,7 +1,5 @@
 """Laws that hold for any input (hypothesis), and a long run in miniature."""
 
-from __future__ import annotations
-
 import gc
 import os
 import pickle
@@ -35,7 +33,7 @@ texts = st.text(max_size=20)
 
 @QUICK
 @given(texts)
-def test_no_name_climbs_out(name: str) -> None:
+def test_no_name_climbs_out(name):
     for made, root in (
         (Path("r") / slug(name), Path("r")),
         (results_dir(name), Path("results")),
@@ -48,14 +46,14 @@ def test_no_name_climbs_out(name: str) -> None:
 @pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "logistic"])
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**31))
-def test_estimates_do_not_depend_on_the_order_of_tasks_and_rows(estimator: str, seed: int) -> None:
+def test_estimates_do_not_depend_on_the_order_of_tasks_and_rows(estimator, seed):
     rng = np.random.default_rng(seed)
     rows, outputs = rng.standard_normal((60, 8)).astype(np.float32), rng.random(60).astype(np.float32)
     task, target = rng.integers(0, 5, 60), np.full(60, -1)
     task[:5], task[40:], target[40:] = np.arange(5), -1, np.arange(20) % 2
     members = membership_matrix([(0, 1), (2, 3, 4), (1, 4)], 5)
 
-    def estimates(order: np.ndarray, renamed: np.ndarray) -> np.ndarray:
+    def estimates(order, renamed):
         """Rows in another order, task t called renamed[t]."""
         names = np.where(task >= 0, renamed[task], -1)[order]
         parts = [rows[order], outputs[order]]
@@ -75,7 +73,7 @@ def test_estimates_do_not_depend_on_the_order_of_tasks_and_rows(estimator: str, 
 
 @QUICK
 @given(st.lists(texts, min_size=1, max_size=40), st.floats(0, 0.4), st.integers(0, 10), st.randoms())
-def test_splits_do_not_depend_on_the_order_of_rows(keys: list[str], share: float, most: int, random) -> None:
+def test_splits_do_not_depend_on_the_order_of_rows(keys, share, most, random):
     sides = dict(zip(keys, stable_split(keys, share, most), strict=True))
     shuffled = list(keys)
     random.shuffle(shuffled)
@@ -84,7 +82,7 @@ def test_splits_do_not_depend_on_the_order_of_rows(keys: list[str], share: float
 
 @QUICK
 @given(st.lists(st.tuples(texts, texts, st.sampled_from(SPLITS)), min_size=1, max_size=30))
-def test_stored_texts_are_the_texts(rows: list[tuple[str, str, str]]) -> None:
+def test_stored_texts_are_the_texts(rows):
     """By position, by slice and in a loop; surrogates aside, which no file in UTF-8 has."""
     rows = [tuple(text.encode("utf-8", "replace").decode() for text in row) for row in rows]
     table = store_rows(rows, pa.schema({"prompt": TEXT, "completion": TEXT, "split": TEXT}))
@@ -120,7 +118,7 @@ WAYS = {  # of a pickle to call what is at <N> (two lines) or <S> (on the stack)
 
 @QUICK
 @given(names, st.sampled_from(list(WAYS)))
-def test_pickles_reach_no_callable(asked: tuple[str, str], way: str) -> None:
+def test_pickles_reach_no_callable(asked, way):
     sys.modules["sentinel_module"] = sentinel
     stacked = b"".join(b"X" + struct.pack("<I", len(name)) + name.encode() for name in asked)
     named = "".join(f"{name}\n" for name in asked).encode()
@@ -143,7 +141,7 @@ def test_pickles_reach_no_callable(asked: tuple[str, str], way: str) -> None:
 # --- long -----------------------------------------------------------------------------------------------------
 
 
-def test_two_hundred_cycles_do_not_grow(here: list[str]) -> None:
+def test_two_hundred_cycles_do_not_grow(here):
     """Open a store, estimate, select: memory and open files after 200 times are those after 50."""
     (store,) = [path for path in Path("gradients").iterdir() if path.name.endswith("dim_32_run_0")]
     members = membership_matrix([(0, 1), (2, 3)], 4)

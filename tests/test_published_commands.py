@@ -1,7 +1,5 @@
 """The commands that the method was published with are taken as they stand: every flag by every script that had it."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 
@@ -46,9 +44,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 @pytest.mark.parametrize("gpus", [0, 4])
-def test_published_commands(
-    command: str, gpus: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_commands(command, gpus, capsys, monkeypatch):
     """On GPUs and without: every flag is taken, and has the value that is typed."""
     monkeypatch.setattr(console, "_said", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -70,7 +66,7 @@ def test_published_commands(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true", "16"])
-def test_half_precision_runs_every_stage(precision: str, model_folders: dict[str, str], workspace: Path) -> None:
+def test_half_precision_runs_every_stage(precision, model_folders, workspace):
     """On the CPU too: training, gradients, estimates at displaced weights, the approximation error, selection."""
     write_sources(workspace / "sources.jsonl", {"up": 20, "down": 20, "other": 20})
     flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4"]
@@ -89,7 +85,7 @@ def test_half_precision_runs_every_stage(precision: str, model_folders: dict[str
     assert np.isfinite(pd.read_csv(estimates).filter(like="displaced_loss").to_numpy(float)).all()
 
 
-def test_checkpoints_are_named_with_or_without_ckpt(workspace: Path) -> None:
+def test_checkpoints_are_named_with_or_without_ckpt(workspace):
     folder = META_INITIALIZATIONS / "run_0" / "epoch_epoch=3"
     folder.mkdir(parents=True)
     assert resolve_checkpoint("run_0/epoch_epoch=3") == resolve_checkpoint("run_0/epoch_epoch=3.ckpt") == folder

@@ -1,12 +1,9 @@
 """Every command that the project prints, documents or ships parses with its script's own parser."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shlex
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +28,7 @@ def placeholders_filled(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_commands_parse(source: Path) -> None:
+def test_commands_parse(source):
     text = source.read_text(encoding="utf-8")
     for script, *arguments in commands(text):
         try:
@@ -40,14 +37,14 @@ def test_commands_parse(source: Path) -> None:
             pytest.fail(f"{source.name}: python {script} {' '.join(arguments)} does not parse ({error})")
 
 
-def test_the_readme_names_every_stage() -> None:
+def test_the_readme_names_every_stage():
     from tests.commands import STAGES
 
     documented = {script for script, *_ in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert set(STAGES) <= documented
 
 
-def test_shell_scripts_named_in_the_readme_exist() -> None:
+def test_shell_scripts_named_in_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     scripts = re.findall(r"bash (\S+\.sh)", text)
     assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(scripts)
@@ -55,7 +52,7 @@ def test_shell_scripts_named_in_the_readme_exist() -> None:
         assert (ROOT / script).is_file(), script
 
 
-def test_what_the_readme_points_to_is_there() -> None:
+def test_what_the_readme_points_to_is_there():
     """Pictures and files of the repository that it names."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
@@ -69,7 +66,7 @@ def test_what_the_readme_points_to_is_there() -> None:
 @pytest.mark.parametrize(
     "flag", sorted(set(re.findall(r"`(--[a-z_]+)", (ROOT / "README.md").read_text(encoding="utf-8"))))
 )
-def test_flags_named_in_the_readme_exist(flag: str) -> None:
+def test_flags_named_in_the_readme_exist(flag):
     groups = [value for value in vars(config).values() if isinstance(value, type) and is_dataclass(value)]
     declared = {f"--{f.name}" for group in groups for f in fields(group)} | {"--device", "--project_dimension"}
     scripts = [
@@ -81,7 +78,7 @@ def test_flags_named_in_the_readme_exist(flag: str) -> None:
     assert flag in declared or any(f"{flag}" in path.read_text(encoding="utf-8") for path in scripts), flag
 
 
-def test_python_in_the_readme_parses() -> None:
+def test_python_in_the_readme_parses():
     blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 5
     for block in blocks:

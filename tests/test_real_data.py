@@ -1,7 +1,5 @@
 """Real instruction data through the stages, on a tiny model whose tokenizer is trained on it."""
 
-from __future__ import annotations
-
 import json
 from itertools import islice
 from pathlib import Path
@@ -16,7 +14,7 @@ from tests.commands import run_script
 
 
 @pytest.fixture
-def tiny_llama(workspace: Path, shared_data: Path) -> str:
+def tiny_llama(workspace, shared_data):
     """A folder made from the first rows of the real file."""
     with open(shared_data / "instruction" / "flan_mini.jsonl", encoding="utf-8") as file:
         Path("flan.jsonl").write_text("".join(islice(file, 300)), encoding="utf-8")
@@ -38,14 +36,14 @@ def stages(flags: list[str]) -> pd.DataFrame:
     return pd.read_csv("results/real/estimates.csv")
 
 
-def test_flan_rows(tiny_llama: str) -> None:
+def test_flan_rows(tiny_llama):
     frame = stages(["--data_files", "flan.jsonl", "--model_key", tiny_llama, "--train_lora"])
     estimates = frame.filter(like="estimate/").to_numpy(float)
     assert estimates.shape[1] >= 30 and np.isfinite(estimates).all()
     assert (estimates.std(axis=0) > 0).all()
 
 
-def test_alpaca_pickle_with_its_dev_map(tiny_llama: str, shared_data: Path) -> None:
+def test_alpaca_pickle_with_its_dev_map(tiny_llama, shared_data):
     source = shared_data / "instruction"
     frame = pd.read_pickle(source / "alpaca_mini.pkl").groupby("skill").head(12)
     held_out = pd.read_pickle(source / "alpaca_mini_dev_split_map.pkl")
@@ -58,9 +56,7 @@ def test_alpaca_pickle_with_its_dev_map(tiny_llama: str, shared_data: Path) -> N
     assert estimates.shape[1] == len(kept) and np.isfinite(estimates).all()
 
 
-def test_strategy_qa_from_gradients_to_selection(
-    workspace: Path, shared_data: Path, model_folders: dict[str, str]
-) -> None:
+def test_strategy_qa_from_gradients_to_selection(workspace, shared_data, model_folders):
     """The real StrategyQA files through gradients, clusters, 200 estimates and forward selection."""
     for folder, name in (("data", "dataset"), ("data", "split"), ("saved", "completion_data")):
         Path(folder).mkdir(exist_ok=True)

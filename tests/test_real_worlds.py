@@ -1,7 +1,5 @@
 """The worlds of real data: what they hold, and that shuffled sources answer other questions."""
 
-from __future__ import annotations
-
 import json
 from datetime import date
 from pathlib import Path
@@ -16,7 +14,7 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_calendar_asks_the_target_for_days_of_its_own_in_the_words_of_cldr(workspace: Path) -> None:
+def test_calendar_asks_the_target_for_days_of_its_own_in_the_words_of_cldr(workspace):
     pytest.importorskip("babel")
     run_script("data/make_calendar.py", "--rows", "40", "--target_rows", "90")
     texts = {
@@ -38,7 +36,7 @@ def test_calendar_asks_the_target_for_days_of_its_own_in_the_words_of_cldr(works
         written(day, "hu")
 
 
-def test_flan_world_holds_the_named_tasks(workspace: Path) -> None:
+def test_flan_world_holds_the_named_tasks(workspace):
     world = load_script("data/make_flan_world.py")
     flan = [
         {"inputs": f"{task} {number}", "targets": f"answer {number}", "_task_name": task}

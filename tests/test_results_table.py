@@ -1,9 +1,5 @@
 """Tables of results that people edit, or that other tools write: read, or refused with the line and the cell."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from src.tables import ResultsTable, read_table
@@ -11,7 +7,7 @@ from src.tables import ResultsTable, read_table
 GOOD = "subset,run,validation_loss/goal,seconds\n0 1,0,0.5,3\n,0,0.75,1\n"
 
 
-def test_what_another_editor_saves_is_read(tmp_path: Path) -> None:
+def test_what_another_editor_saves_is_read(tmp_path):
     """Byte order mark, line ends, ids in another order, no columns that nobody needs."""
     path = tmp_path / "results.csv"
     path.write_bytes(b"\xef\xbb\xbfsubset,run,validation_loss/goal\r\n 1  0,0,0.5\r\n,0,nan\r\n")
@@ -30,7 +26,7 @@ def test_what_another_editor_saves_is_read(tmp_path: Path) -> None:
         (GOOD.encode("utf-16"), r"cannot be read as a table"),
     ],
 )
-def test_a_bad_cell_is_named(text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_a_bad_cell_is_named(text, message, tmp_path):
     path = tmp_path / "results.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=rf"results\.csv.*{message}"):
@@ -38,7 +34,7 @@ def test_a_bad_cell_is_named(text: str | bytes, message: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("facts", [None, "{half"])
-def test_a_table_that_goes_on_needs_its_facts(facts: str | None, tmp_path: Path) -> None:
+def test_a_table_that_goes_on_needs_its_facts(facts, tmp_path):
     """What its rows were made from stands beside it; without, no row is added."""
     path = tmp_path / "results.csv"
     path.write_text(GOOD)

@@ -1,7 +1,5 @@
 """Every stage of the instruction track as a user runs it, on a tiny model, and the exact files it leaves."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
@@ -41,7 +39,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def track(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]) -> tuple[Path, list[str]]:
+def track(tmp_path_factory, model_folders):
     """A workspace in which stages 1 and 2 of the run "toy" have run, and the flags that were typed for stage 1."""
     folder = tmp_path_factory.mktemp("track")
     write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
@@ -57,13 +55,13 @@ def track(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str
 
 
 @pytest.fixture
-def here(track: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def here(track, monkeypatch):
     monkeypatch.chdir(track[0])
     return track[1]
 
 
 @pytest.fixture
-def copy(track: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def copy(track, tmp_path, monkeypatch):
     """A workspace of its own, to change."""
     monkeypatch.chdir(shutil.copytree(track[0], tmp_path / "copy"))
     return track[1]
@@ -73,7 +71,7 @@ def settings(*typed: str) -> config.TrainConfig:
     return config.for_training(config.typed_flags(load_script(TRAIN).parse_args(list(typed))))
 
 
-def test_training_leaves_checkpoints_that_peft_opens(here: list[str], model_folders: dict[str, str]) -> None:
+def test_training_leaves_checkpoints_that_peft_opens(here, model_folders):
     (run,) = Path("external_lightning_logs").glob("*_toy_run_0")
     assert run.name.endswith("_sources_lora_r_4_toy_run_0")
     best = next(path.name for path in run.iterdir() if path.name.startswith("epoch_epoch="))
@@ -82,9 +80,7 @@ def test_training_leaves_checkpoints_that_peft_opens(here: list[str], model_fold
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folders["llama"]), run / best)
 
 
-def test_training_again_does_nothing_and_other_flags_are_refused(
-    here: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_training_again_does_nothing_and_other_flags_are_refused(here, capsys):
     run_script(TRAIN, *TOY)
     assert "nothing to train" in capsys.readouterr().out
     with pytest.raises(
@@ -93,7 +89,7 @@ def test_training_again_does_nothing_and_other_flags_are_refused(
         run_script(TRAIN, *here, *TOY, "--epochs", "3")
 
 
-def test_meta_training_can_end_with_its_checkpoints(here: list[str]) -> None:
+def test_meta_training_can_end_with_its_checkpoints(here):
     """The same weights at the last checkpoint as in a training that goes on, and nothing after it."""
     for name, stop in (("whole", []), ("stopped", ["--stop_after_checkpoints"])):
         run_script(TRAIN, *here, "--checkpoint_at", "0", "0.25", "--save_name", name, *stop)
@@ -104,9 +100,7 @@ def test_meta_training_can_end_with_its_checkpoints(here: list[str]) -> None:
     assert json.loads((stopped / "manifest.json").read_text())["trajectory"] == ["step_step=0", "step_step=4"]
 
 
-def test_meta_training_leaves_alone_what_others_put_into_its_folder(
-    copy: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_meta_training_leaves_alone_what_others_put_into_its_folder(copy, capsys):
     """Files and checkpoints copied there are named, and where it would write over one it does not start."""
     (source,) = Path("external_lightning_logs").glob("*_toy_run_0/step_step=8")
     run = Path(str(source.parent).replace("_toy_", "_guest_"))
@@ -123,7 +117,7 @@ def test_meta_training_leaves_alone_what_others_put_into_its_folder(
         run_script(TRAIN, *copy, "--save_name", "taken")
 
 
-def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_gradients_leave_one_part_per_checkpoint(here, capsys):
     (store,) = Path("gradients").glob("*_toy_dim_32_run_0")
     parts = {"manifest.json", "outputs.npy", "projected.npy", "samples.npz"}
     found = {name for name in files_below(store) if "moments_" not in name}
@@ -136,7 +130,7 @@ def test_gradients_leave_one_part_per_checkpoint(here: list[str], capsys: pytest
         run_script(*COLLECT, *TOY, "--max_length", "100")
 
 
-def test_a_source_can_be_added_dropped_and_corrected_later(copy: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_source_can_be_added_dropped_and_corrected_later(copy, capsys):
     """Gradients are taken of new rows alone, equal to those of a store made from the start, and nothing is trained again."""
     write_sources(Path("late.jsonl"), {"late": 10})
     lines = Path("sources.jsonl").read_text().splitlines(keepends=True)
@@ -158,7 +152,7 @@ def test_a_source_can_be_added_dropped_and_corrected_later(copy: list[str], caps
     assert Path("results/toy/results.csv").is_file()
 
 
-def test_estimates_selection_and_the_one_fine_tuning(copy: list[str]) -> None:
+def test_estimates_selection_and_the_one_fine_tuning(copy):
     before = files_below(Path())
     sampled = ["--sampled_tasks", "sampled_tasks/toy.txt", "--number_of_subsets", "6", "--subset_size", "2"]
     run_script(ESTIMATE, *TOY, *sampled)
@@ -212,7 +206,7 @@ def test_estimates_selection_and_the_one_fine_tuning(copy: list[str]) -> None:
     assert new == drawn | tables | {"results/toy/results.csv", "results/toy/results.json"}
 
 
-def test_estimates_are_compared_and_calibrated(copy: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_estimates_are_compared_and_calibrated(copy, capsys):
     """Every pair of tasks estimated and fine-tuned: the table holds what the library says of the two columns."""
     pairs = ["0 1", "0 2", "0 3", "1 2", "1 3", "2 3"]
     Path("pairs.txt").write_text("\n".join(pairs) + "\n")
@@ -248,9 +242,7 @@ def test_estimates_are_compared_and_calibrated(copy: list[str], capsys: pytest.C
         run_script(ESTIMATE, *drawn, "--target_task", "goal", "--calibrate", "few.csv")
 
 
-def test_a_truth_run_goes_on_at_the_next_missing_line(
-    copy: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_truth_run_goes_on_at_the_next_missing_line(copy, monkeypatch, capsys):
     """Killed after one line, started again: the finished line is kept, the others are as if nothing had happened; a line
     that stands there twice is trained once."""
     Path("three.txt").write_text("0\n1\n2 3\n1\n")
@@ -258,7 +250,7 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(
     assert "three.txt: 1 line with a subset that stands there before" in capsys.readouterr().out
     original, calls = finetune.fine_tune_on_subset, []
 
-    def killed_at_the_second(*arguments: object, **options: object) -> object:
+    def killed_at_the_second(*arguments, **options):
         calls.append(arguments[3])
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -273,7 +265,7 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(
     pd.testing.assert_frame_equal(whole, cut)
 
 
-def test_rows_of_one_table_are_of_one_training(copy: list[str]) -> None:
+def test_rows_of_one_table_are_of_one_training(copy):
     """What counts is the number of rows in a step, not how they come together."""
     flags = copy[: copy.index("--batch_size")]
     command = [TRAIN, *flags, "--lr", "1e-2", "--task_idxes", "0", "--save_name", "free", "--accelerator", "cpu"]
@@ -289,9 +281,7 @@ def test_rows_of_one_table_are_of_one_training(copy: list[str]) -> None:
             run_script(*command, *other)
 
 
-def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(
-    copy: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(copy, capsys):
     for text, replaced in (("0\n", False), ("0\n", False), ("1\n", True)):
         Path("choice.txt").write_text(text)
         run_script(TRAIN, *TOY, "--subset_file", "choice.txt")
@@ -303,7 +293,7 @@ def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(
             run_script(*command, "other.txt")
 
 
-def test_selection_for_each_target_and_backward(copy: list[str]) -> None:
+def test_selection_for_each_target_and_backward(copy):
     """A subset for each target, the same as when that target is asked for alone; rows are kept within a budget."""
     run_script(SELECT, *TOY, "--results_name", "each", "--per_target", "--target_task", "goal", "down")
     subsets = read_subsets(Path("sampled_tasks/each_forward_selection.txt"), 4)
@@ -322,7 +312,7 @@ def test_selection_for_each_target_and_backward(copy: list[str]) -> None:
     assert path["selected"].tolist() == [size >= len(backward) for size in sizes]
 
 
-def test_candidates_are_really_fine_tuned_as_the_run_was(copy: list[str]) -> None:
+def test_candidates_are_really_fine_tuned_as_the_run_was(copy):
     """--refine lets the truth decide among the best estimates."""
     run_script(SELECT, *TOY, "--results_name", "refined", "--target_task", "goal", "--refine", "2")
     path = pd.read_csv("results/refined/selection.csv", dtype={"subset": str})
@@ -334,7 +324,7 @@ def test_candidates_are_really_fine_tuned_as_the_run_was(copy: list[str]) -> Non
     assert [facts[key] for key in ("epochs", "rows_per_step", "lr")] == [2, 8, 1e-2]
 
 
-def test_mixture_weights_are_what_training_draws(copy: list[str]) -> None:
+def test_mixture_weights_are_what_training_draws(copy):
     run_script(SELECT, *TOY, "--weights", "--target_task", "goal")
     weights = pd.read_csv("sampled_tasks/toy_weights.csv")
     assert weights["name"].tolist() == ["down", "down/2", "up a", "up b"] and weights["share"].sum() == pytest.approx(1)
@@ -355,7 +345,7 @@ def test_mixture_weights_are_what_training_draws(copy: list[str]) -> None:
             run_script(TRAIN, *TOY, "--task_weights", "bad.csv")
 
 
-def test_selected_rows_are_exported(copy: list[str]) -> None:
+def test_selected_rows_are_exported(copy):
     """Every training row of the subset and nothing else, with the weights of the sources."""
     export = ["scripts/export_selection.py", *TOY]
     run_script(*export, "--task_idxes", "1", "3")
@@ -374,7 +364,7 @@ def test_selected_rows_are_exported(copy: list[str]) -> None:
         run_script(*export)
 
 
-def test_margins_representations_signs_and_checkpointing(copy: list[str]) -> None:
+def test_margins_representations_signs_and_checkpointing(copy):
     """The flags of stage 2: what each leaves, and the estimators that live on it."""
     margins = ["--output_function", "margin", "--project_dim", "16"]
     run_script(*COLLECT, *TOY, *margins, "--representations", "--save_projection_matrix", "--gradient_checkpointing")
@@ -403,7 +393,7 @@ def test_margins_representations_signs_and_checkpointing(copy: list[str]) -> Non
         run_script(*drawn, "--project_dim", "32", "--estimator", "representation")
 
 
-def test_fewer_rows_than_dimensions_use_their_kernel(copy: list[str]) -> None:
+def test_fewer_rows_than_dimensions_use_their_kernel(copy):
     """At d above the number of rows no d x d matrix is kept, and the estimates are those of the moments."""
     checkpoint = ["--load_model_dir", str(next(Path("external_lightning_logs").glob("*_toy_run_0/step_step=8")))]
     run_script(*COLLECT, *TOY, *checkpoint, "--project_dim", "100")
@@ -418,7 +408,7 @@ def test_fewer_rows_than_dimensions_use_their_kernel(copy: list[str]) -> None:
     np.testing.assert_allclose(np.diff(found, axis=0), np.diff(expected, axis=0), rtol=1e-3, atol=1e-5)
 
 
-def test_unprojected_gradients_go_through_the_stages(copy: list[str]) -> None:
+def test_unprojected_gradients_go_through_the_stages(copy):
     """--projection none keeps all p coordinates, in a store of its own."""
     checkpoint = ["--load_model_dir", str(next(Path("external_lightning_logs").glob("*_toy_run_0/step_step=8")))]
     exact = [*TOY, "--projection", "none", *checkpoint]
@@ -434,7 +424,7 @@ def test_unprojected_gradients_go_through_the_stages(copy: list[str]) -> None:
     assert errors["first_order"][1] > 100 * errors["first_order"][0]
 
 
-def test_each_run_has_its_gradients_and_its_status(copy: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_each_run_has_its_gradients_and_its_status(copy, capsys):
     """Two meta-trainings of the same data and model; a stage without a name takes the last, and says so."""
     run_script(TRAIN, *copy, "--lr", "5e-2", "--save_name", "hot", "--checkpoint_at", "1.0")
     run_script(*COLLECT, "--save_name", "hot", "--project_dim", "32")
@@ -455,12 +445,10 @@ def test_each_run_has_its_gradients_and_its_status(copy: list[str], capsys: pyte
     assert "next        python fast_estimate_forward_selection.py --save_name toy" in said
 
 
-def test_an_interruption_is_a_line(
-    here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_interruption_is_a_line(here, monkeypatch, capsys):
     """Ctrl-C in the middle of a fit, where Lightning catches it: one line, exit status 130."""
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("src.finetune.FineTuning.training_step", interrupted)

@@ -1,7 +1,5 @@
 """Every stage of the chain-of-thought track as a user runs it, for both architectures."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -43,9 +41,7 @@ def write_reasoning_teacher(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["t5", "llama"])
-def track(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]
-) -> tuple[Path, list[str], str]:
+def track(request, tmp_path_factory, model_folders):
     """A workspace in which stages 1 and 2 have run, the flags they share, and the best checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     write_reasoning_teacher(folder)
@@ -63,12 +59,12 @@ def track(
 
 
 @pytest.fixture
-def here(track: tuple[Path, list[str], str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
+def here(track, monkeypatch):
     monkeypatch.chdir(track[0])
     return track[1:]
 
 
-def test_training_names_its_run_and_keeps_predictions(here: tuple[list[str], str]) -> None:
+def test_training_names_its_run_and_keeps_predictions(here):
     _, checkpoint = here
     assert "_addsub_ft_cot_t70_2aug_lora_r_4_new_run_0/epoch_epoch=" in checkpoint
     predictions = sorted(Path("saved/completion_data").glob("B_models0-*__C_ft_cot/*.json"))
@@ -81,7 +77,7 @@ def test_training_names_its_run_and_keeps_predictions(here: tuple[list[str], str
     assert set(content["data"]) == validation
 
 
-def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str]) -> None:
+def test_clusters_estimates_selection_and_fine_tuning(here):
     flags, checkpoint = here
     (store,) = Path("gradients").iterdir()
     data = load_cot("addsub", "ft_cot_t70_2aug", architecture="decoder")
@@ -121,7 +117,7 @@ def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str
     assert Path("results/toy/selection.png").is_file()
 
 
-def test_displaced_small_steps_follow_the_first_order(here: tuple[list[str], str]) -> None:
+def test_displaced_small_steps_follow_the_first_order(here):
     """Both evaluations of a tiny displacement move the loss by the same amount."""
     flags, checkpoint = here
     options = ["--load_model_dir", checkpoint, "--project_dim", "24", "--load_clusters", "--num_clusters", "4"]
@@ -134,20 +130,20 @@ def test_displaced_small_steps_follow_the_first_order(here: tuple[list[str], str
     np.testing.assert_allclose(measured, predicted, rtol=0.05, atol=2e-6)
 
 
-def test_the_checkpoint_is_untouched(here: tuple[list[str], str]) -> None:
+def test_the_checkpoint_is_untouched(here):
     """Also by the displaced models of the tests before."""
     flags, checkpoint = here
     load_checkpoint(Path("external_lightning_logs") / checkpoint, flags[flags.index("--model_key") + 1])
 
 
-def test_other_flags_than_the_adapter_has_are_refused(here: tuple[list[str], str]) -> None:
+def test_other_flags_than_the_adapter_has_are_refused(here):
     flags, checkpoint = here
     wrong = ["8" if flag == "4" else flag for flag in flags]
     with pytest.raises(ValueError, match=r"--lora_rank 4 there, 8 typed"):
         run_script(STAGE_2, *wrong, "--load_model_dir", checkpoint)
 
 
-def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], str]) -> None:
+def test_approximation_error_of_a_chain_of_thought_store(here):
     """The instruction track's script measures this track's store through the same function."""
     flags, checkpoint = here
     at = [*flags, "--load_model_dir", checkpoint, "--project_dim", "24", "--save_name", "near"]
@@ -158,7 +154,7 @@ def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], 
     assert Path("results/near/approximation_error.png").is_file()
 
 
-def test_clusters_of_other_rows_are_made_anew(here: tuple[list[str], str]) -> None:
+def test_clusters_of_other_rows_are_made_anew(here):
     """They are kept by the store's name; a store that was made anew may hold other rows."""
     _, checkpoint = here
     (store,) = Path("gradients").iterdir()

@@ -1,7 +1,5 @@
 """The store: rows are taken over by their content, a part is whole or absent, and nothing half-written is taken."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random
@@ -111,9 +109,7 @@ OLD = text([1, 2, 3, 4, 5, 3, 7, 8])
         (text([30, 31, 32, 33]), ("a", "b"), 4),  # nothing in common
     ],
 )
-def test_rows_are_taken_over_by_their_content(
-    keys: list, tasks: tuple, computed: int, shards: int, tmp_path: Path
-) -> None:
+def test_rows_are_taken_over_by_their_content(keys, tasks, computed, shards, tmp_path):
     folder = tmp_path / "store" / "step_step=1"
     assert run(folder, OLD, shards=shards) == 7  # one is there twice
     check(folder, OLD)
@@ -127,7 +123,7 @@ def test_rows_are_taken_over_by_their_content(
     assert run(folder, keys, tasks) == 0 and writer(folder, keys, tasks).complete
 
 
-def test_what_was_not_forced_to_disk_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_forced_to_disk_does_not_count(tmp_path, monkeypatch):
     """Flushed rows are resumed; others, and those whose flush failed, are computed again. A part that lacks any is refused."""
     folder = tmp_path / "store" / "step_step=1"
     first = writer(folder, OLD)
@@ -155,7 +151,7 @@ def test_what_was_not_forced_to_disk_does_not_count(tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_sync(monkeypatch):
     """Nothing waits for the disk: no process really ends."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(np.memmap, "flush", lambda array: None)
@@ -193,7 +189,7 @@ def killed(action: Callable[[], object], at: int) -> bool:
 
 @pytest.mark.parametrize(("shards", "back"), [(0, False), (0, True), (2, False)])
 @pytest.mark.usefixtures("no_sync")
-def test_killed_before_each_change_of_a_folder(shards: int, back: bool, tmp_path: Path) -> None:
+def test_killed_before_each_change_of_a_folder(shards, back, tmp_path):
     """While a part is replaced by one of other rows: the next run, of either rows, gets there and computes no more."""
     new = text([9, 1, 2, 3, 20, 21])
     for at in range(1, 1000):
@@ -210,7 +206,7 @@ def test_killed_before_each_change_of_a_folder(shards: int, back: bool, tmp_path
 
 
 @pytest.mark.usefixtures("no_sync")
-def test_killed_again_and_again_while_data_change(tmp_path: Path) -> None:
+def test_killed_again_and_again_while_data_change(tmp_path):
     rng, folder = random.Random(0), tmp_path / "store" / "step_step=1"
     for _ in range(40):
         keys = text([rng.randrange(12) for _ in range(rng.randrange(4, 12))])
@@ -221,14 +217,14 @@ def test_killed_again_and_again_while_data_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_request_is_refused(finished: bool, tmp_path: Path) -> None:
+def test_another_request_is_refused(finished, tmp_path):
     folder = tmp_path / "store" / "step_step=1"
     run(folder, OLD) if finished else writer(folder, OLD)
     with pytest.raises(ValueError, match=r"model_key: found m, expected other\. Take them again"):
         writer(folder, OLD, model_key="other")
 
 
-def test_value_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
+def test_value_that_is_not_finite_names_the_sample(tmp_path):
     of = writer(tmp_path / "x", OLD)
     rows, outputs, representations = values_of(OLD[:2])
     rows[1, 2] = np.inf
@@ -237,8 +233,8 @@ def test_value_that_is_not_finite_names_the_sample(tmp_path: Path) -> None:
     assert 0 in of.missing() and 2 in of.missing()
 
 
-def test_room_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+def test_room_is_taken_at_once(tmp_path, monkeypatch):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
@@ -250,7 +246,7 @@ def test_room_is_taken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert path.stat().st_blocks * 512 >= path.stat().st_size  # no holes
 
 
-def test_parts_of_other_rows_or_with_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_parts_of_other_rows_or_with_damaged_files_are_refused(tmp_path):
     for step, keys in ((1, OLD), (2, OLD[::-1])):
         run(tmp_path / f"step_step={step}", keys)
     with pytest.raises(ValueError, match="rows_fingerprint: found"):
@@ -266,7 +262,7 @@ def test_parts_of_other_rows_or_with_damaged_files_are_refused(tmp_path: Path) -
             open_store(folder.parent, [name], "")
 
 
-def test_moments_of_other_rows_or_groups_are_made_anew(tmp_path: Path) -> None:
+def test_moments_of_other_rows_or_groups_are_made_anew(tmp_path):
     run(tmp_path / "step_step=1", OLD), run(tmp_path / "other" / "x", OLD[::-1])
     (part,) = open_store(tmp_path, ["step_step=1"], "")
     expected, path = part.estimation_part(), part.folder / "moments_tasks.npz"
@@ -318,9 +314,7 @@ def collect(
 
 @pytest.mark.parametrize("state", ["finished", "killed"])
 @pytest.mark.parametrize("change", ["added", "dropped", "corrected", "renamed", "none"])
-def test_a_store_of_changed_data_is_one_from_nothing(
-    change: str, state: str, model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_of_changed_data_is_one_from_nothing(change, state, model_folders, tmp_path, monkeypatch):
     """Within rounding, as batches differ; bit for bit where data did not change and a run was killed."""
     monkeypatch.setattr(store, "FLUSH_SECONDS", 0)
     model, rows = adapted(model_folders["llama"]), sources(a=9, b=8)
@@ -334,7 +328,7 @@ def test_a_store_of_changed_data_is_one_from_nothing(
     taken: list[int] = []
     original = GradientCollector.__call__
 
-    def counted(self: GradientCollector, batch: dict) -> tuple:
+    def counted(self, batch):
         taken.extend(batch["sample_index"].tolist())
         return original(self, batch)
 

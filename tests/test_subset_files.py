@@ -1,7 +1,5 @@
 """Stage 3 and the file of subsets: it is taken when it is there, and what contradicts it is said."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -22,9 +20,7 @@ __all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2
          ["holds 3 subsets, and --number_of_subsets asks for 2", "holds subsets of 2 tasks, and --subset_size 3 asks for 3"]),
     ],
 )  # fmt: skip
-def test_flags_that_contradict_a_file_are_named(
-    here: list[str], flags: list[str], notices: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_flags_that_contradict_a_file_are_named(here, flags, notices, capsys):
     path = Path("pairs.txt")
     path.write_text("0 1\n1 2\n0 3\n")
     named = ["--project_dim", "32", "--sampled_tasks", str(path), "--save_name", "toy"]

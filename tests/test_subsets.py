@@ -1,9 +1,6 @@
 """Subsets: drawn without repetition, kept in files that can be edited, and clusters as tasks."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +20,7 @@ from src.subsets import (
 )
 
 
-def test_membership_matrix() -> None:
+def test_membership_matrix():
     """A row per subset, a column per task."""
     assert membership_matrix([(0, 2), (), (1,)], 3).tolist() == [[True, False, True], [False] * 3, [False, True, False]]
     with pytest.raises(ValueError, match=r"subset \(1, 3\) holds task 3; tasks are 0 to 2"):
@@ -34,13 +31,13 @@ def test_membership_matrix() -> None:
     ("subset_size", "num_tasks", "expected"),
     [(0.5, 9, 5), (0.5, 10, 5), (0.01, 10, 1), (1, 10, 1), (4, 10, 4), (4.0, 10, 4), (0.5, 400, 200)],
 )
-def test_subset_size_is_a_share_or_a_count(subset_size: float, num_tasks: int, expected: int) -> None:
+def test_subset_size_is_a_share_or_a_count(subset_size, num_tasks, expected):
     """Below 1 a share, rounded half up and at least one task; from 1 on a count."""
     assert {len(subset) for subset in draw_subsets(5, num_tasks, subset_size, seed=0)} == {expected}
 
 
 @given(num_tasks=st.integers(1, 7), size=st.integers(1, 7), seed=st.integers(0, 3), data=st.data())
-def test_drawn_subsets_differ(num_tasks: int, size: int, seed: int, data: st.DataObject) -> None:
+def test_drawn_subsets_differ(num_tasks, size, seed, data):
     """Sorted, within range, of the size, all different: up to every subset there is, and the same for the same seed."""
     size = min(size, num_tasks)
     num_subsets = data.draw(st.integers(1, math.comb(num_tasks, size)))
@@ -51,14 +48,14 @@ def test_drawn_subsets_differ(num_tasks: int, size: int, seed: int, data: st.Dat
     assert drawn == draw_subsets(num_subsets, num_tasks, size, seed)
 
 
-def test_every_task_is_drawn_as_often() -> None:
+def test_every_task_is_drawn_as_often():
     """A draw of half of the tasks takes each with probability one half."""
     membership = membership_matrix(draw_subsets(2000, 20, 0.5, seed=1), 20)
     np.testing.assert_allclose(membership.mean(axis=0), 0.5, atol=0.05)
     assert draw_subsets(3, 20, 0.5, seed=1) != draw_subsets(3, 20, 0.5, seed=2)
 
 
-def test_impossible_draws_are_refused() -> None:
+def test_impossible_draws_are_refused():
     for size in (0, -0.5, 2.5, 11):
         with pytest.raises(ValueError, match=f"subset size {size}: expected a share between 0 and 1, or .* 1 to 10"):
             draw_subsets(1, 10, size, seed=0)
@@ -66,7 +63,7 @@ def test_impossible_draws_are_refused() -> None:
         draw_subsets(11, 5, 2, seed=0)
 
 
-def test_written_subsets_are_read_back(tmp_path: Path) -> None:
+def test_written_subsets_are_read_back(tmp_path):
     """Sorted, under a comment, with nothing else left in the folder, also where one cannot be written."""
     path = tmp_path / "folder" / "subsets.txt"
     write_subsets(path, [(3, 1), (0,), (2, 1)], comment="drawn\nby hand")
@@ -77,7 +74,7 @@ def test_written_subsets_are_read_back(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_edited_file_is_read(tmp_path: Path) -> None:
+def test_an_edited_file_is_read(tmp_path):
     """Comments, blank lines, tabs, any order, names of tasks, another editor's line ends and byte order mark."""
     path, names = tmp_path / "subsets.txt", ["2", "2019", "case law", "poetry"]
     path.write_bytes(
@@ -86,7 +83,7 @@ def test_an_edited_file_is_read(tmp_path: Path) -> None:
     assert read_subsets(path, 4, names) == [(1, 3), (0, 2), (2, 3), (2,), (1,)]
 
 
-def test_a_file_names_its_tasks(tmp_path: Path) -> None:
+def test_a_file_names_its_tasks(tmp_path):
     """Ids of other data are refused, of data that only has more tasks at its end they are read."""
     path, names = tmp_path / "subsets.txt", ["law", "medicine", "po\n etry"]
     write_subsets(path, [(1,), (0, 2)], comment="forward selection", tasks=names)
@@ -110,7 +107,7 @@ def test_a_file_names_its_tasks(tmp_path: Path) -> None:
         ("0 1\n".encode("utf-16"), "subsets.txt is not UTF-8 text"),
     ],
 )
-def test_bad_files_are_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_bad_files_are_refused(tmp_path, text, message):
     """The file, the line, the word and what was expected."""
     path = tmp_path / "subsets.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -118,7 +115,7 @@ def test_bad_files_are_refused(tmp_path: Path, text: str | bytes, message: str) 
         read_subsets(path, 4, ["a", "b", "c", "d"])
 
 
-def test_the_file_decides(tmp_path: Path) -> None:
+def test_the_file_decides(tmp_path):
     """Drawn and written once; from then on the file is read, with whatever a user made of it. Reading never draws."""
     path = tmp_path / "subsets.txt"
     with pytest.raises(FileNotFoundError, match=r"subsets\.txt is not there"):
@@ -129,7 +126,7 @@ def test_the_file_decides(tmp_path: Path) -> None:
     assert load_or_draw_subsets(path, 6, 10, 0.5, seed=3) == [(1, 2)]
 
 
-def test_task_weights(tmp_path: Path) -> None:
+def test_task_weights(tmp_path):
     path = tmp_path / "weights.csv"
     write_task_weights(path, ["law", "a, b"], np.array([0.25, 0.75]))
     assert read_task_weights(path, ["a, b", "law", "other"]).tolist() == [0.75, 0.25, 0]
@@ -139,7 +136,7 @@ def test_task_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [20_000, 10])
-def test_clusters_are_directions(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_are_directions(limit, monkeypatch):
     """Length does not matter, ids follow the first appearance, rows of zeros join the largest; the same by k-means."""
     monkeypatch.setattr(module, "MAX_LINKAGE_SAMPLES", limit)
     rng = np.random.default_rng(0)
@@ -154,7 +151,7 @@ def test_clusters_are_directions(limit: int, monkeypatch: pytest.MonkeyPatch) ->
     assert cluster_samples(rows, 1, seed=0).tolist() == [0] * 200
 
 
-def test_impossible_clusters_are_refused() -> None:
+def test_impossible_clusters_are_refused():
     """More clusters than samples with a gradient, or rows that are not finite."""
     rows = np.random.default_rng(0).standard_normal((4, 6))
     rows[1] = 0

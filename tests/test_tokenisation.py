@@ -1,12 +1,9 @@
 """A row's ids are those of its text, whatever the tokenizer: nothing is put in, lost or doubled at the seams."""
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -102,14 +99,14 @@ COMPLETIONS = st.tuples(TEXTS, st.sampled_from("ab.1é日🙂"), TEXTS).map("".j
 
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_decoders_row_decodes_to_its_text(kind: str, template: str) -> None:
+def test_a_decoders_row_decodes_to_its_text(kind, template):
     """Prompt and completion together, one beginning-of-text token where the tokenizer puts one, one end token."""
     tokenizer = make(kind, template)
     begin = [tokenizer.bos_token_id] if "<s>" in template else []
 
     @settings(max_examples=25, deadline=None)
     @given(st.lists(st.tuples(TEXTS, COMPLETIONS), min_size=1, max_size=10))
-    def check(texts: list[tuple[str, str]]) -> None:
+    def check(texts):
         for (prompt, completion), (head, tail) in zip(texts, tokens_of(tokenizer, texts), strict=True):
             assert head[: len(begin)] == begin
             assert tail[-1] == tokenizer.eos_token_id
@@ -128,7 +125,7 @@ def test_a_decoders_row_decodes_to_its_text(kind: str, template: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompts_ids_are_those_that_generation_starts_from(kind: str) -> None:
+def test_a_prompts_ids_are_those_that_generation_starts_from(kind):
     """Also where a token of the whole text reaches over the seam."""
     tokenizer = make(kind, "<s> $A")
     texts = [("Answer: ", "yes"), ("a", "b a"), ("ab.", "a b"), ("word: 1", "2 ab"), ("a\n", "\nbab"), ("", "ab")]
@@ -137,7 +134,7 @@ def test_a_prompts_ids_are_those_that_generation_starts_from(kind: str) -> None:
             assert head == tokenizer(prompt)["input_ids"], prompt
 
 
-def test_a_token_over_the_seam_is_not_lost() -> None:
+def test_a_token_over_the_seam_is_not_lost():
     """A normalizer that joins a letter and an accent leaves nothing to put behind the prompt: the letter moves over."""
     tokenizer = backend("bytes")
     tokenizer.normalizer = normalizers.NFC()
@@ -150,7 +147,7 @@ def test_a_token_over_the_seam_is_not_lost() -> None:
 @pytest.mark.parametrize("template", ["$A", "$A </s>"])
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace first", "wordpiece"])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
-def test_one_end_token(architecture: str, kind: str, template: str) -> None:
+def test_one_end_token(architecture, kind, template):
     tokenizer = make(kind, template)
     end = tokenizer.eos_token_id
     endings = ["", "</s>", "</s>\n", " \n</s></s>", "</s> </s>\n", "</s></s></s>"]
@@ -164,7 +161,7 @@ def test_one_end_token(architecture: str, kind: str, template: str) -> None:
     assert inside[-1] == end and inside.count(end) == 2  # in the middle it is what the tokenizer makes of it
 
 
-def test_a_turns_end_is_the_end() -> None:
+def test_a_turns_end_is_the_end():
     """A chat template's own: no other end token follows it."""
     tokenizer = make("bytes", extra_special_tokens=["<|end|>"])
     turn = tokenizer.convert_tokens_to_ids("<|end|>")
@@ -177,7 +174,7 @@ def test_a_turns_end_is_the_end() -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend"])
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
-def test_a_cut_row_keeps_its_beginning(template: str, kind: str) -> None:
+def test_a_cut_row_keeps_its_beginning(template, kind):
     """The beginning-of-text token stands there once, whether the tokenizer or the text brings it, and whatever is cut."""
     tokenizer = make(kind, template)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -198,7 +195,7 @@ def test_a_cut_row_keeps_its_beginning(template: str, kind: str) -> None:
         tokens_of(tokenizer, [("a", "b")], max_length=1)
 
 
-def test_an_encoders_cut_prompt_keeps_its_end() -> None:
+def test_an_encoders_cut_prompt_keeps_its_end():
     """As the tokenizer's own truncation does; a completion that is cut does not end."""
     tokenizer = make("bytes", "<s> $A </s>")
     text = "ab ab. a" * 5
@@ -208,7 +205,7 @@ def test_an_encoders_cut_prompt_keeps_its_end() -> None:
         assert completion == tokenizer(text)["input_ids"][:length]
 
 
-def test_a_tokenizers_fingerprint_does_not_change_in_use() -> None:
+def test_a_tokenizers_fingerprint_does_not_change_in_use():
     saved = backend("bytes")
     saved.enable_truncation(20)
     saved.enable_padding(length=20)
@@ -218,7 +215,7 @@ def test_a_tokenizers_fingerprint_does_not_change_in_use() -> None:
     assert tokenizer_fingerprint(tokenizer) == before
 
 
-def test_tokens_are_kept_by_what_they_are_made_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_tokens_are_kept_by_what_they_are_made_from(tmp_path, capsys):
     """Texts, tokenizer, architecture and lengths: another folder for each, with the ids that tokenising gives. A file
     that was cut or lost is made again."""
     texts, plain = [("a b " * i, "ab") for i in range(4)], make("bytes")
@@ -230,7 +227,7 @@ def test_tokens_are_kept_by_what_they_are_made_from(tmp_path: Path, capsys: pyte
         (5, rows_of(texts), plain, "decoder"),
     ]
 
-    def check(longest: int, *request: Any) -> set[Path]:
+    def check(longest, *request):
         before, lengths = set(tmp_path.iterdir()), {"max_length": longest, "max_target_length": 100}
         found, expected = (tokenize_once(cache, *request, **lengths) for cache in (tmp_path, None))
         assert found.notices == expected.notices and bool(found.notices) == (longest == 5)
@@ -251,7 +248,7 @@ def test_tokens_are_kept_by_what_they_are_made_from(tmp_path: Path, capsys: pyte
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.text("ab", max_size=2), st.text("ab", min_size=1, max_size=2)), min_size=1, max_size=12))
-def test_rows_have_one_key_where_they_have_one_content(texts: list[tuple[str, str]]) -> None:
+def test_rows_have_one_key_where_they_have_one_content(texts):
     """Ids of the prompt, of the completion, and whether the loss is on the prompt; in any data, at any place."""
     tokenizer, of_key, of_content = make("bytes"), {}, {}
     for rows, on_prompt in itertools.product((texts, texts[::-2]), (False, True)):

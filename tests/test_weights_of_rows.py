@@ -1,7 +1,5 @@
 """What counts how much: an estimate weighs rows as the training does whose outcome it predicts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -32,16 +30,14 @@ def rows_of_different_lengths(model: LanguageModel, **options: bool) -> TaskData
 
 
 @pytest.mark.parametrize(("kind", "loss_on_prompt"), [("llama", False), ("llama", True), ("t5", False)])
-def test_target_tokens_are_those_that_meet_a_logit(
-    model_folders: dict[str, str], kind: str, loss_on_prompt: bool
-) -> None:
+def test_target_tokens_are_those_that_meet_a_logit(model_folders, kind, loss_on_prompt):
     model = load_base_model(model_folders[kind])
     datamodule = rows_of_different_lengths(model, loss_on_prompt=loss_on_prompt)
     _, _, rows = model.target_logits(datamodule.collate(range(6)))
     assert datamodule.target_tokens.tolist() == torch.bincount(rows).tolist()
 
 
-def test_a_batch_is_a_mean_over_tokens_or_over_rows(model_folders: dict[str, str]) -> None:
+def test_a_batch_is_a_mean_over_tokens_or_over_rows(model_folders):
     model = load_base_model(model_folders["llama"]).eval()
     datamodule = rows_of_different_lengths(model)
     losses = outputs_of(model, datamodule, np.arange(6), "loss")
@@ -54,7 +50,7 @@ def test_a_batch_is_a_mean_over_tokens_or_over_rows(model_folders: dict[str, str
     assert abs(expected["token"] - expected["row"]) > 1e-3 * expected["row"]
 
 
-def test_stage_3_weighs_rows_as_the_training_did(here: list[str]) -> None:
+def test_stage_3_weighs_rows_as_the_training_did(here):
     """Of a training on the mean over rows, the weights of such a training; those of the other one where they are asked for."""
     by_row, toy = ["--save_name", "by_row"], ["--save_name", "toy"]
     run_script(STAGE_1, *here, *by_row, "--loss_over", "row")
