@@ -1,7 +1,7 @@
 """Tiny real components: a character tokenizer, two-layer models built from a config, ten-row data."""
 
-import json
 import os
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from src.console import quiet_libraries
+from tests.commands import COLLECT, TRAIN, run_script, write_jsonl
 from tests.faults import Stages
 
 quiet_libraries()
@@ -113,46 +114,19 @@ def model_folders(tmp_path_factory):
     return _Folders(lambda kind: str(build_model_folder(kind, root / kind)))
 
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "omicron",
-    "pi",
-    "rho",
-    "sigma",
-    "tau",
-]
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron",
+         "pi", "rho", "sigma", "tau"]  # fmt: skip
 
 
-def write_sources(path: Path, tasks: dict[str, int], **extra: str) -> Path:
+def write_sources(path: Path | str, tasks: dict[str, int]) -> Path:
     """A FLAN-layout jsonl with so many rows for each task; rows differ in length."""
-    with open(path, "w", encoding="utf-8") as file:
-        for position, (task, count) in enumerate(tasks.items()):
-            for row in range(count):
-                word = " ".join(WORDS[(row * 7 + position + k) % len(WORDS)] for k in range(1 + row % 3))
-                line = {
-                    "inputs": f"{task} {row}: {word}",
-                    "targets": word[::-1] if position % 2 else word.upper(),
-                    "_task_name": task,
-                    "_task_source": "test",
-                    "_template_idx": None,
-                    "_template_type": "zs_noopt",
-                    **extra,
-                }
-                file.write(json.dumps(line) + "\n")
-    return path
+    rows, alike = [], {"_task_source": "test", "_template_idx": None, "_template_type": "zs_noopt"}
+    for position, (task, count) in enumerate(tasks.items()):
+        for row in range(count):
+            word = " ".join(WORDS[(row * 7 + position + k) % len(WORDS)] for k in range(1 + row % 3))
+            answer = word[::-1] if position % 2 else word.upper()
+            rows.append({"inputs": f"{task} {row}: {word}", "targets": answer, "_task_name": task, **alike})
+    return write_jsonl(path, rows)
 
 
 @pytest.fixture
@@ -160,3 +134,33 @@ def workspace(tmp_path, monkeypatch):
     """An empty current folder, so that stages write below it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def track(tmp_path_factory, model_folders):
+    """A workspace in which stages 1 and 2 of the run "toy" have run, and the flags that were typed for stage 1."""
+    folder = tmp_path_factory.mktemp("track")
+    write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
+    write_sources(folder / "target.jsonl", {"goal": 20})
+    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl", "--heldout_share", "0.1"]
+    flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    flags += ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_script(TRAIN, *flags, "--save_name", "toy", "--checkpoint_at", "0.5", "1.0")
+        run_script(*COLLECT, "--save_name", "toy", "--project_dim", "32")
+    return folder, flags
+
+
+@pytest.fixture
+def here(track, monkeypatch):
+    """The flags of `track`, in its workspace."""
+    monkeypatch.chdir(track[0])
+    return track[1]
+
+
+@pytest.fixture
+def copy(track, tmp_path, monkeypatch):
+    """The flags of `track`, in a workspace of its own, to change."""
+    monkeypatch.chdir(shutil.copytree(track[0], tmp_path / "copy"))
+    return track[1]

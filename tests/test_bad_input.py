@@ -14,9 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from src.console import run_stage
 from tests.commands import ROOT, load_script
-from tests.test_stages import track
-
-__all__ = ["track"]  # the fixture: a workspace in which stages 1 and 2 have run
 
 TRAIN, SELECT = "custom_train_alpaca.py", "fast_estimate_forward_selection.py"
 GRADIENTS = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs"

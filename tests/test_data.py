@@ -1,5 +1,6 @@
 """Rows of a run: splits that never move, pickles that never run, chain-of-thought files, errors with file and line."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -22,8 +23,7 @@ from src.cot import DATASET_KEYS, clean_answer, extract_answers, judge, load_cot
 from src.data import Example, TaskData, stable_split
 from src.frames import read_pickle
 from src.instruction import load_instruction
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.commands import ROOT, refused, write_jsonl
 
 
 def texts_of(data: TaskData, split: str) -> list[tuple[str, str, str]]:
@@ -51,12 +51,6 @@ def test_task_and_target_ids():
     assert [e.prompt for e in clusters.examples] == [e.prompt for e in data.examples]
 
 
-@pytest.mark.parametrize("split, tasks", [("dev", None), ("test", [0]), ("train", [2]), ("train", [-1])])
-def test_indices_refuses(split, tasks):
-    with pytest.raises(ValueError, match="expected"):
-        toy_data().indices(split, tasks)
-
-
 def test_fingerprint_sees_every_field():
     example = Example(0, "a", "train", "p", "c", 7, "yes")
     changes = [{"task": "b"}, {"split": "test"}, {"prompt": "pc"}, {"completion": ""}, {"record_index": 8}]
@@ -64,10 +58,16 @@ def test_fingerprint_sees_every_field():
     assert len({data.fingerprint for data in variants}) == len(variants) == 7
 
 
-@pytest.mark.parametrize("example", [Example(1, "a", "train", "p", "c"), Example(0, "a", "dev", "p", "c")])
-def test_examples_know_their_place(example):
-    with pytest.raises(ValueError, match="expected its own position"):
-        TaskData((example,))
+BAD_REQUESTS = [
+    *[(toy_data().indices, split, "expected") for split in (("dev", None), ("test", [0]), ("train", [2]), ("train", [-1]))],
+    *[(TaskData, ((Example(i, "a", split, "p", "c"),),), "expected its own position") for i, split in ((1, "train"), (0, "dev"))],
+    *[(stable_split, (["a"], *shares), "must add up") for shares in ((-0.1, 5), (0.5, 5), (0.1, -1), (0.6, 5, 0.4))],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("action, arguments, message", BAD_REQUESTS)
+def test_what_cannot_be_is_refused(action, arguments, message):
+    refused(message, action, *arguments)
 
 
 # --- stable splits ------------------------------------------------------------------------------------------
@@ -75,13 +75,11 @@ def test_examples_know_their_place(example):
 KEYS = [f"question {i}" for i in range(100)] + ["question 3", "naïve ключ", "\ud800"]
 
 
+SHARES = st.sampled_from([0, 0.05, 0.1, 0.3, 0.49])
+
+
 @settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.text(max_size=3), max_size=40),
-    st.sampled_from([0, 0.05, 0.1, 0.3, 0.49]),
-    st.integers(0, 5),
-    st.randoms(),
-)
+@given(st.lists(st.text(max_size=3), max_size=40), SHARES, st.integers(0, 5), st.randoms())
 def test_stable_split_rules(keys, share, cap, rng):
     sides = stable_split(keys, share, cap)
     side_of_key = dict(zip(keys, sides, strict=True))
@@ -103,12 +101,6 @@ def test_stable_split_is_the_ranking_by_sha256_in_every_process():
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert json.loads(run.stdout) == stable_split(KEYS, 0.1, 50)
-
-
-@pytest.mark.parametrize("share, cap, test_share", [(-0.1, 5, None), (0.5, 5, None), (0.1, -1, None), (0.6, 5, 0.4)])
-def test_stable_split_refuses(share, cap, test_share):
-    with pytest.raises(ValueError, match="must add up"):
-        stable_split(["a"], share, cap, test_share)
 
 
 # --- pickles ------------------------------------------------------------------------------------------------
@@ -237,10 +229,8 @@ def lies() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", lies())
 def test_what_memory_depends_on_is_not_believed(tmp_path, name):
-    path = tmp_path / "bad.pkl"
-    path.write_bytes(lies()[name])
-    with pytest.raises(ValueError, match=r"bad\.pkl cannot be read"):
-        read_pickle(path)
+    (tmp_path / "bad.pkl").write_bytes(lies()[name])
+    refused(r"bad\.pkl cannot be read", read_pickle, tmp_path / "bad.pkl")
 
 
 def test_damaged_pickles_fail_with_one_kind_of_error(tmp_path):
@@ -260,26 +250,22 @@ def test_damaged_pickles_fail_with_one_kind_of_error(tmp_path):
             assert str(path) in str(error)
 
 
-def test_other_pickles_are_refused(tmp_path):
-    path = tmp_path / "x.pkl"
-    BASE.to_pickle(path, compression="gzip")
-    with pytest.raises(ValueError, match="compressed"):
-        read_pickle(path)
-    pd.Series([1]).to_pickle(path)
-    with pytest.raises(ValueError, match="Series"):
-        read_pickle(path)
-    BASE.assign(when=pd.Timestamp(0)).to_pickle(path)
-    with pytest.raises(ValueError, match="DatetimeArray"):
-        read_pickle(path)
-    path.write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(ValueError, match="holds a list"):
-        read_pickle(path)
-    path.write_bytes(pickle.dumps({"a": [1, 1]}))
-    with pytest.raises(ValueError, match="repeat"):
-        read_pickle(path)
-    path.write_bytes(pickle.dumps(datasets.Dataset.from_dict({"skill": ["a"], "text": ["b"]})))
-    with pytest.raises(ValueError, match=r"convert it with \.to_pandas\(\)"):
-        read_pickle(path)
+OTHERS = {
+    "compressed": lambda: gzip.compress(pickle.dumps(BASE)),
+    "Series": lambda: pickle.dumps(pd.Series([1])),
+    "DatetimeArray": lambda: pickle.dumps(BASE.assign(when=pd.Timestamp(0))),
+    "holds a list": lambda: pickle.dumps([1, 2]),
+    "repeat": lambda: pickle.dumps({"a": [1, 1]}),
+    r"convert it with \.to_pandas\(\)": lambda: pickle.dumps(
+        datasets.Dataset.from_dict({"skill": ["a"], "text": ["b"]})
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_other_pickles_are_refused(tmp_path, message):
+    (tmp_path / "x.pkl").write_bytes(OTHERS[message]())
+    refused(message, read_pickle, tmp_path / "x.pkl")
 
 
 # --- instruction track --------------------------------------------------------------------------------------
@@ -289,20 +275,15 @@ def flan(task: str, inputs: str, targets: str = "out", **more) -> dict:
     return {"inputs": inputs, "targets": targets, "_task_name": task, **more}
 
 
-def write_jsonl(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 def write_pickle(path: Path, records: list[dict], index=None) -> Path:
     pd.DataFrame(records, index=index).to_pickle(path)
     return path
 
 
 def alpaca(skill: str, number: int, output: str | None = None) -> dict:
-    output = f"answer {number}" if output is None else output
-    prompt = f"Instruction: do {number}\n"
-    return {"skill": skill, "text": prompt + output, "instruction": f"do {number}", "input": "", "output": output}
+    output, task = f"answer {number}" if output is None else output, f"do {number}"
+    text = f"Instruction: {task}\n{output}"
+    return {"skill": skill, "text": text, "instruction": task, "input": "", "output": output}
 
 
 @pytest.mark.parametrize(
@@ -385,20 +366,19 @@ def test_dev_split_map_holds_out_its_rows(tmp_path, file, map_file):
     assert [heldout[100 + i] for i in ranked] == ["validation", "validation", "test", "test"]
 
 
-@pytest.mark.parametrize(
-    "dev_map, index, message",
-    [
-        ({"s": [99]}, range(5), "holds out row 99 of skill 's'"),
-        ({"t": [0]}, range(5), "no such row of that skill"),
-        (BASE, range(5), "must hold a dict"),
-        ({"s": [0]}, [0, 1, 1, 2, 3], "labels that do not repeat"),
-    ],
-)
+OTHER_MAPS = [
+    ({"s": [99]}, range(5), "holds out row 99 of skill 's'"),
+    ({"t": [0]}, range(5), "no such row of that skill"),
+    (BASE, range(5), "must hold a dict"),
+    ({"s": [0]}, [0, 1, 1, 2, 3], "labels that do not repeat"),
+]
+
+
+@pytest.mark.parametrize("dev_map, index, message", OTHER_MAPS)
 def test_dev_split_map_of_another_file_is_refused(tmp_path, dev_map, index, message):
     path = write_pickle(tmp_path / "x.pkl", [alpaca("s", i) for i in range(5)], index)
     (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(dev_map))
-    with pytest.raises(ValueError, match=message):
-        load_instruction([path])
+    refused(message, load_instruction, [path])
 
 
 def test_target_files_are_never_trained_on(tmp_path):
@@ -439,26 +419,23 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="empty list of data files"):
-        load_instruction([])
-    with pytest.raises(ValueError, match=r"row 2 \(index label 7\): skill is nan"):
-        load_instruction([write_pickle(tmp_path / "a.pkl", [alpaca("s", 0), alpaca(None, 1)], [5, 7])])
-    with pytest.raises(ValueError, match="no training rows"):
-        load_instruction([write_jsonl(tmp_path / "c.jsonl", [flan("t", "q", _split="validation")])])
+    refused("empty list of data files", load_instruction, [])
+    rows = write_pickle(tmp_path / "a.pkl", [alpaca("s", 0), alpaca(None, 1)], [5, 7])
+    refused(r"row 2 \(index label 7\): skill is nan", load_instruction, [rows])
+    rows = write_jsonl(tmp_path / "c.jsonl", [flan("t", "q", _split="validation")])
+    refused("no training rows", load_instruction, [rows])
 
 
-@pytest.mark.parametrize(
-    "file, rows, tasks, heldout",
-    [("flan_mini.jsonl", 6480, 44, None), ("alpaca_mini.pkl", 3039, 34, 763), ("dolly_mini.pkl", 1070, 8, 269)],
-)
+REAL = [("flan_mini.jsonl", 6480, 44, None), ("alpaca_mini.pkl", 3039, 34, 763), ("dolly_mini.pkl", 1070, 8, 269)]
+
+
+@pytest.mark.parametrize("file, rows, tasks, heldout", REAL)
 def test_real_instruction_files(shared_data, file, rows, tasks, heldout):
     data = load_instruction([shared_data / "instruction" / file])
     assert (len(data), len(data.tasks), len(data.targets)) == (rows, tasks, tasks)
     assert heldout is None or rows - len(data.indices("train")) == heldout
-    prompts = {split: {e[:2] for e in texts_of(data, split)} for split in ("train", "validation", "test")}
-    if file.endswith("jsonl"):
-        assert not prompts["train"] & (prompts["validation"] | prompts["test"])
-        assert not prompts["validation"] & prompts["test"]
+    sides = [{e[:2] for e in texts_of(data, split)} for split in ("train", "validation", "test")]
+    assert not file.endswith("jsonl") or len(set.union(*sides)) == sum(map(len, sides))  # no prompt on two sides
     assert len(data.notices) == (file == "dolly_mini.pkl")  # its map holds out a prompt that is trained on too
 
 
@@ -492,28 +469,29 @@ def test_extract_answers(dataset_key, text, expected):
     assert extract_answers(dataset_key, text) == expected
 
 
-@pytest.mark.parametrize(
-    ("dataset_key", "text", "template", "answer"),
-    [
-        ("strategy_qa", "yes --> no yes", "ft_cot_token", "no"),
-        ("strategy_qa", "yes or no", "ft_cot_token", "no"),  # no marker: the last one
-        ("strategy_qa", "yes or no", "ft_token", "yes"),
-        ("gsm8k", "1 The answer is 2. The answer is 3", "fs_cot", "2"),
-        ("gsm8k", "5, so 6", None, "5"),
-    ],
-)
-def test_the_answer_stands_behind_the_marker(dataset_key, text, template, answer):
-    assert judge(dataset_key, text, answer, template)["correct"]
-    assert not judge("strategy_qa", "no --> maybe", "no", "ft_cot_token")["correct"]
+RIGHT = [
+    ("strategy_qa", "yes --> no yes", "ft_cot_token", "no"),  # the answer stands behind the marker
+    ("strategy_qa", "yes or no", "ft_cot_token", "no"),  # no marker: the last one
+    ("strategy_qa", "yes or no", "ft_token", "yes"),
+    ("gsm8k", "1 The answer is 2. The answer is 3", "fs_cot", "2"),
+    ("gsm8k", "5, so 6", None, "5"),
+    ("svamp", "3.0000001", None, "3"),
+    ("gsm8k", "1000", None, "1,000"),
+]
+WRONG = [
+    ("strategy_qa", "no --> maybe", "ft_cot_token", "no"),
+    ("svamp", "3.1", None, "3"),
+    ("gsm8k", "18.0", None, "18"),
+]
 
 
 def test_completions_are_judged():
+    for (key, text, template, answer), right in [*((case, True) for case in RIGHT), *((case, False) for case in WRONG)]:
+        assert judge(key, text, answer, template)["correct"] == right, (key, text)
     right = {"correct": True, "contains_answer": True, "correct_format": True}
     assert judge("strategy_qa", "a --> maybe no", "No", "ft_cot_token") == right
     wrong = judge("strategy_qa", "no, then yes", "no", "ft_cot_token")
     assert wrong == {"correct": False, "contains_answer": True, "correct_format": False}
-    assert judge("svamp", "3.0000001", "3", None)["correct"] and not judge("svamp", "3.1", "3", None)["correct"]
-    assert judge("gsm8k", "1000", "1,000", None)["correct"] and not judge("gsm8k", "18.0", "18", None)["correct"]
     for key in DATASET_KEYS:  # cleaning twice changes nothing
         once = clean_answer(key, "1,234")
         assert clean_answer(key, str(once)) == once
@@ -567,25 +545,25 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
-def test_cot_templates(project):
-    rows = project.load("ft").examples
-    assert (rows[1].prompt, rows[1].completion, rows[1].record_index, rows[1].answer) == ("q1?", "Yes", 1, "yes")
-    rows = project.load("ft", architecture="decoder").examples
-    assert (rows[1].prompt, rows[1].completion) == ("q1? ###", " Yes")
-    rows = project.load("ft_cot").examples
-    assert (rows[1].prompt, rows[1].completion, rows[1].record_index) == ("q2?", "r2 --> Yes", 2)
-    rows = project.load("ft_cot", architecture="decoder").examples
-    assert (rows[1].prompt, rows[1].completion) == ("q2? ###", " r2 --> Yes")
+TEMPLATES = [
+    ("ft", "encoder_decoder", 1, "q1?", "Yes"),
+    ("ft", "decoder", 1, "q1? ###", " Yes"),
+    ("ft_cot", "encoder_decoder", 2, "q2?", "r2 --> Yes"),
+    ("ft_cot", "decoder", 2, "q2? ###", " r2 --> Yes"),
+]
+
+
+@pytest.mark.parametrize("preset, architecture, record, prompt, completion", TEMPLATES)
+def test_cot_templates(project, preset, architecture, record, prompt, completion):
+    row = project.load(preset, architecture=architecture).examples[1]
+    assert (row.record_index, row.prompt, row.completion, row.answer) == (record, prompt, completion, "yes")
     assert project.load("zs_cot").examples == project.load("ft_cot").examples
 
 
 def test_cot_keeps_correct_completions_and_labels_test_rows(project):
     data = project.load("ft_cot")
     assert [e.record_index for e in data.examples] == [0, 2, 4, 6, 8, 10, 11]
-    assert texts_of(data, "test") == [
-        ("strategy_qa", "q10?", "r10 --> Yes"),
-        ("strategy_qa", "q11?", "because. --> Yes"),
-    ]
+    assert [row[1:] for row in texts_of(data, "test")] == [("q10?", "r10 --> Yes"), ("q11?", "because. --> Yes")]
     assert len(data.notices) == 1 and "5 of 10 completions are left out" in data.notices[0]
     assert (data.answer_key, data.tasks, data.targets) == ("strategy_qa", ("strategy_qa",), ("strategy_qa",))
     everything = project.load("ft_cot", keep_incorrect=True)
@@ -627,8 +605,7 @@ def test_cot_task_column(project):
     project.write()
     data = project.load("ft_cot", task_column="teacher", heldout_share=0.2)
     assert data.tasks == ("a", "b") and data.targets == ("strategy_qa",)
-    with pytest.raises(ValueError, match=r"sample 0, task_column: there is no field 'school'"):
-        project.load("ft_cot", task_column="school")
+    refused(r"sample 0, task_column: there is no field 'school'", project.load, "ft_cot", task_column="school")
 
 
 # What to break, and what the message must say.
@@ -654,28 +631,19 @@ def test_cot_errors_name_file_and_cure(project, name):
     damage, message = BREAKAGES[name]
     damage(project)
     project.write()
-    with pytest.raises(ValueError, match=message):
-        project.load("ft_cot")
+    refused(message, project.load, "ft_cot")
 
 
 def test_cot_missing_and_damaged_files(project):
     project.completion_file.write_text("{")
-    with pytest.raises(ValueError, match=r"D_strategy_qa\.json is not JSON"):
-        project.load("ft_cot")
+    refused(r"D_strategy_qa\.json is not JSON", project.load, "ft_cot")
     project.completion_file.unlink()
-    with pytest.raises(FileNotFoundError, match="use preset ft"):
-        project.load("ft_cot")
+    refused("use preset ft", project.load, "ft_cot", error=FileNotFoundError)
     assert len(project.load("ft")) == 12
-    with pytest.raises(FileNotFoundError, match="split_key"):
-        project.load("ft", split_key="other")
-    with pytest.raises(ValueError, match="expected one of commonsense_qa"):
-        load_cot("squad", "ft", architecture="decoder")
-
-
-@pytest.mark.parametrize("preset_key", ["zs", "fs_cot", "ft_cot_t70_3aug", "ft_cot_t70_", ""])
-def test_unknown_presets(preset_key):
-    with pytest.raises(ValueError, match="expected ft, ft_cot"):
-        parse_preset(preset_key)
+    refused("split_key", project.load, "ft", split_key="other", error=FileNotFoundError)
+    refused("expected one of commonsense_qa", load_cot, "squad", "ft", architecture="decoder")
+    for preset_key in ("zs", "fs_cot", "ft_cot_t70_3aug", "ft_cot_t70_", ""):
+        refused("expected ft, ft_cot", parse_preset, preset_key)
 
 
 def test_predictions_are_written_in_the_completion_format(project, tmp_path):
@@ -701,16 +669,16 @@ def load_real(shared_data):
     return lambda *keys, **options: load_cot(*keys, **(common | options))
 
 
-@pytest.mark.parametrize(
-    "dataset_key, preset_key, correct, everything",
-    [
-        ("strategy_qa", "ft", 1268, 1268),
-        ("strategy_qa", "ft_cot", 682, 1268),
-        ("commonsense_qa", "ft_cot", 3043, 4000),
-        ("strategy_qa", "ft_cot_t70_64aug", 1950, 2536),
-        ("commonsense_qa", "ft_cot_t70_64aug", 9583, 10540),
-    ],
-)
+ROW_COUNTS = [
+    ("strategy_qa", "ft", 1268, 1268),
+    ("strategy_qa", "ft_cot", 682, 1268),
+    ("commonsense_qa", "ft_cot", 3043, 4000),
+    ("strategy_qa", "ft_cot_t70_64aug", 1950, 2536),
+    ("commonsense_qa", "ft_cot_t70_64aug", 9583, 10540),
+]
+
+
+@pytest.mark.parametrize("dataset_key, preset_key, correct, everything", ROW_COUNTS)
 def test_real_row_counts(load_real, dataset_key, preset_key, correct, everything):
     assert len(load_real(dataset_key, preset_key).indices("train")) == correct
     assert len(load_real(dataset_key, preset_key, keep_incorrect=True).indices("train")) == everything
@@ -725,5 +693,4 @@ def test_real_example_and_teachers_as_tasks(load_real):
     data = load_real("commonsense_qa", "ft_cot_t70_64aug", task_column="teacher", heldout_share=0.1)
     assert len(data.tasks) == 3 and data.targets == ("commonsense_qa",)
     assert len(data.indices("validation")) == 400 and len(data.indices("test")) == 821
-    with pytest.raises(ValueError, match="choose a smaller split"):
-        load_real("commonsense_qa", "ft_cot", split_key="full")
+    refused("choose a smaller split", load_real, "commonsense_qa", "ft_cot", split_key="full")

@@ -19,9 +19,6 @@ from src.store import open_store
 from src.subsets import read_subsets
 from tests.commands import load_script, run_script
 from tests.conftest import write_sources
-from tests.test_stages import here, track
-
-__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
 
 STAGE_1, STAGE_2 = "custom_train_alpaca.py", "fast_estimate_eval_approximation_alpaca.py"
 STAGE_3, STAGE_4 = "fast_estimate_linear_regression_alpaca.py", "fast_estimate_forward_selection.py"

@@ -13,9 +13,7 @@ from src.projection import make_projection
 from src.store import StoreWriter
 from tests.conftest import write_sources
 from tests.test_models import adapted, make_datamodule
-from tests.test_stages import here, track
 
-__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
 STAGE_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs"]
 ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
 ERRORS = [

@@ -24,9 +24,6 @@ from src.store import StoreWriter
 from tests.commands import ROOT
 from tests.faults import Stages, srun_environments, torchrun_environments
 from tests.test_models import adapted, make_datamodule
-from tests.test_stages import track
-
-__all__ = ["track"]  # the fixture: a workspace in which stages 1 and 2 have run
 
 
 def run_in(workspace: Path, *command: str, torchrun: int = 0) -> str:

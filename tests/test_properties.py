@@ -23,9 +23,7 @@ from src.frames import read_pickle
 from src.selection import forward_selection
 from src.store import open_store
 from src.subsets import membership_matrix
-from tests.test_stages import here, track
 
-__all__ = ["here", "track"]
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 texts = st.text(max_size=20)

@@ -5,9 +5,6 @@ from pathlib import Path
 import pytest
 
 from tests.commands import run_script
-from tests.test_stages import here, track
-
-__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
 
 
 @pytest.mark.parametrize(

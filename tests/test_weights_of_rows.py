@@ -16,9 +16,6 @@ from src.gradients import outputs_of
 from src.models import LanguageModel, load_base_model
 from src.store import open_store
 from tests.commands import run_script
-from tests.test_stages import here, track
-
-__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
 
 STAGE_1, STAGE_3 = "custom_train_alpaca.py", "fast_estimate_linear_regression_alpaca.py"
 STAGE_2 = ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs")
