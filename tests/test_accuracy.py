@@ -19,6 +19,7 @@ from src.evaluation import (
     leave_one_out_error,
     linear_datamodeling_score,
 )
+from tests.commands import refused
 
 
 def test_figures_by_hand():
@@ -132,5 +133,4 @@ def test_leave_one_out_chooses_the_ridge_that_predicts():
         direct.append((np.polyval(line, by_rho[0.2][left_out, 0]) - fine_tuned[left_out, 0]) ** 2)
     found = leave_one_out_error(by_rho[0.2][:, :1], fine_tuned[:, :1])
     assert found == pytest.approx(np.mean(direct) / fine_tuned[:, 0].var())
-    with pytest.raises(ValueError, match="at least 5 fine-tuned subsets, found 4"):
-        calibrate({0.1: np.zeros((4, 1))}, np.zeros((4, 1)), 0.1)
+    refused("at least 5 fine-tuned subsets, found 4", calibrate, {0.1: np.zeros((4, 1))}, np.zeros((4, 1)), 0.1)

@@ -9,7 +9,7 @@ import pytest
 
 from src.console import load_script
 from src.estimation import ESTIMATORS
-from tests.commands import run_script
+from tests.commands import refused, run_script
 
 WORLD = "synthetic:9,num_tasks=6,pretrain_steps=30,rows_per_task=12,target_rows=12"
 TINY = ["--world", WORLD, "--epochs", "1", "--runs", "2", "--project_dim", "32", "--json"]
@@ -65,8 +65,7 @@ def test_worlds_are_named_by_what_they_are(tmp_path, monkeypatch):
         ("none.jsonl", args, "no such file"),
         ("rows.jsonl", more, "0 tasks have 4 rows"),
     ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            worlds.parse_world(name, flags)
+        refused(message, worlds.parse_world, name, flags, error=(ValueError, FileNotFoundError))
 
 
 def test_a_store_of_many_rows(tmp_path, monkeypatch, capsys):

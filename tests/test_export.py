@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from src import config, console, export, stage_train
 from src.data import Example, TaskData
 from src.subsets import drawn_rows, row_counts
-from tests.commands import load_script, run_script
+from tests.commands import load_script, refused, run_script
 
 yaml = pytest.importorskip("yaml")  # it comes with transformers
 
@@ -436,10 +436,7 @@ def test_tools_stay_with_a_conversation_or_are_refused(flags):
         (row,) = read(Path(f"results/mine/export_{name}/tools.jsonl"))
         assert row == {"messages": turns, "tools": [{"name": "look"}]}
     for name in ("llamafactory", "torchtune"):
-        with pytest.raises(
-            ValueError, match=rf"--for {name} takes texts by system, user and assistant.*a row of tools"
-        ):
-            run_script(*chosen, name)
+        refused(rf"--for {name} takes texts by system, user and assistant.*a row of tools", run_script, *chosen, name)
         assert not Path(f"results/mine/export_{name}").exists()
 
 
@@ -460,8 +457,12 @@ def test_texts_become_conversations_where_only_those_are_taken(workspace, capsys
     )
     (first, _) = json.loads((folder / "mixture.json").read_text())["sources"]
     assert (first["tokens"], first["share_of_tokens"], first["share_of_rows"]) == (None, None, 0.5)
-    with pytest.raises(ValueError, match=r"a row without a prompt in b \(leave it out, or name another trainer\): 'd'"):
-        direct([("a", "p", "c"), ("b", "", "d")], "open-instruct")
+    refused(
+        r"a row without a prompt in b \(leave it out, or name another trainer\): 'd'",
+        direct,
+        [("a", "p", "c"), ("b", "", "d")],
+        "open-instruct",
+    )
     assert (folder / "a.jsonl").is_file()  # the earlier export is whole
 
 
@@ -497,8 +498,7 @@ def test_clusters_keep_conversations(flags):
     ],
 )
 def test_wrong_flags_are_named(typed, message, flags):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        run_script(SCRIPT, *flags, "--task_idxes", "0", *typed)
+    refused(re.escape(message), run_script, SCRIPT, *flags, "--task_idxes", "0", *typed)
 
 
 @pytest.mark.parametrize("typed", [["--max_repeat", "0.5"], ["--total_rows", "0"], ["--seed", "-1"]])

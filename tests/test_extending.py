@@ -17,7 +17,7 @@ from src.selection import METHODS, Estimate, Method, SelectionPath, Step
 from src.stage_train import load_data, make_datamodule
 from src.store import open_store
 from src.subsets import read_subsets
-from tests.commands import load_script, run_script
+from tests.commands import load_script, refused, run_script
 from tests.conftest import write_sources
 
 STAGE_1, STAGE_2 = "custom_train_alpaca.py", "fast_estimate_eval_approximation_alpaca.py"
@@ -29,8 +29,7 @@ def test_an_architecture_is_an_entry_of_lora_targets(workspace, model_folders, m
     write_sources(workspace / "sources.jsonl", {"up": 12, "down": 12})
     flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["phi3"], "--train_lora", "--lora_rank", "4"]
     stage_1 = [STAGE_1, *flags, "--epochs", "1", "--batch_size", "4", "--lr", "1e-2", "--checkpoint_at", "1.0"]
-    with pytest.raises(ValueError, match="architecture phi3; name them with --lora_target_modules"):
-        run_script(*stage_1)
+    refused("architecture phi3; name them with --lora_target_modules", run_script, *stage_1)
 
     monkeypatch.setitem(LORA_TARGETS, "phi3", ("qkv_proj",))
     run_script(*stage_1)
@@ -59,15 +58,13 @@ def test_a_data_format_is_a_reader_in_the_table_of_formats(workspace, monkeypatc
     """A .psv file is refused by its name; with a reader it gives what the same data in .jsonl give, a damaged one is named."""
     write_sources(workspace / "rows.jsonl", {"up": 20, "down": 20})
     pd.read_json("rows.jsonl", lines=True).to_csv("rows.psv", sep="|", index=False)
-    with pytest.raises(ValueError, match=r"^rows\.psv: instruction data are files that end in \.jsonl"):
-        load_instruction(["rows.psv"])
+    refused(r"^rows\.psv: instruction data are files that end in \.jsonl", load_instruction, ["rows.psv"])
     monkeypatch.setitem(FORMATS, ".psv", psv_records)
     data, expected = load_instruction(["rows.psv"]), load_instruction(["rows.jsonl"])
     assert list(data.examples) == list(expected.examples) and len(data) == 40
     assert data.fingerprint == expected.fingerprint
     Path("damaged.psv").write_bytes(b"inputs|targets\nup|\xff\n")
-    with pytest.raises(ValueError, match=r"^damaged\.psv cannot be read"):
-        load_instruction(["damaged.psv"])
+    refused(r"^damaged\.psv cannot be read", load_instruction, ["damaged.psv"])
 
 
 def one_step(part: Part, strength: float) -> OnSubsets:
@@ -119,5 +116,13 @@ def test_a_selection_method_is_an_entry_of_methods(here, monkeypatch):
     assert read_subsets(Path("sampled_tasks/mine_second_selection.txt"), 4) == [(task,)]
     path = pd.read_csv("results/mine/selection.csv")
     assert path["task"].tolist() == [task] and path["estimate"][0] == pytest.approx(value, rel=1e-6)
-    with pytest.raises(ValueError, match=r"--method second selected 1 task.* beyond"):
-        run_script(STAGE_4, *at, "--method", "second", "--budget_rows", "3")
+    refused(
+        r"--method second selected 1 task.* beyond",
+        run_script,
+        STAGE_4,
+        *at,
+        "--method",
+        "second",
+        "--budget_rows",
+        "3",
+    )

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 
 from src import config, console
 from src.artifacts import META_INITIALIZATIONS, write_manifest
-from tests.commands import STAGES, load_script, run_script
+from tests.commands import STAGES, load_script, refused, run_script
 from tests.conftest import write_sources
 
 
@@ -54,8 +54,7 @@ def test_flags_without_effect_are_named_once(typed, note, capsys):
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        config.inherit(config.TrainConfig, values)
+    refused(message, config.inherit, config.TrainConfig, values)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +137,7 @@ def test_what_is_typed_and_contradicts_is_refused_with_both_values(workspace):
         ("--save_name poems", "nothing finished is called that; there is law"),
         ("--save_name law --run 3", "--run 0 there, 3 typed"),
     ):
-        with pytest.raises(ValueError, match=message):
-            collecting(typed)
+        refused(message, collecting, typed)
     assert collecting("--save_name law --data_files b.jsonl")[0].data_files == ("b.jsonl",)  # a source added later
 
 
@@ -157,8 +155,7 @@ def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspac
         "--save_name law --lr 0.5",
         "--save_name law --task_idxes --data_files b",
     ):
-        with pytest.raises(ValueError, match=r"law.*does not fit what is typed"):
-            training(typed)
+        refused(r"law.*does not fit what is typed", training, typed)
     assert training("--save_name law").epochs == 3
 
 

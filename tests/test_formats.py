@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from src.data import TaskData
 from src.instruction import Chat, Columns, load_instruction
 from src.models import load_tokenizer
+from tests.commands import refused
 from tests.conftest import character_tokenizer, write_sources
 
 
@@ -119,14 +120,16 @@ def test_damaged_sources_are_named(frame, tmp_path, monkeypatch):
     (tmp_path / "ragged.csv").write_text('prompt,completion\nx,y\nx,y,z,"u\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x", "completion": "y"}\n' * 99)[:-9])
     for name in ("cut.parquet", "latin.csv", "ragged.csv", "cut.jsonl.gz"):
-        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*\); write it again"):
-            load_instruction([tmp_path / name])
+        refused(rf"{name} cannot be read \(.*\); write it again", load_instruction, [tmp_path / name])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing:train: no such file .* data set on the hub"):
-        load_instruction(["nobody/nothing:train"])
+    refused(
+        r"^nobody/nothing:train: no such file .* data set on the hub",
+        load_instruction,
+        ["nobody/nothing:train"],
+        error=FileNotFoundError,
+    )
     FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")
-    with pytest.raises(ValueError, match="row 1: inputs is None, expected text"):
-        load_instruction([tmp_path / "gap.parquet"])
+    refused("row 1: inputs is None, expected text", load_instruction, [tmp_path / "gap.parquet"])
 
 
 # --- what users' tools write -----------------------------------------------------------------------------------
@@ -221,8 +224,9 @@ def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path):
 )
 def test_a_csv_row_never_shifts(name, content, tmp_path):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"{name}, row 1 has \d fields, and the first line names \d columns \("):
-        load_instruction([tmp_path / name])
+    refused(
+        rf"{name}, row 1 has \d fields, and the first line names \d columns \(", load_instruction, [tmp_path / name]
+    )
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "saved", "rows.pkl"])
@@ -246,8 +250,9 @@ def test_sources_are_told_apart_by_their_paths(tmp_path, monkeypatch):
     assert load_instruction(["law/train.jsonl", "./law/train.jsonl", tmp_path / "law"]).tasks == ("law",)
     data = load_instruction(["law/train.jsonl"], ["code/train.jsonl"])
     assert (data.tasks, data.targets) == (("law",), ("code",))
-    with pytest.raises(ValueError, match="target 'law' is a task of the training data too"):
-        load_instruction(["law/train.jsonl"], ["./law/train.jsonl"])
+    refused(
+        "target 'law' is a task of the training data too", load_instruction, ["law/train.jsonl"], ["./law/train.jsonl"]
+    )
 
 
 SNAPSHOT = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl")
@@ -291,8 +296,13 @@ def test_a_task_column_is_for_the_sources_that_have_it(tmp_path):
     assert (data.tasks, data.targets) == (("a", "b"), ("goal",))
     data = load_instruction([mixed])
     assert data.tasks == ("mixed",) and "--task_column source would make 2 of it" in data.notices[0]
-    with pytest.raises(ValueError, match=r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such"):
-        load_instruction([mixed], [goal], columns=Columns("kind"))
+    refused(
+        r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such",
+        load_instruction,
+        [mixed],
+        [goal],
+        columns=Columns("kind"),
+    )
 
 
 def test_splits_and_texts_are_the_same_on_any_day(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from src.models import BaseWeights, LoraShape, load_model
-from tests.commands import run_script
+from tests.commands import refused, run_script
 from tests.conftest import write_sources
 from tests.test_gradients import rows_with_base
 
@@ -18,10 +18,13 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 def test_four_bits_need_bitsandbytes(model_folders, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match="--use_qlora: bitsandbytes is not installed; pip install -r requirements-qlora"
-    ):
-        load_model(model_folders["llama"], LoraShape(4, 8), weights=BaseWeights(four_bit_device="cpu"))
+    refused(
+        "--use_qlora: bitsandbytes is not installed; pip install -r requirements-qlora",
+        load_model,
+        model_folders["llama"],
+        LoraShape(4, 8),
+        weights=BaseWeights(four_bit_device="cpu"),
+    )
 
 
 @needs_bitsandbytes
@@ -44,5 +47,12 @@ def test_four_bit_stages(model_folders, workspace, capsys):
     run_script(*stage_2)
     (rows,) = Path("gradients").glob("*/*/projected.npy")
     assert np.isfinite(np.load(rows)).all()
-    with pytest.raises(ValueError, match=r"--use_qlora is for a base model that stays as it is.*--train_lora"):
-        run_script("custom_train_alpaca.py", *flags, "--use_qlora", "--epochs", "1")
+    refused(
+        r"--use_qlora is for a base model that stays as it is.*--train_lora",
+        run_script,
+        "custom_train_alpaca.py",
+        *flags,
+        "--use_qlora",
+        "--epochs",
+        "1",
+    )

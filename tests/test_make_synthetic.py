@@ -16,7 +16,7 @@ from src.frames import read_pickle
 from src.gradients import outputs_of
 from src.instruction import load_instruction
 from src.models import load_base_model
-from tests.commands import load_script, run_script
+from tests.commands import load_script, refused, run_script
 from tests.conftest import write_sources
 
 QUICK = ("--num_tasks", "6", "--rows_per_task", "20", "--target_rows", "9", "--pretrain_steps", "2")
@@ -110,17 +110,14 @@ def test_target_words_and_alpaca_rows_are_those_of_the_sources(world):
 def test_a_folder_of_another_world_is_kept(workspace):
     """Other arguments, a changed file, a folder of the user's own: each is refused, and stays as it is."""
     make_world("world")
-    with pytest.raises(FileExistsError, match=r"seed is 0, not 1.*--overwrite"):
-        make_world("world", "--seed", "1")
+    refused(r"seed is 0, not 1.*--overwrite", make_world, "world", "--seed", "1", error=FileExistsError)
     Path("world/target.jsonl").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"target.jsonl is missing or changed"):
-        make_world("world")
+    refused(r"target.jsonl is missing or changed", make_world, "world", error=FileExistsError)
     make_world("world", "--seed", "1", "--overwrite")
     assert json.loads(Path("world/manifest.json").read_text())["arguments"]["seed"] == 1
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="was not made here"):
-        make_world("mine", "--overwrite")
+    refused("was not made here", make_world, "mine", "--overwrite", error=FileExistsError)
     assert Path("mine/notes.txt").read_text() == "keep"
 
 
@@ -142,8 +139,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_worlds_that_cannot_be_are_refused(workspace, message):
-    with pytest.raises(ValueError, match=message):
-        run_script("data/make_synthetic.py", "--output_dir", "world", *REFUSED[message])
+    refused(message, run_script, "data/make_synthetic.py", "--output_dir", "world", *REFUSED[message])
     assert not list(workspace.iterdir())
 
 
@@ -163,8 +159,9 @@ def test_base_model_of_users_text(workspace, architecture, auto, steps):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "größer → 😀"
     with Path("text.jsonl").open("a") as file:  # the same name with other text is another model
         file.write(json.dumps({"inputs": "new", "targets": "row", "_task_name": "a"}) + "\n")
-    with pytest.raises(FileExistsError, match="data_sha256"):
-        run_script("data/make_base_model.py", "--output_dir", "first", *flags)
+    refused(
+        "data_sha256", run_script, "data/make_base_model.py", "--output_dir", "first", *flags, error=FileExistsError
+    )
 
 
 def test_pretraining_learns(workspace):

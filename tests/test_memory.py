@@ -11,6 +11,7 @@ from src.console import run_stage
 from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.projection import make_projection
 from src.store import StoreWriter
+from tests.commands import refused
 from tests.conftest import write_sources
 from tests.test_models import adapted, make_datamodule
 
@@ -71,16 +72,12 @@ def test_a_batch_that_ends_the_memory_is_halved(error, collecting, monkeypatch):
     np.testing.assert_allclose(collecting("three"), expected, rtol=1e-4, atol=1e-6)
     assert 1 <= max(small.taken) <= 3 and sum(small.taken) == len(expected)
     monkeypatch.setattr(gradients, "GradientCollector", fitting(0, error))
-    with pytest.raises(
-        ValueError, match=r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing"
-    ):
-        collecting("none")
+    refused(r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing", collecting, "none")
 
 
 def test_other_errors_of_a_batch_are_not_hidden(collecting, monkeypatch):
     monkeypatch.setattr(gradients, "GradientCollector", fitting(3, RuntimeError("shapes do not match")))
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        collecting("store")
+    refused("shapes do not match", collecting, "store", error=RuntimeError)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

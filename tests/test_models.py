@@ -35,6 +35,7 @@ from src.models import (
 )
 from src.projection import make_projection
 from src.stage_train import check_base, check_vocabulary
+from tests.commands import refused
 from tests.conftest import write_sources
 
 KINDS = ("llama", "t5", "gpt2")
@@ -186,8 +187,12 @@ def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders, tmp_pat
     assert model.tokenizer.pad_token == model.tokenizer.eos_token
     data = TaskData((Example(0, "a", "train", "a b c", "d"), Example(1, "a", "train", "a", "<|turn|> d")))
     size = len(load_tokenizer(model_folders["llama"]))
-    with pytest.raises(ValueError, match=rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1"):
-        check_vocabulary(model, TaskDataModule(data, model.tokenizer, model.kind))
+    refused(
+        rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1",
+        check_vocabulary,
+        model,
+        TaskDataModule(data, model.tokenizer, model.kind),
+    )
     check_vocabulary(model, datamodule := TaskDataModule(TaskData(data.examples[:1]), model.tokenizer, model.kind))
     with torch.no_grad():
         model.target_logits(datamodule.collate([0]))
@@ -224,8 +229,9 @@ def test_layers_of_the_adapter_are_named_as_in_peft(kind, named, expected, model
 )
 def test_layers_that_cannot_carry_it_are_named(kind, named, message, model_folders):
     """Before it is trained: stage 2 takes no gradients there."""
-    with pytest.raises(ValueError, match=rf"--lora_target_modules .*{message}"):
-        load_model(model_folders[kind], LoraShape(2, 4, target_modules=named))
+    refused(
+        rf"--lora_target_modules .*{message}", load_model, model_folders[kind], LoraShape(2, 4, target_modules=named)
+    )
 
 
 def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
@@ -235,7 +241,7 @@ def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
     weights = load_file(f"{two}/model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, f"{two}/model.safetensors", {"format": "pt"})
     moved = {"model_key": "gone", "base_fingerprint": folder_fingerprint(Path(one))}
-    for manifest, trained_on, model_key, refused in (
+    for manifest, trained_on, model_key, is_refused in (
         ({}, one, two, True),
         ({}, one, copy, False),
         ({}, "/gone/model", one, False),
@@ -250,7 +256,7 @@ def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": trained_on}))
         expected = pytest.raises(ValueError, match=rf"{trained_on}.*{model_key}.*pass --model_key {trained_on}")
-        with expected if refused else nullcontext():
+        with expected if is_refused else nullcontext():
             check_base(RunConfig(model_key=model_key), tmp_path, manifest)
 
 
@@ -315,8 +321,7 @@ def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders, tmp_pa
         ("lora", model_folders["gpt2"], r"does not fit the layers of .*; pass the --model_key"),  # other names
         ("lora", model_folders["opt"], r"does not fit the layers of .*; pass the --model_key"),  # other shapes
     ):
-        with pytest.raises(ValueError, match=message):
-            load_checkpoint(tmp_path / name, key)
+        refused(message, load_checkpoint, tmp_path / name, key)
 
 
 @pytest.mark.parametrize(
@@ -334,5 +339,10 @@ def test_model_keys(key, resolved, workspace):
 
 
 def test_unreachable_model_is_one_clear_error():
-    with pytest.raises(FileNotFoundError, match="--model_key nobody/nothing: cannot load nobody/nothing"):
-        load_model("nobody/nothing", None)
+    refused(
+        "--model_key nobody/nothing: cannot load nobody/nothing",
+        load_model,
+        "nobody/nothing",
+        None,
+        error=FileNotFoundError,
+    )

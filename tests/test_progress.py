@@ -9,6 +9,7 @@ import torch
 from src import console
 from src.distributed import Hardware
 from src.finetune import FineTuning, FitProgress, TrainingPlan, fit
+from tests.commands import refused
 from tests.test_models import adapted, make_datamodule
 
 
@@ -84,7 +85,4 @@ def test_losses_that_are_looked_at_later_are_named_all_the_same(model_folders, t
     samples = [torch.tensor(pair) for pair in ((0, 1), (2, 5), (3, 4))]
     losses = torch.tensor([1.0, float("nan"), float("inf")])
     module._unseen = list(zip(losses, (7, 8, 9), samples, strict=True))
-    with pytest.raises(
-        ValueError, match=r"training loss is nan after 8 optimizer steps, at samples 2 \(a\), 5 \(a\); lower"
-    ):
-        module.look_at_losses()
+    refused(r"training loss is nan after 8 optimizer steps, at samples 2 \(a\), 5 \(a\); lower", module.look_at_losses)

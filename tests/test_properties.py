@@ -23,6 +23,7 @@ from src.frames import read_pickle
 from src.selection import forward_selection
 from src.store import open_store
 from src.subsets import membership_matrix
+from tests.commands import refused
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -130,8 +131,7 @@ def test_pickles_reach_no_callable(asked, way):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hostile.pkl"
         path.write_bytes(hostile)
-        with pytest.raises(ValueError, match="cannot be read as a pickled DataFrame"):
-            read_pickle(path)
+        refused("cannot be read as a pickled DataFrame", read_pickle, path)
     imported = {name for name in set(sys.modules) - modules if name.split(".")[0] == asked[0].split(".")[0]}
     assert called == [] and not imported
 

@@ -3,6 +3,7 @@
 import pytest
 
 from src.tables import ResultsTable, read_table
+from tests.commands import refused
 
 GOOD = "subset,run,validation_loss/goal,seconds\n0 1,0,0.5,3\n,0,0.75,1\n"
 
@@ -29,8 +30,7 @@ def test_what_another_editor_saves_is_read(tmp_path):
 def test_a_bad_cell_is_named(text, message, tmp_path):
     path = tmp_path / "results.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=rf"results\.csv.*{message}"):
-        read_table(path, of_subsets=True)
+    refused(rf"results\.csv.*{message}", read_table, path, of_subsets=True)
 
 
 @pytest.mark.parametrize("facts", [None, "{half"])
@@ -40,7 +40,10 @@ def test_a_table_that_goes_on_needs_its_facts(facts, tmp_path):
     path.write_text(GOOD)
     if facts:
         path.with_suffix(".json").write_text(facts)
-    with pytest.raises(
-        ValueError, match=r"results\.json, which says what the rows .* cannot be read .* Choose another"
-    ):
-        ResultsTable(path, {"lr": 1}, "Choose another name.")
+    refused(
+        r"results\.json, which says what the rows .* cannot be read .* Choose another",
+        ResultsTable,
+        path,
+        {"lr": 1},
+        "Choose another name.",
+    )

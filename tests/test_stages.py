@@ -20,7 +20,7 @@ from src.gradients import outputs_of
 from src.models import load_checkpoint
 from src.store import open_store
 from src.subsets import read_subsets
-from tests.commands import load_script, run_script
+from tests.commands import load_script, refused, run_script
 from tests.conftest import write_sources
 
 TRAIN, COLLECT = (
@@ -83,10 +83,15 @@ def test_training_leaves_checkpoints_that_peft_opens(here, model_folders):
 def test_training_again_does_nothing_and_other_flags_are_refused(here, capsys):
     run_script(TRAIN, *TOY)
     assert "nothing to train" in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match=r"--epochs 2 there, 3 typed.*another --save_name|--epochs 2 there, --epochs 3"
-    ):
-        run_script(TRAIN, *here, *TOY, "--epochs", "3")
+    refused(
+        r"--epochs 2 there, 3 typed.*another --save_name|--epochs 2 there, --epochs 3",
+        run_script,
+        TRAIN,
+        *here,
+        *TOY,
+        "--epochs",
+        "3",
+    )
 
 
 def test_meta_training_can_end_with_its_checkpoints(here):
@@ -113,8 +118,7 @@ def test_meta_training_leaves_alone_what_others_put_into_its_folder(copy, capsys
     assert not (run / "step_step=5").exists()
     taken = Path(str(source.parent).replace("_toy_", "_taken_"))
     shutil.copytree(source, taken / "epoch_epoch=0")
-    with pytest.raises(ValueError, match="epoch_epoch=0 is not of this training"):
-        run_script(TRAIN, *copy, "--save_name", "taken")
+    refused("epoch_epoch=0 is not of this training", run_script, TRAIN, *copy, "--save_name", "taken")
 
 
 def test_gradients_leave_one_part_per_checkpoint(here, capsys):
@@ -126,8 +130,7 @@ def test_gradients_leave_one_part_per_checkpoint(here, capsys):
     assert rows.shape == (4 * 16 + 4 * 2 + 10, 32) and np.isfinite(rows).all()
     run_script(*COLLECT, *TOY, "--project_dim", "32")
     assert "nothing to compute" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--max_length 512 there, (--max_length )?100 typed"):
-        run_script(*COLLECT, *TOY, "--max_length", "100")
+    refused(r"--max_length 512 there, (--max_length )?100 typed", run_script, *COLLECT, *TOY, "--max_length", "100")
 
 
 def test_a_source_can_be_added_dropped_and_corrected_later(copy, capsys):
@@ -238,8 +241,16 @@ def test_estimates_are_compared_and_calibrated(copy, capsys):
     base = truth[truth["subset"] == ""]["validation_loss/goal"].mean()
     assert table.loc[("goal", "base model"), "relative_error"] == pytest.approx((abs(base - means) / means).mean())
     Path("few.csv").write_text("subset,run,validation_loss/goal\n0,0,1.0\n1,0,1.1\n2,0,1.2\n")
-    with pytest.raises(ValueError, match="at least 5 fine-tuned subsets, found 3"):
-        run_script(ESTIMATE, *drawn, "--target_task", "goal", "--calibrate", "few.csv")
+    refused(
+        "at least 5 fine-tuned subsets, found 3",
+        run_script,
+        ESTIMATE,
+        *drawn,
+        "--target_task",
+        "goal",
+        "--calibrate",
+        "few.csv",
+    )
 
 
 def test_a_truth_run_goes_on_at_the_next_missing_line(copy, monkeypatch, capsys):
@@ -277,8 +288,7 @@ def test_rows_of_one_table_are_of_one_training(copy):
         (["--batch_size", "4"], r"rows_per_step: found 8, expected 4.*--results_name"),
         (["--batch_size", "8", "--precision", "bf16"], "precision: found 32-true, expected bf16-mixed"),
     ):
-        with pytest.raises(ValueError, match=message):
-            run_script(*command, *other)
+        refused(message, run_script, *command, *other)
 
 
 def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(copy, capsys):
@@ -289,8 +299,9 @@ def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(copy, capsy
         assert (said in capsys.readouterr().out) == replaced
     Path("other.txt").write_text("# 0 = down\n# 1 = up a\n1\n")
     for command in ([TRAIN, *TOY, "--subset_file"], [ESTIMATE, *TOY, "--sampled_tasks"]):
-        with pytest.raises(ValueError, match=r"other\.txt, line 2: task 1 is 'up a' there, and 'down/2' in the data"):
-            run_script(*command, "other.txt")
+        refused(
+            r"other\.txt, line 2: task 1 is 'up a' there, and 'down/2' in the data", run_script, *command, "other.txt"
+        )
 
 
 def test_selection_for_each_target_and_backward(copy):
@@ -341,8 +352,7 @@ def test_mixture_weights_are_what_training_draws(copy):
         ("name\nup a\n", "no column 'share'"),
     ):
         Path("bad.csv").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            run_script(TRAIN, *TOY, "--task_weights", "bad.csv")
+        refused(message, run_script, TRAIN, *TOY, "--task_weights", "bad.csv")
 
 
 def test_selected_rows_are_exported(copy):
@@ -360,8 +370,7 @@ def test_selected_rows_are_exported(copy):
     run_script(*export, "--task_weights", "shares.csv")
     mixture = json.loads(Path("results/toy/mixture.json").read_text())
     assert {source["source"]: source["weight"] for source in mixture["sources"]} == {"up a": 0.75, "up b": 0.25}
-    with pytest.raises(ValueError, match="found 0 subsets to export"):
-        run_script(*export)
+    refused("found 0 subsets to export", run_script, *export)
 
 
 def test_margins_representations_signs_and_checkpointing(copy):
@@ -389,8 +398,16 @@ def test_margins_representations_signs_and_checkpointing(copy):
     # "down" and "up a" answer with other letters: each task is nearest to itself
     own = pd.read_csv("results/representation/estimates.csv")
     assert own["score/down"].argmin() == 0 and own["score/up a"].argmin() == 2
-    with pytest.raises(FileNotFoundError, match="representations"):
-        run_script(*drawn, "--project_dim", "32", "--estimator", "representation")
+    refused(
+        "representations",
+        run_script,
+        *drawn,
+        "--project_dim",
+        "32",
+        "--estimator",
+        "representation",
+        error=FileNotFoundError,
+    )
 
 
 def test_fewer_rows_than_dimensions_use_their_kernel(copy):

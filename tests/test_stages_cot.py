@@ -9,7 +9,7 @@ import pytest
 
 from src.cot import load_cot
 from src.models import load_checkpoint
-from tests.commands import run_script
+from tests.commands import refused, run_script
 
 STAGE_2, STAGE_3 = "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py"
 
@@ -108,8 +108,7 @@ def test_clusters_estimates_selection_and_fine_tuning(here):
         chosen = [*fine_tuning, "--subset_file", f"sampled_tasks/toy_{method}.txt"]
         run_script("custom_train.py", *chosen, "--max_new_tokens", "4")
     results = pd.read_csv("results/toy/results.csv", dtype={"subset": str})
-    with pytest.raises(ValueError, match=r"max_new_tokens: found .*--results_name"):
-        run_script("custom_train.py", *chosen, "--max_new_tokens", "5")
+    refused(r"max_new_tokens: found .*--results_name", run_script, "custom_train.py", *chosen, "--max_new_tokens", "5")
     metrics = [f"{split}_{metric}/addsub" for split in ("validation", "test") for metric in ("loss", "accuracy")]
     assert list(results.columns) == ["subset", "run", "num_rows", *metrics, "seconds"]
     for subset, rows in zip(results["subset"], results["num_rows"], strict=True):
@@ -139,8 +138,7 @@ def test_the_checkpoint_is_untouched(here):
 def test_other_flags_than_the_adapter_has_are_refused(here):
     flags, checkpoint = here
     wrong = ["8" if flag == "4" else flag for flag in flags]
-    with pytest.raises(ValueError, match=r"--lora_rank 4 there, 8 typed"):
-        run_script(STAGE_2, *wrong, "--load_model_dir", checkpoint)
+    refused(r"--lora_rank 4 there, 8 typed", run_script, STAGE_2, *wrong, "--load_model_dir", checkpoint)
 
 
 def test_approximation_error_of_a_chain_of_thought_store(here):

@@ -18,13 +18,13 @@ from src.subsets import (
     write_subsets,
     write_task_weights,
 )
+from tests.commands import refused
 
 
 def test_membership_matrix():
     """A row per subset, a column per task."""
     assert membership_matrix([(0, 2), (), (1,)], 3).tolist() == [[True, False, True], [False] * 3, [False, True, False]]
-    with pytest.raises(ValueError, match=r"subset \(1, 3\) holds task 3; tasks are 0 to 2"):
-        membership_matrix([(1, 3)], 3)
+    refused(r"subset \(1, 3\) holds task 3; tasks are 0 to 2", membership_matrix, [(1, 3)], 3)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,17 @@ def test_every_task_is_drawn_as_often():
 
 def test_impossible_draws_are_refused():
     for size in (0, -0.5, 2.5, 11):
-        with pytest.raises(ValueError, match=f"subset size {size}: expected a share between 0 and 1, or .* 1 to 10"):
-            draw_subsets(1, 10, size, seed=0)
-    with pytest.raises(ValueError, match="11 subsets of 2 out of 5 tasks are asked for, but only 10 exist"):
-        draw_subsets(11, 5, 2, seed=0)
+        refused(
+            f"subset size {size}: expected a share between 0 and 1, or .* 1 to 10", draw_subsets, 1, 10, size, seed=0
+        )
+    refused("11 subsets of 2 out of 5 tasks are asked for, but only 10 exist", draw_subsets, 11, 5, 2, seed=0)
 
 
 def test_written_subsets_are_read_back(tmp_path):
     """Sorted, under a comment, with nothing else left in the folder, also where one cannot be written."""
     path = tmp_path / "folder" / "subsets.txt"
     write_subsets(path, [(3, 1), (0,), (2, 1)], comment="drawn\nby hand")
-    with pytest.raises(ValueError, match="empty subset cannot be written"):
-        write_subsets(path, [(0,), ()])
+    refused("empty subset cannot be written", write_subsets, path, [(0,), ()])
     assert path.read_text() == "# drawn\n# by hand\n1 3\n0\n1 2\n"
     assert read_subsets(path, 4) == [(1, 3), (0,), (1, 2)]
     assert list(path.parent.iterdir()) == [path]
@@ -89,10 +88,16 @@ def test_a_file_names_its_tasks(tmp_path):
     write_subsets(path, [(1,), (0, 2)], comment="forward selection", tasks=names)
     assert read_subsets(path, 3, names) == read_subsets(path, 4, [*names, "tort"]) == [(1,), (0, 2)]
     path.write_bytes(path.read_bytes().replace(b"# 0 = law\n", b"  #  0  =  law  \r\n"))
-    with pytest.raises(ValueError, match="line 2: task 0 is 'law' there, and 'biology' in the data; draw or select"):
-        read_subsets(path, 4, ["biology", *names])
-    with pytest.raises(ValueError, match="line 4: task 2 is 'po etry' there, and not among the 2 tasks in the data"):
-        read_subsets(path, 2, names[:-1])
+    refused(
+        "line 2: task 0 is 'law' there, and 'biology' in the data; draw or select",
+        read_subsets,
+        path,
+        4,
+        ["biology", *names],
+    )
+    refused(
+        "line 4: task 2 is 'po etry' there, and not among the 2 tasks in the data", read_subsets, path, 2, names[:-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,15 +116,13 @@ def test_bad_files_are_refused(tmp_path, text, message):
     """The file, the line, the word and what was expected."""
     path = tmp_path / "subsets.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=message):
-        read_subsets(path, 4, ["a", "b", "c", "d"])
+    refused(message, read_subsets, path, 4, ["a", "b", "c", "d"])
 
 
 def test_the_file_decides(tmp_path):
     """Drawn and written once; from then on the file is read, with whatever a user made of it. Reading never draws."""
     path = tmp_path / "subsets.txt"
-    with pytest.raises(FileNotFoundError, match=r"subsets\.txt is not there"):
-        read_subsets(path, 10)
+    refused(r"subsets\.txt is not there", read_subsets, path, 10, error=FileNotFoundError)
     drawn = load_or_draw_subsets(path, 6, 10, 0.5, seed=3)
     assert drawn == draw_subsets(6, 10, 0.5, seed=3) == read_subsets(path, 10)
     write_subsets(path, [(1, 2)])
@@ -131,8 +134,7 @@ def test_task_weights(tmp_path):
     write_task_weights(path, ["law", "a, b"], np.array([0.25, 0.75]))
     assert read_task_weights(path, ["a, b", "law", "other"]).tolist() == [0.75, 0.25, 0]
     path.write_text("name,share\nlaw,1\nlaw,1\n")
-    with pytest.raises(ValueError, match=r"weights\.csv: task 'law' stands there twice"):
-        read_task_weights(path, ["law"])
+    refused(r"weights\.csv: task 'law' stands there twice", read_task_weights, path, ["law"])
 
 
 @pytest.mark.parametrize("limit", [20_000, 10])
@@ -155,8 +157,6 @@ def test_impossible_clusters_are_refused():
     """More clusters than samples with a gradient, or rows that are not finite."""
     rows = np.random.default_rng(0).standard_normal((4, 6))
     rows[1] = 0
-    with pytest.raises(ValueError, match="4 clusters of 3 samples with a gradient: expected 1 to 3 clusters"):
-        cluster_samples(rows, 4, seed=0)
+    refused("4 clusters of 3 samples with a gradient: expected 1 to 3 clusters", cluster_samples, rows, 4, seed=0)
     rows[2, 3] = np.nan
-    with pytest.raises(ValueError, match="row 2 is not finite"):
-        cluster_samples(rows, 2, seed=0)
+    refused("row 2 is not finite", cluster_samples, rows, 2, seed=0)
