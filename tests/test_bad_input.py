@@ -178,6 +178,12 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "estimates without columns": (COMPARE, ["bad/estimates.csv", "bad/results.csv"], r"bad/estimates\.csv"),
     "no table": (COMPARE, ["bad/not.csv", "bad/results.csv"], r"bad/not\.csv"),
     "nothing to export": (EXPORT, [], r"found 0 subsets to export, expected one"),
+    "nothing trains by that name": (EXPORT, ["--task_idxes", "0", "--for", "axolotle"], r"--for axolotle: expected one of axolotl, llamafactory, trl,"),
+    "a seed for no rows": (EXPORT, ["--task_idxes", "0", "--seed", "1"], r"--seed has no effect without --for"),
+    "samples for no trainer": (EXPORT, ["--task_idxes", "0", "--trainer_samples"], r"--trainer_samples has no effect without --for"),
+    "half a row": (EXPORT, ["--max_repeat", "0.5"], r"argument --max_repeat: 0\.5: expected a"),
+    "no rows at all": (EXPORT, ["--total_rows", "0"], r"argument --total_rows: 0: expected a"),
+    "a seed below 0": (EXPORT, ["--for", "trl", "--seed", "-1"], r"argument --seed: -1: expected a"),
     # chain of thought
     "unknown data set": (COT, ["--dataset_key", "nothing", "--model_key", "-llama"], r"nothing"),
     "data set that climbs": (COT, ["--dataset_key", "../../etc/passwd", "--model_key", "-llama"], r"\.\./\.\./etc/passwd"),
