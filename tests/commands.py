@@ -31,10 +31,11 @@ STAGES = (
 )
 
 
-def run_script(path: str, *arguments: object) -> object:
-    """`python <path> <arguments>` in this process."""
+def run_script(command: str, *arguments: object) -> object:
+    """`python <command> <arguments>` in this process; the words of the command are separated by spaces."""
+    path, *words = command.split()
     script = load_script(path)
-    return script.main(script.parse_args([str(argument) for argument in arguments]))
+    return script.main(script.parse_args([*words, *map(str, arguments)]))
 
 
 def refused(message: str, action: Callable, *arguments: object, error: type = ValueError, **options: object) -> None:

@@ -7,40 +7,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.gradients import GradientCollector, outputs_of
-from src.models import (
-    LORA_TARGETS,
-    OUTPUT_FUNCTIONS,
-    BaseWeights,
-    LanguageModel,
-    LoraShape,
-    load_base_model,
-    load_model,
-)
+from src.models import LORA_TARGETS, OUTPUT_FUNCTIONS, BaseWeights, LanguageModel, LoraShape, load_model
 from src.projection import make_projection
 from src.store import save_projection_signs
-from tests.test_models import KINDS, adapted, make_datamodule
+from tests.test_models import KINDS, adapted, make_datamodule, of_peft
 
 
-def oracle(model: LanguageModel, datamodule, index: int, output: str) -> tuple[np.ndarray, float]:
-    """The gradient (p,) and output of one sample: a batch of one, one backward, flattened in layout order."""
+def oracle(
+    model: LanguageModel, datamodule, indices: np.ndarray, output: str = "loss"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients (len(indices), p) and outputs: a batch of one and a backward for each, flattened in layout order."""
     model.eval()
-    model.zero_grad()
-    value = OUTPUT_FUNCTIONS[output].function(*model.target_logits(datamodule.collate([index])), 1)
-    value.sum().backward()
-    parameters = dict(model.network.named_parameters())
-    pieces = [
-        (parameters[matrix.name].grad.T if matrix.transposed else parameters[matrix.name].grad).flatten()
-        for matrix in model.layout.matrices
-    ]
-    return torch.cat(pieces).numpy().copy(), float(value.detach())
+    gradients, outputs = [], []
+    for index in indices:
+        model.zero_grad()
+        value = OUTPUT_FUNCTIONS[output].function(*model.target_logits(datamodule.collate([index])), 1)
+        value.sum().backward()
+        slopes = [
+            (model.network.get_parameter(matrix.name).grad, matrix.transposed) for matrix in model.layout.matrices
+        ]
+        gradients.append(
+            torch.cat([(slope.T if transposed else slope).flatten() for slope, transposed in slopes]).clone()
+        )
+        outputs.append(float(value.detach()))
+    return torch.stack(gradients).numpy(), np.array(outputs)
 
 
-def collected(model: LanguageModel, datamodule, projection, output: str, indices: np.ndarray, max_tokens: int):
-    """Rows (len(indices), d) and outputs from the collector, in the order of `indices`."""
+def collected(model, datamodule, indices: np.ndarray, projection=None, output="loss", max_tokens=10_000):
+    """Rows (len(indices), d) and outputs from the collector, in the order of `indices`; exact without a projection."""
+    projection = projection or make_projection("none", None, 0, shapes=model.layout.shapes)
     rows, outputs = {}, {}
     with GradientCollector(model, projection, output) as collect:
         for batch in datamodule.evaluation_batches(indices, max_tokens):
@@ -50,100 +48,66 @@ def collected(model: LanguageModel, datamodule, projection, output: str, indices
     return np.stack([rows[i] for i in indices]), np.array([outputs[i] for i in indices])
 
 
+def assert_near(rows: np.ndarray, expected: np.ndarray) -> None:
+    assert np.linalg.norm(rows - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("output", ["loss", "margin"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_the_for_loop_gradients(kind, output, model_folders, tmp_path):
     """Exact gradients and each projection of them, for batches of one and of many rows of different length."""
     model = adapted(model_folders[kind])
-    datamodule = make_datamodule(model, tmp_path)
-    indices = np.arange(14)
-    expected = [oracle(model, datamodule, index, output) for index in indices]
-    gradients = np.stack([gradient for gradient, _ in expected])
-    exact = make_projection("none", None, 0, shapes=model.layout.shapes)
+    datamodule, indices = make_datamodule(model, tmp_path), np.arange(14)
+    gradients, expected = oracle(model, datamodule, indices, output)
     for max_tokens in (1, 150, 10_000):
-        rows, outputs = collected(model, datamodule, exact, output, indices, max_tokens)
-        np.testing.assert_allclose(outputs, [value for _, value in expected], rtol=1e-5)
-        assert np.linalg.norm(rows - gradients) <= 1e-5 * np.linalg.norm(gradients)
+        rows, outputs = collected(model, datamodule, indices, None, output, max_tokens)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5)
+        assert_near(rows, gradients)
     for projection_kind in ("sketch", "two_sided", "dense"):
         projection = make_projection(projection_kind, 48, 3)
-        rows, _ = collected(model, datamodule, projection, output, indices, 150)
+        rows, _ = collected(model, datamodule, indices, projection, output, 150)
         # the adjoint of lift is the projection: column j of P^T g is <g, P e_j>
-        basis = torch.eye(projection.dim)
-        columns = [
-            torch.cat([matrix.flatten() for matrix in projection.lift(basis[j], model.layout.shapes).values()])
-            for j in range(projection.dim)
-        ]
-        projected = gradients @ torch.stack(columns, dim=1).numpy()
-        assert np.linalg.norm(rows - projected) <= 1e-5 * np.linalg.norm(projected)
+        lifted = (projection.lift(unit, model.layout.shapes).values() for unit in torch.eye(projection.dim))
+        columns = [torch.cat([matrix.flatten() for matrix in matrices]) for matrices in lifted]
+        assert_near(rows, gradients @ torch.stack(columns, dim=1).numpy())
     save_projection_signs(tmp_path / "signs.npz", projection, model.layout.shapes)  # the dense one, unpacked by hand
     with np.load(tmp_path / "signs.npz") as signs:
         bits = np.concatenate([np.unpackbits(signs[name], axis=1)[:, :48] for name in model.layout.shapes])
     np.testing.assert_allclose(rows, gradients @ (2.0 * bits - 1) / np.sqrt(48), rtol=1e-4, atol=1e-5)
 
 
-def adapted_as(folder: str, lora: LoraConfig) -> LanguageModel:
-    """A model with any adapter that peft can make, away from its start."""
-    base = load_base_model(folder)
-    torch.manual_seed(0)
-    model = LanguageModel(get_peft_model(base.network, lora), base.tokenizer, base.key).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SITES = [
+    ("llama", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", {"q_proj": 2, "down_proj": 7}),
+    ("llama", "o_proj", {}),
+    ("t5", "q v wi wo", {"wi": 3}),
+    ("gpt2", "c_attn c_proj c_fc", {"c_fc": 1}),
+]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "layers", "ranks"),
-    [
-        ("llama", LLAMA_LINEAR, {"q_proj": 2, "down_proj": 7}),
-        ("llama", ["o_proj"], {}),
-        ("t5", ["q", "v", "wi", "wo"], {"wi": 3}),
-        ("gpt2", ["c_attn", "c_proj", "c_fc"], {"c_fc": 1}),
-    ],
-)
+@pytest.mark.parametrize(("kind", "layers", "ranks"), SITES)
 def test_any_layers_ranks_and_checkpointing(kind, layers, ranks, checkpointed, model_folders, tmp_path):
     """The rows are the for-loop's wherever LoRA sits, with recomputed activations or kept ones."""
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=layers, rank_pattern=ranks, fan_in_fan_out=kind == "gpt2")
-    model = adapted_as(model_folders[kind], lora)
-    datamodule = make_datamodule(model, tmp_path)
-    expected = [oracle(model, datamodule, index, "loss") for index in range(6)]
-    forwards = []
+    options = {"target_modules": layers.split(), "rank_pattern": ranks, "fan_in_fan_out": kind == "gpt2"}
+    model = of_peft(model_folders[kind], task_type=None, **options)
+    datamodule, indices, forwards = make_datamodule(model, tmp_path), np.arange(6), []
+    gradients, expected = oracle(model, datamodule, indices)
     first = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     norm = next(module for name, module in first.named_modules() if "norm" in name or "ln_" in name)
     norm.register_forward_hook(lambda *_: forwards.append(1))
     if checkpointed:
         model.checkpoint_activations()
-    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
-    rows, outputs = collected(model, datamodule, projection, "loss", np.arange(6), 10_000)
-    gradients = np.stack([gradient for gradient, _ in expected])
-    assert np.linalg.norm(rows - gradients) <= 1e-5 * np.linalg.norm(gradients)
-    np.testing.assert_allclose(outputs, [value for _, value in expected], rtol=1e-5)
+    rows, outputs = collected(model, datamodule, indices)
+    assert_near(rows, gradients)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5)
     assert len(forwards) == 1 + checkpointed  # one batch: checkpointing runs the layer again in the backward
     assert not any(module.training for module in model.modules())
 
 
-LAYOUTS = [
-    "llama",
-    "t5",
-    "t5-untied",
-    "gpt2",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "opt",
-    "gpt_neox",
-]
+LAYOUTS = "llama t5 t5-untied gpt2 gemma gemma2 gemma3_text qwen2 qwen3 mistral opt gpt_neox"
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", LAYOUTS.split())
 def test_every_known_architecture(kind, model_folders, tmp_path):
     """An adapter sits where `LORA_TARGETS` says; without one the rows are the for-loop's of every linear layer."""
     model = adapted(model_folders[kind])
@@ -151,10 +115,7 @@ def test_every_known_architecture(kind, model_folders, tmp_path):
     assert {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices} == set(targets)
     model = load_model(model_folders[kind], None).eval()
     datamodule = make_datamodule(model, tmp_path)
-    expected = np.stack([oracle(model, datamodule, index, "loss")[0] for index in range(5)])
-    exact = make_projection("none", None, 0, shapes=model.layout.shapes)
-    rows, _ = collected(model, datamodule, exact, "loss", np.arange(5), 10_000)
-    assert np.linalg.norm(rows - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert_near(collected(model, datamodule, np.arange(5))[0], oracle(model, datamodule, np.arange(5))[0])
     assert len(model.layout.matrices) >= 2 * 4  # two blocks of attention and feed-forward
     # an output layer of its own is in the layout, one tied to the embedding is not
     assert ("lm_head.weight" in model.layout.shapes) == (not model.network.config.tie_word_embeddings)
@@ -178,12 +139,11 @@ def rows_with_base(folder: str, weights: BaseWeights, tmp_path: Path) -> tuple[n
     model.load_trainable_state(adapter), full.load_trainable_state(adapter)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
     assert any(parameter.dtype in (torch.bfloat16, torch.uint8) for parameter in model.parameters())
-    datamodule = make_datamodule(model, tmp_path)
-    outputs_of(model, datamodule, np.arange(6), "loss")  # an evaluation before changes nothing
-    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
-    rows, _ = collected(model, datamodule, projection, "loss", np.arange(6), 10_000)
-    own = np.stack([oracle(model, datamodule, index, "loss")[0] for index in range(6)])
-    exact, _ = collected(full, datamodule, projection, "loss", np.arange(6), 10_000)
+    datamodule, indices = make_datamodule(model, tmp_path), np.arange(6)
+    outputs_of(model, datamodule, indices, "loss")  # an evaluation before changes nothing
+    rows, own, exact = (
+        of(one, datamodule, indices)[0] for of, one in ((collected, model), (oracle, model), (collected, full))
+    )
 
     def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
@@ -264,7 +224,7 @@ def test_a_gpu_gives_the_same_rows(kind, model_folders, tmp_path):
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
     for name in ("sketch", "two_sided", "dense"):
-        on_cpu, _ = collected(model.cpu(), datamodule, make_projection(name, 48, 3), "loss", np.arange(8), 10_000)
+        on_cpu, _ = collected(model.cpu(), datamodule, np.arange(8), make_projection(name, 48, 3))
         with GradientCollector(model.cuda(), make_projection(name, 48, 3)) as collect:
             on_gpu, _ = collect(datamodule.collate(np.arange(8)))
         torch.testing.assert_close(on_gpu.cpu(), torch.from_numpy(on_cpu), rtol=1e-3, atol=1e-4)

@@ -41,15 +41,26 @@ from tests.conftest import write_sources
 KINDS = ("llama", "t5", "gpt2")
 
 
-def adapted(folder: str, seed: int = 0) -> LanguageModel:
-    """A model whose adapter is away from its start, where half of the gradient is zero."""
-    model = load_model(folder, LoraShape(rank=4, alpha=8), seed=seed)
+def shaken(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """Away from an adapter's start, where half of the gradient is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def adapted(folder: str) -> LanguageModel:
+    return shaken(load_model(folder, LoraShape(rank=4, alpha=8), seed=0))
+
+
+def of_peft(folder: str, **options: object) -> LanguageModel:
+    """A model with any adapter that peft can make."""
+    base = load_base_model(folder)
+    shape = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    return shaken(LanguageModel(get_peft_model(base.network, LoraConfig(**(shape | options))), base.tokenizer, folder))
 
 
 def make_datamodule(model: LanguageModel, path: Path, **options: object) -> TaskDataModule:
@@ -88,6 +99,23 @@ def test_target_logits_are_the_models_own_loss(kind, model_folders, tmp_path):
         theirs = model.network(**{k: v for k, v in batch.items() if k != "sample_index"}).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert len(labels) == int((batch["labels"] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_come_back_from_a_checkpoint_and_after_a_displacement(kind, model_folders, tmp_path):
+    model = adapted(model_folders[kind])
+    before, parameters = model.trainable_state(), dict(model.network.named_parameters())
+    save_model(model, tmp_path / "checkpoint")
+    state = load_checkpoint(tmp_path / "checkpoint", model_folders[kind]).trainable_state()
+    change = {name: torch.randn(shape) for name, shape in model.layout.shapes.items()}
+    with displaced(model, change):
+        for matrix in model.layout.matrices:
+            moved = parameters[matrix.name] - before[matrix.name]
+            torch.testing.assert_close(moved.T if matrix.transposed else moved, change[matrix.name], atol=1e-5, rtol=0)
+    assert state.keys() == before.keys()
+    assert all(
+        torch.equal(state[name], value) and torch.equal(parameters[name], value) for name, value in before.items()
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -144,36 +172,9 @@ def test_margin_is_exact_for_an_improbable_token():
     assert logits.grad[0, 0] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_comes_back(kind, model_folders, tmp_path):
-    model = adapted(model_folders[kind])
-    save_model(model, tmp_path / "checkpoint")
-    again = load_checkpoint(tmp_path / "checkpoint", model_folders[kind])
-    state = again.trainable_state()
-    assert state.keys() == model.trainable_state().keys()
-    for name, value in model.trainable_state().items():
-        torch.testing.assert_close(state[name], value, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_displaced_adds_and_takes_back(kind, model_folders):
-    model = adapted(model_folders[kind])
-    before = model.trainable_state()
-    change = {name: torch.randn(shape) for name, shape in model.layout.shapes.items()}
-    parameters = dict(model.network.named_parameters())
-    with displaced(model, change):
-        for matrix in model.layout.matrices:
-            moved = parameters[matrix.name] - before[matrix.name]
-            torch.testing.assert_close(moved.T if matrix.transposed else moved, change[matrix.name], atol=1e-5, rtol=0)
-    for name, value in before.items():
-        torch.testing.assert_close(parameters[name], value, rtol=0, atol=0)
-
-
 def test_adapter_start_depends_on_the_seed_alone(model_folders):
-    first, again, other = (
-        torch.cat([value.flatten() for value in load_model(model_folders["llama"], LoraShape(4, 8), seed=seed)
-                   .trainable_state().values()]) for seed in (0, 0, 1)
-    )  # fmt: skip
+    models = (load_model(model_folders["llama"], LoraShape(4, 8), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (torch.cat([part.flatten() for part in model.trainable_state().values()]) for model in models)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -187,51 +188,40 @@ def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders, tmp_pat
     assert model.tokenizer.pad_token == model.tokenizer.eos_token
     data = TaskData((Example(0, "a", "train", "a b c", "d"), Example(1, "a", "train", "a", "<|turn|> d")))
     size = len(load_tokenizer(model_folders["llama"]))
-    refused(
-        rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1",
-        check_vocabulary,
-        model,
-        TaskDataModule(data, model.tokenizer, model.kind),
-    )
+    message = rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1"
+    refused(message, check_vocabulary, model, TaskDataModule(data, model.tokenizer, model.kind))
     check_vocabulary(model, datamodule := TaskDataModule(TaskData(data.examples[:1]), model.tokenizer, model.kind))
     with torch.no_grad():
         model.target_logits(datamodule.collate([0]))
 
 
-def layers(model: LanguageModel) -> set[str]:
-    return {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices}
+NAMED = [
+    ("llama", ["all-linear"], "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+    ("t5-untied", ["all-linear"], "q k v o wi wo"),
+    ("gpt2", ["all-linear"], "c_attn c_proj c_fc"),
+    ("phi3", ["all-linear"], "qkv_proj o_proj gate_up_proj down_proj"),
+    ("llama", ["self_attn.q_proj", "o_proj"], "q_proj o_proj"),
+    ("llama", [r".*layers\.1\..*(q|up)_proj"], "q_proj up_proj"),
+    ("llama", ["q_proj"], "q_proj"),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "named", "expected"),
-    [
-        ("llama", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        ("t5-untied", ["all-linear"], {"q", "k", "v", "o", "wi", "wo"}),
-        ("gpt2", ["all-linear"], {"c_attn", "c_proj", "c_fc"}),
-        ("phi3", ["all-linear"], {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
-        ("llama", ["self_attn.q_proj", "o_proj"], {"q_proj", "o_proj"}),
-        ("llama", [r".*layers\.1\..*(q|up)_proj"], {"q_proj", "up_proj"}),
-        ("llama", ["q_proj"], {"q_proj"}),
-    ],
-)
+@pytest.mark.parametrize(("kind", "named", "expected"), NAMED)
 def test_layers_of_the_adapter_are_named_as_in_peft(kind, named, expected, model_folders):
-    assert layers(load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))) == expected
+    model = load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))
+    assert {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices} == set(expected.split())
 
 
-@pytest.mark.parametrize(
-    ("kind", "named", "message"),
-    [
+def test_layers_that_cannot_carry_it_are_named(model_folders):
+    """Before it is trained: stage 2 takes no gradients there."""
+    for kind, named, message in (
         ("llama", ("q_proj", "nothing"), "no layer has the name nothing"),
         ("llama", ("q_proj|(",), r"q_proj\|\(: .* cannot carry an adapter there \(missing"),
         ("llama", ("q_proj", "embed_tokens"), "linear layers but the output's, which model.embed_tokens is not"),
         ("t5-untied", ("q", "lm_head"), "linear layers but the output's, which lm_head is not"),
-    ],
-)
-def test_layers_that_cannot_carry_it_are_named(kind, named, message, model_folders):
-    """Before it is trained: stage 2 takes no gradients there."""
-    refused(
-        rf"--lora_target_modules .*{message}", load_model, model_folders[kind], LoraShape(2, 4, target_modules=named)
-    )
+    ):
+        shape = LoraShape(2, 4, target_modules=named)
+        refused(rf"--lora_target_modules .*{message}", load_model, model_folders[kind], shape)
 
 
 def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
@@ -260,35 +250,21 @@ def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
             check_base(RunConfig(model_key=model_key), tmp_path, manifest)
 
 
-def of_peft(folder: str, path: Path, **options: object) -> LanguageModel:
-    """A model with an adapter that peft made and saved, away from its start."""
-    base = load_base_model(folder)
-    shape = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    network = get_peft_model(base.network, LoraConfig(**(shape | options)))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    network.save_pretrained(path)
-    return LanguageModel(network, base.tokenizer, folder).eval()
+ADAPTERS = [
+    ({"use_rslora": True}, None),
+    ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 32}}, None),
+    ({"layers_to_transform": [1]}, None),
+    ({"lora_bias": True}, r"layers.0.self_attn.q_proj.lora_B.default.bias, .* and 1 more"),
+    ({"modules_to_save": ["lm_head", "embed_tokens"]}, r"embed_tokens.modules_to_save.*lm_head.modules_to_save"),
+    ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head.lora_A.*, .*lm_head.lora_B"),
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "frozen"),
-    [
-        ({"use_rslora": True}, None),
-        ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 32}}, None),
-        ({"layers_to_transform": [1]}, None),
-        ({"lora_bias": True}, r"layers.0.self_attn.q_proj.lora_B.default.bias, .* and 1 more"),
-        ({"modules_to_save": ["lm_head", "embed_tokens"]}, r"embed_tokens.modules_to_save.*lm_head.modules_to_save"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head.lora_A.*, .*lm_head.lora_B"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
+@pytest.mark.parametrize(("options", "frozen"), ADAPTERS)
 def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(options, frozen, model_folders, tmp_path, capsys):
     """What else it has counts in outputs, is named, does not train, and is saved with it again."""
-    theirs = of_peft(model_folders["llama"], tmp_path / "theirs", **options)
+    theirs = of_peft(model_folders["llama"], **options)
+    theirs.network.save_pretrained(tmp_path / "theirs")
     batch = make_datamodule(theirs, tmp_path).collate([3])
     save_model(load_checkpoint(tmp_path / "theirs", theirs.key), tmp_path / "again")
     said = capsys.readouterr().out
@@ -307,10 +283,10 @@ def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(options, froz
 
 def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders, tmp_path):
     llama = model_folders["llama"]
-    of_peft(llama, tmp_path / "dora", use_dora=True)
+    of_peft(llama, use_dora=True).network.save_pretrained(tmp_path / "dora")
     get_peft_model(load_base_model(llama).network, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
     for name in ("lora", "damaged", "pickled"):
-        of_peft(llama, tmp_path / name)
+        of_peft(llama).network.save_pretrained(tmp_path / name)
     (tmp_path / "damaged" / "adapter_config.json").write_text("{")
     (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
     for name, key, message in (
@@ -324,25 +300,8 @@ def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders, tmp_pa
         refused(message, load_checkpoint, tmp_path / name, key)
 
 
-@pytest.mark.parametrize(
-    ("key", "resolved"),
-    [
-        ("flan_t5_base", "google/flan-t5-base"),
-        ("gpt2_medium", "gpt2-medium"),
-        ("TinyLlama/TinyLlama-1.1B", "TinyLlama/TinyLlama-1.1B"),
-        ("a_folder", "a_folder"),
-    ],
-)
-def test_model_keys(key, resolved, workspace):
+def test_model_keys(workspace):
     (workspace / "a_folder").mkdir()
-    assert resolve_model_key(key) == resolved
-
-
-def test_unreachable_model_is_one_clear_error():
-    refused(
-        "--model_key nobody/nothing: cannot load nobody/nothing",
-        load_model,
-        "nobody/nothing",
-        None,
-        error=FileNotFoundError,
-    )
+    known = {"flan_t5_base": "google/flan-t5-base", "gpt2_medium": "gpt2-medium"}
+    others = ("TinyLlama/TinyLlama-1.1B", "a_folder")
+    assert [resolve_model_key(key) for key in (*known, *others)] == [*known.values(), *others]
