@@ -31,9 +31,7 @@ RHO = 0.05
 def make_rows(seed: int = 0, num_rows: int = 150, dim: int = DIM) -> Rows:
     """Rows in random order: tasks of uneven size, targets, and some rows that are neither."""
     rng = np.random.default_rng(seed)
-    group = np.concatenate(
-        [np.arange(NUM_TASKS + NUM_TARGETS + 1), rng.choice(10, num_rows - 10, p=[0.19] + [0.09] * 9)]
-    )
+    group = np.concatenate([np.arange(10), rng.choice(10, num_rows - 10, p=[0.19] + [0.09] * 9)])
     gradients = rng.standard_normal((num_rows, dim)) + 2 * rng.standard_normal((10, dim))[group]
     return Rows(
         rows=gradients.astype(np.float32),
@@ -49,16 +47,11 @@ def target_tokens(rows: Rows) -> np.ndarray:
 
 
 def make_part(rows: Rows, weight_by: str = "sample") -> Part:
-    weights, curvatures = None, None
-    if weight_by == "token":
-        weights, curvatures = token_weights(target_tokens(rows), rows.task_of_row >= 0)
-    of_rows = {"weights": weights, "curvatures": curvatures}
-    return Part(
-        task_moments(rows.rows, rows.outputs, rows.task_of_row, NUM_TASKS, **of_rows),
-        task_moments(rows.rows, rows.outputs, rows.target_of_row, NUM_TARGETS, **of_rows),
-        replace(rows, **of_rows),
-        weight_by=weight_by,
-    )
+    by_token = token_weights(target_tokens(rows), rows.task_of_row >= 0) if weight_by == "token" else (None, None)
+    of_rows = dict(zip(("weights", "curvatures"), by_token, strict=True))
+    groups = (rows.task_of_row, NUM_TASKS), (rows.target_of_row, NUM_TARGETS)
+    moments = [task_moments(rows.rows, rows.outputs, *group, **of_rows) for group in groups]
+    return Part(*moments, replace(rows, **of_rows), weight_by=weight_by)
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +84,17 @@ def row_weights(rows: Rows, task_weights: np.ndarray, weight_by: str, power: int
 
 def ridge_strength(rows: Rows, weight_by: str, rho: float = RHO) -> float:
     """lambda = rho times the mean squared norm over the rows of all tasks, as curvature weighs them."""
-    weights, curvatures = (
-        row_weights(rows, np.ones(NUM_TASKS), weight_by, power) for power in (1, module.CURVATURE_POWER)
-    )
+    powers = (1, module.CURVATURE_POWER)
+    weights, curvatures = (row_weights(rows, np.ones(NUM_TASKS), weight_by, power) for power in powers)
     return rho * curvatures @ (rows.rows.astype(float) ** 2).sum(axis=1) / weights.sum()
 
 
 def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Mean output (k,) and mean gradient (k, d) of each target."""
-    means, slopes = (
-        [values[rows.target_of_row == target].mean(axis=0, dtype=float) for target in range(NUM_TARGETS)]
-        for values in (rows.outputs, rows.rows)
+    groups = [rows.target_of_row == target for target in range(NUM_TARGETS)]
+    return tuple(
+        np.array([values[of].mean(axis=0, dtype=float) for of in groups]) for values in (rows.outputs, rows.rows)
     )
-    return np.array(means), np.array(slopes)
 
 
 def quadratic_terms(rows: Rows, solutions: np.ndarray, weight_by: str) -> np.ndarray:
@@ -143,13 +134,17 @@ def test_ridge_equals_a_regression_on_the_raw_rows(membership, weight_by, power,
     np.testing.assert_allclose(solutions(part, weights, rho=RHO), expected, rtol=1e-4, atol=1e-5)
     means, slopes = target_means(rows)
     first_order = means + expected @ slopes.T
-    linear, ridge, margin = (
-        estimate([from_part], weights, estimator=name, rho=RHO)
-        for name, from_part in (("linear", part), ("ridge", part), ("ridge", replace(part, output_function="margin")))
+    second_order, margins = (
+        first_order + quadratic_terms(rows, expected, weight_by),
+        replace(part, output_function="margin"),
     )
-    np.testing.assert_allclose(linear, first_order, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ridge, first_order + quadratic_terms(rows, expected, weight_by), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(margin, first_order, rtol=1e-4, atol=1e-5)
+    for name, of, values in (
+        ("linear", part, first_order),
+        ("ridge", part, second_order),
+        ("ridge", margins, first_order),
+    ):
+        found = estimate([of], weights, estimator=name, rho=RHO)
+        np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_rows(rows, membership):
@@ -159,9 +154,7 @@ def test_weights_of_rows(rows, membership):
     np.testing.assert_array_equal(token_weights(np.full(5, 9), np.arange(5) < 3), np.ones((2, 5)))
 
 
-@pytest.mark.parametrize(
-    ("weight_by", "offset", "rho"), [("token", 0, RHO), ("sample", 0, RHO), ("task", 0, RHO), ("sample", 20, 1e-3)]
-)
+@pytest.mark.parametrize(("weight_by", "offset", "rho"), [*[(by, 0, RHO) for by in WEIGHT_BY], ("sample", 20, 1e-3)])
 def test_logistic_equals_a_general_minimiser(rows, membership, weight_by, offset, rho):
     """The paper's estimator against scipy, a subset at a time, from the raw rows.
 
@@ -184,17 +177,6 @@ def test_logistic_equals_a_general_minimiser(rows, membership, weight_by, offset
         expected = [losses[rows.target_of_row == target].mean() for target in range(NUM_TARGETS)]
         np.testing.assert_allclose(estimates, expected, rtol=1e-4)
         np.testing.assert_allclose(at, solution, rtol=0.01, atol=0.01 * np.abs(solution).max())
-
-
-@pytest.mark.parametrize("estimator", ["alignment", "representation", "constant"])
-def test_estimators_without_a_solution_displace_nothing(part, membership, estimator):
-    refused(
-        f"'{estimator}' has no solution .*; choose one of ridge, linear, logistic",
-        solutions,
-        part,
-        membership,
-        estimator=estimator,
-    )
 
 
 def test_targets_can_be_chosen(part, membership):
@@ -290,38 +272,23 @@ def test_approximation_error_by_hand():
     assert zero_order_error(start, np.array([4.0, 4.0])) == pytest.approx(13 / 32)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"estimator": "logistic"}, "need the rows of a part"),
-        ({"rho": 0}, "rho above 0, found rho 0"),
-        ({"membership": -np.eye(NUM_TASKS)}, "not negative"),
-    ],
-)
-def test_bad_input_is_refused(part, options, message):
-    refused(message, estimate, [replace(part, rows=None)], **{"membership": np.eye(NUM_TASKS), **options})
-
-
-def test_subsets_and_targets_without_rows_are_refused(rows, membership):
-    """A task without rows may sit beside others, but cannot be a subset; a target needs rows."""
+def test_bad_input_is_refused(rows, part, membership):
+    """A task without rows may sit beside others, but cannot be a subset; a target needs rows; what is not finite is named."""
+    one = np.eye(NUM_TASKS, dtype=bool)
+    refused("need the rows of a part", estimate, [replace(part, rows=None)], one, estimator="logistic")
+    refused("rho above 0, found rho 0", estimate, [part], one, rho=0)
+    refused("not negative", estimate, [part], -np.eye(NUM_TASKS))
+    for name in ("alignment", "representation", "constant"):
+        message = f"'{name}' has no solution .*; choose one of ridge, linear, logistic"
+        refused(message, solutions, part, membership, estimator=name)
     without = make_part(replace(rows, task_of_row=np.where(rows.task_of_row == 2, -1, rows.task_of_row)))
     assert np.isfinite(estimate([replace(without, weight_by="task")], membership)).all()
-    refused(r"subset 1 \(tasks 2\) has no rows", estimate, [without], np.eye(NUM_TASKS, dtype=bool)[1:])
+    refused(r"subset 1 \(tasks 2\) has no rows", estimate, [without], one[1:])
     without = make_part(replace(rows, target_of_row=np.where(rows.target_of_row == 1, -1, rows.target_of_row)))
     refused("target 1 has no rows", estimate, [without], membership)
-
-
-def test_rows_that_are_not_finite_are_refused(rows, part, membership):
-    """The message names the task, whether the rows are summed now or were before."""
     gradients = np.where(rows.task_of_row[:, None] == 4, np.nan, rows.rows)
-    refused(
-        "task 4 has outputs or gradients that are not finite",
-        task_moments,
-        gradients,
-        rows.outputs,
-        rows.task_of_row,
-        NUM_TASKS,
-    )
+    of_tasks = (rows.outputs, rows.task_of_row, NUM_TASKS)
+    refused("task 4 has outputs or gradients that are not finite", task_moments, gradients, *of_tasks)
     target = replace(part.target, output_sums=part.target.output_sums * np.inf)
     refused("target 0 has outputs", estimate, [replace(part, target=target)], membership)
 
