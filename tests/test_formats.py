@@ -2,8 +2,7 @@
 
 import gzip
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from src.data import TaskData
 from src.instruction import Chat, Columns, load_instruction
 from src.models import load_tokenizer
-from tests.commands import refused
+from tests.commands import refused, write_jsonl
 from tests.conftest import character_tokenizer, write_sources
 
 
@@ -37,21 +36,19 @@ def saved_dict(frame: pd.DataFrame, path: Path) -> None:
     datasets.DatasetDict(train=datasets.Dataset.from_pandas(frame), test=half).save_to_disk(path)
 
 
-def gzipped(frame: pd.DataFrame, path: Path) -> None:
-    path.write_bytes(gzip.compress(frame.to_json(orient="records", lines=True).encode()))
+def pickled(frame: pd.DataFrame, path: Path) -> None:
+    frame.assign(skill=frame["_task_name"], text=frame["inputs"] + frame["targets"]).to_pickle(path)
 
 
 FORMATS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
     "rows.jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
-    "rows.jsonl.gz": gzipped,
+    "rows.jsonl.gz": lambda frame, path: frame.to_json(path, orient="records", lines=True),
     "rows.parquet": lambda frame, path: frame.to_parquet(path),
     "rows.csv": lambda frame, path: frame.to_csv(path, index=False),
     "saved": lambda frame, path: datasets.Dataset.from_pandas(frame).save_to_disk(path),
     "splits": saved_dict,
-    "rows.pkl": lambda frame, path: frame.assign(skill=frame["_task_name"], text="").assign(
-        text=frame["inputs"] + frame["targets"]
-    ).to_pickle(path),
-}  # fmt: skip
+    "rows.pkl": pickled,
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -91,14 +88,14 @@ def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled()
 
 CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
 BAD = {
-    "no layout": ({"question": "x", "reply": "y"}, r"line 1 has the columns question, reply; expected inputs and targets"),
-    "half a layout": ({"prompt": "x", "reply": "y"}, r"line 1: there is no field 'completion'"),
-    "a list as input": ({"instruction": "x", "input": ["y"], "output": "z"}, r"line 1: input is \['y'\], expected text"),
-    "no template": (CHAT, r"line 1: the tokenizer of .* has no chat template.*columns prompt and completion"),
+    "no layout": ({"question": "x", "reply": "y"}, r" has the columns question, reply; expected inputs and targets"),
+    "half a layout": ({"prompt": "x", "reply": "y"}, r": there is no field 'completion'"),
+    "a list as input": ({"instruction": "x", "input": ["y"], "output": "z"}, r": input is \['y'\], expected text"),
+    "no template": (CHAT, r": the tokenizer of .* has no chat template.*columns prompt and completion"),
     "no answer": ({"messages": [*CHAT["messages"], CHAT["messages"][0]]}, r"last of its messages is by 'user', expected 'assistant'"),
-    "no turns": ({"messages": "x"}, r"line 1: messages is x, expected two or more turns"),
-    "one turn": ({"messages": CHAT["messages"][1:]}, r"line 1: messages is \[.*expected two or more turns"),
-    "no role": ({"messages": [{"content": "x"}, CHAT["messages"][1]]}, r"line 1: turn 1 is .*expected an object with role"),
+    "no turns": ({"messages": "x"}, r": messages is x, expected two or more turns"),
+    "one turn": ({"messages": CHAT["messages"][1:]}, r": messages is \[.*expected two or more turns"),
+    "no role": ({"messages": [{"content": "x"}, CHAT["messages"][1]]}, r": turn 1 is .*expected an object with role"),
     "null": ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": None}]}, r"turn 2 \(assistant\) has content null"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content .*image"),
 }  # fmt: skip
@@ -107,10 +104,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_errors_name_file_row_and_column(case, tmp_path, model_folders):
     row, message = BAD[case]
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1") as error:
-        load_instruction([tmp_path / "bad.jsonl"], load_tokenizer=lambda: load_tokenizer(model_folders["llama"]))
-    assert re.search(message, str(error.value)), str(error.value)
+    path, tokenizer = write_jsonl(tmp_path / "bad.jsonl", [row]), lambda: load_tokenizer(model_folders["llama"])
+    refused(rf"bad\.jsonl, line 1.*{message}", load_instruction, [path], load_tokenizer=tokenizer)
 
 
 def test_damaged_sources_are_named(frame, tmp_path, monkeypatch):
@@ -130,15 +125,6 @@ def test_damaged_sources_are_named(frame, tmp_path, monkeypatch):
     )
     FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")
     refused("row 1: inputs is None, expected text", load_instruction, [tmp_path / "gap.parquet"])
-
-
-# --- what users' tools write -----------------------------------------------------------------------------------
-
-
-def lines(path: Path, records: Iterable[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def pairs(count: int = 20) -> list[dict]:
@@ -197,36 +183,27 @@ def test_files_are_read_as_tools_write_them(name, tmp_path):
 
 def test_conversations_in_parquet_are_those_in_jsonl(tmp_path):
     """A columnar file has nulls where rows have different keys."""
-    turns = [
-        *said(("user", "q")),
-        {"role": "assistant", "tool_calls": [CALL]},
-        *said(("tool", "r"), ("assistant", "a")),
-    ]
+    asking = {"role": "assistant", "tool_calls": [CALL]}
+    turns = [*said(("user", "q")), asking, *said(("tool", "r"), ("assistant", "a"))]
     rows = [{"messages": turns}, {"messages": said(("user", "p"), ("assistant", "b"))}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     found = load_instruction([tmp_path / "rows.parquet"], load_tokenizer=chat())
-    assert texts(found) == texts(load_instruction([lines(tmp_path / "rows.jsonl", rows)], load_tokenizer=chat()))
+    assert texts(found) == texts(load_instruction([write_jsonl(tmp_path / "rows.jsonl", rows)], load_tokenizer=chat()))
 
 
 def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path):
-    source = lines(tmp_path / "d.jsonl", [{"instruction": "q", "context": "c", "response": "a"}])
+    source = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "context": "c", "response": "a"}])
     (row,) = load_instruction([source], columns=Columns(None, "instruction", "response")).examples
     assert row.prompt == "q\nc\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("id.csv", "id,prompt,completion\n0,q,a,note\n"),
-        ("short.csv", "id,prompt,completion\nq,a\n"),
-        ("first.csv", "prompt,completion\n0,q,a\n"),
-    ],
+    "content", ["id,prompt,completion\n0,q,a,note", "id,prompt,completion\nq,a", "prompt,completion\n0,q,a"]
 )
-def test_a_csv_row_never_shifts(name, content, tmp_path):
-    (tmp_path / name).write_text(content)
-    refused(
-        rf"{name}, row 1 has \d fields, and the first line names \d columns \(", load_instruction, [tmp_path / name]
-    )
+def test_a_csv_row_never_shifts(content, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    message = r"a\.csv, row 1 has \d fields, and the first line names \d columns \("
+    refused(message, load_instruction, [tmp_path / "a.csv"])
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "saved", "rows.pkl"])
@@ -240,7 +217,7 @@ def test_empty_outputs_are_left_out_and_counted_in_every_format(name, frame, tmp
 def test_sources_are_told_apart_by_their_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("law/train", "medicine/train", "code/train", "x/code", "y/code", "same/a", "goal"):
-        lines(Path(f"{name}.jsonl"), pairs())
+        write_jsonl(Path(f"{name}.jsonl"), pairs())
     Path("same/a.csv").write_text("prompt,completion\nq,a\n")
     three = ["law", "medicine"]
     assert load_instruction([f"{name}/train.jsonl" for name in three]).tasks == ("law", "medicine")
@@ -261,7 +238,9 @@ SNAPSHOT = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00
 @pytest.mark.parametrize("source", ["law", "law/data", *[f"law/data/{SNAPSHOT[0]}"]])
 def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source, tmp_path):
     for number, name in enumerate(SNAPSHOT):
-        lines(tmp_path / "law" / "data" / name, [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)])
+        write_jsonl(
+            tmp_path / "law" / "data" / name, [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)]
+        )
     (tmp_path / "law" / "README.md").write_text("# law")
     is_file = source.endswith("l")
     sources = [tmp_path / "law" / "data" / name for name in SNAPSHOT] if is_file else [tmp_path / source]
@@ -272,7 +251,7 @@ def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source, tmp_pa
 
 def test_other_splits_beside_their_data_set(tmp_path):
     for name in ("law", "law_test", "unit_test", "mix/train/0000", "mix/validation/0000"):
-        lines(tmp_path / f"{name}.jsonl", pairs())
+        write_jsonl(tmp_path / f"{name}.jsonl", pairs())
     data = load_instruction([tmp_path])
     assert data.tasks == ("law", "unit_test") and "law_test.jsonl" in data.notices[0] and "mix" in data.notices[0]
     data = load_instruction([tmp_path / "mix"])
@@ -282,7 +261,7 @@ def test_other_splits_beside_their_data_set(tmp_path):
 
 def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path):
     for name in ("law.jsonl", "UPPER.JSONL", "packed.jsonl.zst", "rows.xlsx", "sub/extra.jsonl", "model/config.json"):
-        lines(tmp_path / name, pairs())
+        write_jsonl(tmp_path / name, pairs())
     data = load_instruction([tmp_path])
     assert data.tasks == ("UPPER", "law") and len(data.notices) == 1
     named = data.notices[0].partition(": ")[2].split(", ")
@@ -290,8 +269,8 @@ def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path):
 
 
 def test_a_task_column_is_for_the_sources_that_have_it(tmp_path):
-    mixed = lines(tmp_path / "mixed.jsonl", [{**row, "source": "ab"[i % 2]} for i, row in enumerate(pairs())])
-    goal = lines(tmp_path / "goal.jsonl", pairs())
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [{**row, "source": "ab"[i % 2]} for i, row in enumerate(pairs())])
+    goal = write_jsonl(tmp_path / "goal.jsonl", pairs())
     data = load_instruction([mixed], [goal], columns=Columns("source"))
     assert (data.tasks, data.targets) == (("a", "b"), ("goal",))
     data = load_instruction([mixed])
@@ -307,30 +286,29 @@ def test_a_task_column_is_for_the_sources_that_have_it(tmp_path):
 
 def test_splits_and_texts_are_the_same_on_any_day(tmp_path):
     talks = [{"messages": said(("user", f"q{i}"), ("assistant", "a"))} for i in range(20)]
-    source = lines(tmp_path / "chat.jsonl", talks)
+    source = write_jsonl(tmp_path / "chat.jsonl", talks)
 
-    def loaded(template):
-        return load_instruction([source], load_tokenizer=chat(template))
-
-    dated = loaded("{{ strftime_now('%d %b %Y') }}" + CALLING)
+    dated, undated = (
+        load_instruction([source], load_tokenizer=chat(template))
+        for template in ("{{ strftime_now('%d %b %Y') }}" + CALLING, CALLING)
+    )
     assert dated.examples[0].prompt == "26 Jul 2024<user>q0\n<assistant>"
     assert any("the chat template writes the date: it is 2024-07-26" in notice for notice in dated.notices)
-    undated = loaded(CALLING)
     assert [row.split for row in dated.examples] == [row.split for row in undated.examples]
     assert "date" not in "".join(undated.notices)
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
-        ("{{ messages[0].nothing.at_all }}", "has no attribute 'nothing'"),
-        ("{% for part in none %}{% endfor %}", "not iterable"),
-        ("{% for m in messages %}{{ m", "unexpected end"),
-    ],
-)
+TEMPLATES = {
+    "System role not supported": "{{ raise_exception('System role not supported') }}",
+    "has no attribute 'nothing'": "{{ messages[0].nothing.at_all }}",
+    "not iterable": "{% for part in none %}{% endfor %}",
+    "unexpected end": "{% for m in messages %}{{ m",
+}
+
+
+@pytest.mark.parametrize(("reason", "template"), TEMPLATES.items())
 def test_what_a_template_raises_names_the_row(template, reason, tmp_path):
-    source = lines(tmp_path / "chat.jsonl", [CHAT])
+    source = write_jsonl(tmp_path / "chat.jsonl", [CHAT])
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take this") as caught:
         load_instruction([source], load_tokenizer=chat(template))
     assert reason in str(caught.value) and "\n" not in str(caught.value)

@@ -20,19 +20,11 @@ DIM = 30
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
-def random_factors(
-    shapes: dict[str, Shape] = SHAPES,
-    batch: int = 5,
-    tokens: int = 3,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Factors:
+def random_factors(shapes: dict = SHAPES, batch=5, tokens=3, seed=0, dtype: torch.dtype = torch.float32) -> Factors:
     """(B, T, out) and (B, T, in) of every matrix."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: tuple(torch.randn(batch, tokens, size, generator=generator).to(dtype) for size in shape)
-        for name, shape in shapes.items()
-    }
+    draw = lambda size: torch.randn(batch, tokens, size, generator=generator).to(dtype)  # noqa: E731
+    return {name: tuple(map(draw, shape)) for name, shape in shapes.items()}
 
 
 def projected(projection: Projection, factors: Factors, rows: Tensor | None = None) -> Tensor:
@@ -90,18 +82,17 @@ def test_inner_products_are_unbiased(kind):
     assert (np.abs(errors.mean(axis=0)) <= 4.5 * errors.std(axis=0) / math.sqrt(200)).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "dim", "structure", "largest"),
-    [
-        # at most d entries never share a bin
-        ("sketch", 16 * 200, "one layer", 1e-5),
-        # 1/sqrt(d) is the dense matrix; a factor of sqrt(2) means that signs repeat or whole columns collide
-        *[(kind, dim, "none", 1.12 / math.sqrt(dim)) for kind in ("sketch", "dense") for dim in (100, 400)],
-        *[("sketch", 100, kind, 0.115) for kind in ("rank one", "hot row", "hot column", "columns d apart")],
-        # one side of a LoRA matrix stays whole, so that even a gradient of rank one loses little; d may be a prime
-        *[("two_sided", dim, "rank one", 1.5 / math.sqrt(dim)) for dim in (97, 100, 1024)],
-    ],
-)
+ERRORS = [
+    ("sketch", 16 * 200, "one layer", 1e-5),  # at most d entries never share a bin
+    # 1/sqrt(d) is the dense matrix; a factor of sqrt(2) means that signs repeat or whole columns collide
+    *[(kind, dim, "none", 1.12 / math.sqrt(dim)) for kind in ("sketch", "dense") for dim in (100, 400)],
+    *[("sketch", 100, kind, 0.115) for kind in ("rank one", "hot row", "hot column", "columns d apart")],
+    # one side of a LoRA matrix stays whole, so that even a gradient of rank one loses little; d may be a prime
+    *[("two_sided", dim, "rank one", 1.5 / math.sqrt(dim)) for dim in (97, 100, 1024)],
+]
+
+
+@pytest.mark.parametrize(("kind", "dim", "structure", "largest"), ERRORS)
 def test_error_of_inner_products(kind, dim, structure, largest):
     """Of gradients whose weight sits on one rank, a row, a column or two columns d = 100 apart, in four layers."""
     shapes = {f"layer{layer}": (16, 200) for layer in range(1 if structure == "one layer" else 4)}
@@ -126,10 +117,10 @@ def test_draw_depends_on_seed_name_and_shape_only(kind):
     assert not torch.equal(projected(make(kind), {"tail": factors["head"]}), first)
 
 
-@pytest.mark.parametrize(
-    ("kind", "digest"),
-    [("sketch", "bf010463a8bfa0fe"), ("two_sided", "bd7e3fe17998e2af"), ("dense", "2ec7877539fe8910")],
-)
+DIGESTS = {"sketch": "bf010463a8bfa0fe", "two_sided": "bd7e3fe17998e2af", "dense": "2ec7877539fe8910"}
+
+
+@pytest.mark.parametrize(("kind", "digest"), DIGESTS.items())
 def test_draw_never_changes(kind, digest):
     """Stored rows stay usable: a seed names the same matrix in every process, version and machine."""
     lifted = make_projection(kind, 16, 3).lift(torch.arange(1.0, 17.0), {"w": (6, 8)})["w"]
@@ -147,9 +138,10 @@ def test_half_precision_factors_are_summed_in_float32(kind):
         assert torch.equal(projected(make(kind), factors), exact)
 
 
-@pytest.mark.parametrize(
-    ("kind", "limit", "shape"), [("sketch", "_CHUNK_ENTRIES", (5, 1 << 17)), ("dense", "_DENSE_ENTRIES", (5, 7))]
-)
+LIMITS = [("sketch", "_CHUNK_ENTRIES", (5, 1 << 17)), ("dense", "_DENSE_ENTRIES", (5, 7))]
+
+
+@pytest.mark.parametrize(("kind", "limit", "shape"), LIMITS)
 def test_large_matrices_are_taken_in_chunks(kind, limit, shape, monkeypatch):
     """Several groups of rows, and chunks of samples or signs: the adjoint of `lift`, whatever the chunk."""
     factors, projection = random_factors({"w": shape}, batch=3, tokens=2), make_projection(kind, DIM, 0)
@@ -162,9 +154,10 @@ def test_large_matrices_are_taken_in_chunks(kind, limit, shape, monkeypatch):
     torch.testing.assert_close(projection.lift(solution, {"w": shape})["w"], lifted)
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_signs"), [("sketch", 96), ("two_sided", 16 + 24 * 8), ("dense", 96 * 64), ("none", 0)]
-)
+SIGNS = {"sketch": 96, "two_sided": 16 + 24 * 8, "dense": 96 * 64, "none": 0}
+
+
+@pytest.mark.parametrize(("kind", "num_signs"), SIGNS.items())
 def test_packed_signs_are_as_many_as_documented(kind, num_signs):
     """And half of them are positive; +-1/sqrt(d) of the dense ones is P."""
     assert projected_sides((4, 24), DIM) == (4, 8)
@@ -186,24 +179,16 @@ def test_projected_sides():
         assert dim <= out * size <= dim + min(out, size)
 
 
-NONE, SKETCH, ZEROS, ROWS = make("none"), make("sketch"), torch.zeros(2, 3, 4), torch.zeros(2, DIM)
-
-
-@pytest.mark.parametrize(
-    ("message", "ask"),
-    {
-        "unknown projection 'gauss'; choose one of sketch": lambda: make_projection("gauss", 10, 0),
-        "at least 1, found 0": lambda: make_projection("sketch", 0, 0),
-        "needs the shapes": lambda: make_projection("none", None, 0),
-        f"keeps all {NONE.dim} parameters, found .* 10": lambda: make_projection("none", 10, 0, shapes=SHAPES),
-        r"expected \(\(2, 3, 4\), \(2, 3, 24\), \(2, 30\)\)": lambda: SKETCH.add("w", (4, 24), ZEROS, ZEROS, ROWS),
-        "must be float32, found": lambda: SKETCH.add("w", (4, 4), ZEROS, ZEROS, ROWS.double()),
-        "not one of the matrices": lambda: NONE.add("w", (4, 4), ZEROS, ZEROS, torch.zeros(2, NONE.dim)),
-        r"30 numbers, found shape \(29,\)": lambda: SKETCH.lift(torch.zeros(29), SHAPES),
-    }.items(),
-)
-def test_bad_requests_are_refused(message, ask):
-    refused(message, ask)
+def test_bad_requests_are_refused():
+    none, sketch, zeros, rows = make("none"), make("sketch"), torch.zeros(2, 3, 4), torch.zeros(2, DIM)
+    refused("unknown projection 'gauss'; choose one of sketch", make_projection, "gauss", 10, 0)
+    refused("at least 1, found 0", make_projection, "sketch", 0, 0)
+    refused("needs the shapes", make_projection, "none", None, 0)
+    refused(f"keeps all {none.dim} parameters, found .* 10", make_projection, "none", 10, 0, shapes=SHAPES)
+    refused(r"expected \(\(2, 3, 4\), \(2, 3, 24\), \(2, 30\)\)", sketch.add, "w", (4, 24), zeros, zeros, rows)
+    refused("must be float32, found", sketch.add, "w", (4, 4), zeros, zeros, rows.double())
+    refused("not one of the matrices", none.add, "w", (4, 4), zeros, zeros, torch.zeros(2, none.dim))
+    refused(r"30 numbers, found shape \(29,\)", sketch.lift, torch.zeros(29), SHAPES)
 
 
 def test_a_large_dense_matrix_is_drawn_again_each_time(monkeypatch):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from src.artifacts import results_dir, slug, subset_file
-from src.data import SPLITS, TEXT, StoredExamples, TaskData, stable_split, store_rows
+from src.data import SPLITS, TEXT, StoredExamples, TaskData, store_rows
 from src.estimation import ESTIMATORS, Part, Rows, estimate, task_moments
 from src.frames import read_pickle
 from src.selection import forward_selection
@@ -56,27 +56,14 @@ def test_estimates_do_not_depend_on_the_order_of_tasks_and_rows(estimator, seed)
         """Rows in another order, task t called renamed[t]."""
         names = np.where(task >= 0, renamed[task], -1)[order]
         parts = [rows[order], outputs[order]]
-        part = Part(
-            task_moments(*parts, names, 5),
-            task_moments(*parts, target[order], 2),
-            Rows(*parts, names, target[order]),
-            "loss",
-        )
+        moments = task_moments(*parts, names, 5), task_moments(*parts, target[order], 2)
+        part = Part(*moments, Rows(*parts, names, target[order]), "loss")
         columns = np.empty_like(members)
         columns[:, renamed] = members
         return estimate([part], columns, estimator=estimator)
 
     expected = estimates(np.arange(60), np.arange(5))
     np.testing.assert_allclose(estimates(rng.permutation(60), rng.permutation(5)), expected, rtol=1e-4, atol=1e-5)
-
-
-@QUICK
-@given(st.lists(texts, min_size=1, max_size=40), st.floats(0, 0.4), st.integers(0, 10), st.randoms())
-def test_splits_do_not_depend_on_the_order_of_rows(keys, share, most, random):
-    sides = dict(zip(keys, stable_split(keys, share, most), strict=True))
-    shuffled = list(keys)
-    random.shuffle(shuffled)
-    assert [sides[key] for key in shuffled] == stable_split(shuffled, share, most)
 
 
 @QUICK
@@ -134,9 +121,6 @@ def test_pickles_reach_no_callable(asked, way):
         refused("cannot be read as a pickled DataFrame", read_pickle, path)
     imported = {name for name in set(sys.modules) - modules if name.split(".")[0] == asked[0].split(".")[0]}
     assert called == [] and not imported
-
-
-# --- long -----------------------------------------------------------------------------------------------------
 
 
 def test_two_hundred_cycles_do_not_grow(here):
