@@ -29,9 +29,6 @@ def texts_of(data: TaskData, split: str) -> list[tuple[str, str, str]]:
     return [(e.task, e.prompt, e.completion) for e in data.examples if e.split == split]
 
 
-# --- records ------------------------------------------------------------------------------------------------
-
-
 def toy_data() -> TaskData:
     rows = [("b", "train"), ("a", "train"), ("a", "validation"), ("c", "validation"), ("b", "train"), ("c", "test")]
     return TaskData(tuple(Example(i, task, split, f"p{i}", f"c{i}") for i, (task, split) in enumerate(rows)))
@@ -69,9 +66,6 @@ def test_what_cannot_be_is_refused(action, arguments, message):
     refused(message, action, *arguments)
 
 
-# --- stable splits ------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.text(max_size=3), max_size=40),
@@ -97,8 +91,6 @@ def test_stable_split_is_the_ranking_by_sha256():
     sides = dict(zip(ranked, ["validation"] * 10 + ["test"] * 5 + ["train"] * 85, strict=True))
     assert stable_split(keys, 0.1, 50, test_share=0.05) == [sides[key] for key in keys]
 
-
-# --- pickles ------------------------------------------------------------------------------------------------
 
 BASE = pd.DataFrame({"skill": ["a", "b", "ä"], "text": ["x", "line\nbreak", "日本"]}, index=[4, 2, 9])
 FRAMES = {
@@ -244,16 +236,17 @@ def test_damaged_pickles_fail_with_one_kind_of_error(tmp_path):
             assert str(path) in str(error)
 
 
-# --- instruction track --------------------------------------------------------------------------------------
-
-
 def flan(task: str, inputs: str, targets: str = "out", **more) -> dict:
     return {"inputs": inputs, "targets": targets, "_task_name": task, **more}
 
 
-def write_pickle(path: Path, records: list[dict], index=None) -> Path:
-    pd.DataFrame(records, index=index).to_pickle(path)
-    return path
+def loaded(folder: Path, records: list[dict], name: str = "a.jsonl", index=None, **options) -> TaskData:
+    """The rows of a file with these records."""
+    if name.endswith("jsonl"):
+        write_jsonl(folder / name, records)
+    else:
+        pd.DataFrame(records, index=index).to_pickle(folder / name)
+    return load_instruction([folder / name], **options)
 
 
 def alpaca(skill: str, number: int, output: str | None = None) -> dict:
@@ -267,10 +260,10 @@ PROMPTS = {"a": "a\n", "a\n": "a\n", "a:": "a:", "a: ": "a: ", "a:\n \n": "a:\n 
 
 @pytest.mark.parametrize("inputs", PROMPTS)
 def test_flan_prompts_end_as_in_the_recipe(tmp_path, inputs):
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", inputs)])])
+    data = loaded(tmp_path, [flan("t", inputs)])
     assert texts_of(data, "train") == [("t", PROMPTS[inputs], "out")]
     frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
-    assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
+    assert list(loaded(tmp_path, frame, "a.pkl").examples) == list(data.examples)
 
 
 def slow_sides(keys_of_task: dict[str, set[str]], share: float, most: int) -> dict[str, str]:
@@ -290,7 +283,7 @@ def slow_sides(keys_of_task: dict[str, set[str]], share: float, most: int) -> di
 def test_equal_prompts_are_on_one_side_in_all_tasks(tmp_path, most):
     sizes = {"a": range(10), "b": range(100), "c": range(5, 45), "d": range(200, 203)}
     records = [flan(task, f"q{i}", task) for task, numbers in sizes.items() for i in numbers]
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)], max_heldout=most)
+    data = loaded(tmp_path, records, max_heldout=most)
     expected = slow_sides({task: {f"q{i}\n" for i in numbers} for task, numbers in sizes.items()}, 0.1, most)
     counts = Counter((e.task, e.split) for e in data.examples)
     assert [e.prompt for e in data.examples] == [f"{record['inputs']}\n" for record in records]
@@ -303,10 +296,10 @@ def test_equal_prompts_are_on_one_side_in_all_tasks(tmp_path, most):
 
 
 def test_rows_without_inputs_split_by_their_answer_and_few_prompts_hold_nothing_out(tmp_path):
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", "", f"a{i}") for i in range(10)])])
+    data = loaded(tmp_path, [flan("t", "", f"a{i}") for i in range(10)])
     assert Counter(e.split for e in data.examples) == {"train": 8, "validation": 1, "test": 1}
     records = [flan("tiny", "same") for _ in range(9)] + [flan("t", f"q{i}") for i in range(3)]
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
+    data = loaded(tmp_path, records)
     assert data.targets == ("t",) and data.tasks == ("t", "tiny")
     assert len(data.notices) == 1 and "1 of 2 tasks have no held-out rows" in data.notices[0]
 
@@ -314,47 +307,39 @@ def test_rows_without_inputs_split_by_their_answer_and_few_prompts_hold_nothing_
 def test_split_field_decides(tmp_path):
     sides = ["train", "validation", "test", "train"]
     records = [flan("t", "same", _split=side) for side in sides] + [flan("u", f"q{i}") for i in range(5)]
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
+    data = loaded(tmp_path, records)
     assert [e.split for e in data.examples[:4]] == sides
     frame = [{"skill": r["_task_name"], "text": "x", "_split": None, **r} for r in records]
-    assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
+    assert list(loaded(tmp_path, frame, "a.pkl").examples) == list(data.examples)
 
 
 def test_alpaca_prompt_is_told_from_output(tmp_path):
     records = [alpaca("s", i) for i in range(5)] + [alpaca("s", 5, output="")]
     records.append({**alpaca("s", 6), "text": "something else"})
-    data = load_instruction([write_pickle(tmp_path / "a.pkl", records)], heldout_share=0)
+    data = loaded(tmp_path, records, "a.pkl", heldout_share=0)
     assert texts_of(data, "train")[0] == ("s", "Instruction: do 0\n", "answer 0")
     assert texts_of(data, "train")[-1] == ("s", "", "something else") and len(data) == 6
     assert "1 of 7 rows have no prompt apart from the answer" in data.notices[0]
     assert "1 of 7 rows have an empty output and are left out" in data.notices[1]
 
 
-@pytest.mark.parametrize("file, map_file", [("x.pkl", "x_dev_split_map.pkl"), ("x_final.pkl", "x_dev_split_map.pkl")])
-def test_dev_split_map_holds_out_its_rows(tmp_path, file, map_file):
-    labels = list(range(100, 130))
-    path = write_pickle(tmp_path / file, [alpaca("st"[i % 2], i) for i in range(30)], labels)
-    (tmp_path / map_file).write_bytes(pickle.dumps({"s": np.array([100, 106, 110, 112]), "t": np.array([103])}))
-    data = load_instruction([path])
+@pytest.mark.parametrize("name", ["x.pkl", "x_final.pkl"])
+def test_dev_split_map_holds_out_its_rows(tmp_path, name):
+    dev_map = {"s": np.array([100, 106, 110, 112]), "t": np.array([103])}
+    (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(dev_map))
+    data = loaded(tmp_path, [alpaca("st"[i % 2], i) for i in range(30)], name, range(100, 130))
     heldout = {e.sample_index + 100: e.split for e in data.examples if e.split != "train"}
     assert set(heldout) == {100, 106, 110, 112, 103} and heldout[103] == "validation"
     ranked = sorted((0, 6, 10, 12), key=lambda i: hashlib.sha256(f"Instruction: do {i}\n".encode()).digest())
     assert [heldout[100 + i] for i in ranked] == ["validation", "validation", "test", "test"]
-
-
-OTHER_MAPS = [
-    ({"s": [99]}, range(5), "holds out row 99 of skill 's'"),
-    ({"t": [0]}, range(5), "no such row of that skill"),
-    (BASE, range(5), "must hold a dict"),
-    ({"s": [0]}, [0, 1, 1, 2, 3], "labels that do not repeat"),
-]
-
-
-@pytest.mark.parametrize("dev_map, index, message", OTHER_MAPS)
-def test_dev_split_map_of_another_file_is_refused(tmp_path, dev_map, index, message):
-    path = write_pickle(tmp_path / "x.pkl", [alpaca("s", i) for i in range(5)], index)
-    (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(dev_map))
-    refused(message, load_instruction, [path])
+    for other, index, message in (
+        ({"s": [99]}, range(5), "holds out row 99 of skill 's'"),
+        ({"t": [0]}, range(5), "no such row of that skill"),
+        (BASE, range(5), "must hold a dict"),
+        ({"s": [0]}, [0, 1, 1, 2, 3], "labels that do not repeat"),
+    ):
+        (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(other))
+        refused(message, loaded, tmp_path, [alpaca("s", i) for i in range(5)], name, index)
 
 
 def test_target_files_are_never_trained_on(tmp_path):
@@ -387,19 +372,15 @@ LINES = [
 
 @pytest.mark.parametrize("line, message", LINES)
 def test_bad_lines_are_named(tmp_path, line, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
-    with pytest.raises(ValueError, match=message) as caught:
-        load_instruction([path])
-    assert str(path) in str(caught.value)
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
+    refused(rf"{tmp_path}/a\.jsonl.* {message}", load_instruction, [tmp_path / "a.jsonl"])
 
 
 def test_bad_files_are_named(tmp_path):
     refused("empty list of data files", load_instruction, [])
-    rows = write_pickle(tmp_path / "a.pkl", [alpaca("s", 0), alpaca(None, 1)], [5, 7])
-    refused(r"row 2 \(index label 7\): skill is nan", load_instruction, [rows])
-    rows = write_jsonl(tmp_path / "c.jsonl", [flan("t", "q", _split="validation")])
-    refused("no training rows", load_instruction, [rows])
+    rows = [alpaca("s", 0), alpaca(None, 1)]
+    refused(r"row 2 \(index label 7\): skill is nan", loaded, tmp_path, rows, "a.pkl", [5, 7])
+    refused("no training rows", loaded, tmp_path, [flan("t", "q", _split="validation")])
 
 
 REAL = [("flan_mini.jsonl", 6480, 44, None), ("alpaca_mini.pkl", 3039, 34, 763), ("dolly_mini.pkl", 1070, 8, 269)]
@@ -412,16 +393,13 @@ def test_real_instruction_files(shared_data, file, rows, tasks, heldout):
     assert (len(data), len(data.tasks), len(data.targets)) == (rows, tasks, tasks)
     if file.endswith("pkl"):
         frame, labels = source, source.with_name(file.replace(".pkl", "_dev_split_map.pkl"))
-        assert rows - len(data.indices("train")) == heldout and plain(read_pickle(frame)) == plain(
-            pd.read_pickle(frame)
-        )
+        assert rows - len(data.indices("train")) == heldout
+        assert plain(read_pickle(frame)) == plain(pd.read_pickle(frame))
         assert read_pickle(labels) == {skill: found.tolist() for skill, found in pd.read_pickle(labels).items()}
     sides = [{e[:2] for e in texts_of(data, split)} for split in ("train", "validation", "test")]
     assert not file.endswith("jsonl") or len(set.union(*sides)) == sum(map(len, sides))  # no prompt on two sides
     assert len(data.notices) == (file == "dolly_mini.pkl")  # its map holds out a prompt that is trained on too
 
-
-# --- chain of thought: answers ------------------------------------------------------------------------------
 
 ANSWERS = {
     "strategy_qa": {" no.": ["no"], " that it is not common.": [], " Yes, but\tNO": ["yes", "no"], "no-one nope yes! (yes)": []},
@@ -451,16 +429,12 @@ RIGHT = [
     ("svamp", "3.0000001", None, "3"),
     ("gsm8k", "1000", None, "1,000"),
 ]
-WRONG = [
-    ("strategy_qa", "no --> maybe", "ft_cot_token", "no"),
-    ("svamp", "3.1", None, "3"),
-    ("gsm8k", "18.0", None, "18"),
-]
+WRONG = [("strategy_qa", "no --> maybe", "ft_cot_token", "no"), ("svamp", "3.1", None, "3"), ("gsm8k", "18.0", None, "18")]  # fmt: skip
 
 
 def test_completions_are_judged():
-    for (key, text, template, answer), right in [*((case, True) for case in RIGHT), *((case, False) for case in WRONG)]:
-        assert judge(key, text, answer, template)["correct"] == right, (key, text)
+    for key, text, template, answer in RIGHT + WRONG:
+        assert judge(key, text, answer, template)["correct"] == ((key, text, template, answer) in RIGHT), text
     right = {"correct": True, "contains_answer": True, "correct_format": True}
     assert judge("strategy_qa", "a --> maybe no", "No", "ft_cot_token") == right
     wrong = judge("strategy_qa", "no, then yes", "no", "ft_cot_token")
@@ -468,9 +442,6 @@ def test_completions_are_judged():
     for key in DATASET_KEYS:  # cleaning twice changes nothing
         once = clean_answer(key, "1,234")
         assert clean_answer(key, str(once)) == once
-
-
-# --- chain of thought: files --------------------------------------------------------------------------------
 
 
 class Project:
@@ -492,21 +463,22 @@ class Project:
         texts = {"reasoning_completion": f"\n r{i} ", "completion": f" {said}."}
         return {**sample, "completion_index": 0, **texts, **more}
 
-    def write(self) -> None:
-        path, metadata = self.data_dir / "dataset" / "strategy_qa.json", {"dataset_key": "strategy_qa"}
-        self.dump(path, {"metadata": metadata}, self.samples)
-        self.dump(self.data_dir / "split" / "strategy_qa__default.json", self.split)
-        self.dump(self.completion_file, {"metadata": self.metadata}, self.completions)
-
     @property
     def completion_file(self) -> Path:
         folder = f"B_text-davinci-002__C_{self.metadata['completion_key']}"
         return self.saved_dir / "completion_data" / folder / "D_strategy_qa.json"
 
-    @staticmethod
-    def dump(path: Path, content: dict, data=None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content if data is None else {**content, "data": data}), encoding="utf-8")
+    def write(self) -> None:
+        for path, content in (
+            (
+                self.data_dir / "dataset" / "strategy_qa.json",
+                {"metadata": {"dataset_key": "strategy_qa"}, "data": self.samples},
+            ),
+            (self.data_dir / "split" / "strategy_qa__default.json", self.split),
+            (self.completion_file, {"metadata": self.metadata, "data": self.completions}),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content), encoding="utf-8")
 
     def load(self, preset_key: str = "ft_cot", **options) -> TaskData:
         options = {"architecture": "encoder_decoder", "heldout_share": 0, **options}
@@ -545,11 +517,10 @@ def test_cot_keeps_correct_completions_and_labels_test_rows(project):
 
 
 def test_cot_validation_part_is_the_same_for_every_preset(project):
-    options = {"heldout_share": 0.2}
     sides = stable_split([f"q{i}?" for i in range(10)], 0.2, 500, test_share=0)
     expected = [i for i, side in enumerate(sides) if side == "validation"]
     for preset in ("ft", "ft_cot"):
-        data = project.load(preset, **options)
+        data = project.load(preset, heldout_share=0.2)
         assert [data.examples[i].record_index for i in data.indices("validation")] == expected
         assert not {data.examples[i].record_index for i in data.indices("train")} & set(expected)
         assert [data.examples[i].record_index for i in data.indices("test")] == [10, 11]
@@ -581,7 +552,6 @@ def test_cot_task_column(project):
     refused(r"sample 0, task_column: there is no field 'school'", project.load, "ft_cot", task_column="school")
 
 
-# What to break, and what the message must say.
 BREAKAGES = {
     "no question": (lambda p: p.samples[3].pop("question"), r"qa\.json, data\[3\]: there is no field 'question'"),
     "sample index": (lambda p: p.samples[3].update(sample_index=4), r"data\[3\]: sample_index is 4, expected 3"),

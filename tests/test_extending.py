@@ -17,26 +17,23 @@ from src.selection import METHODS, Estimate, Method, SelectionPath, Step
 from src.stage_train import load_data, make_datamodule
 from src.store import open_store
 from src.subsets import read_subsets
-from tests.commands import load_script, refused, run_script
+from tests.commands import ESTIMATE, MEASURE, SELECT, TRAIN, load_script, refused, run_script
 from tests.conftest import write_sources
-
-STAGE_1, STAGE_2 = "custom_train_alpaca.py", "fast_estimate_eval_approximation_alpaca.py"
-STAGE_3, STAGE_4 = "fast_estimate_linear_regression_alpaca.py", "fast_estimate_forward_selection.py"
 
 
 def test_an_architecture_is_an_entry_of_lora_targets(workspace, model_folders, monkeypatch):
     """Phi-3 computes queries, keys and values in one layer. Once that has a name, rows are those of a loop of backwards."""
     write_sources(workspace / "sources.jsonl", {"up": 12, "down": 12})
     flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["phi3"], "--train_lora", "--lora_rank", "4"]
-    stage_1 = [STAGE_1, *flags, "--epochs", "1", "--batch_size", "4", "--lr", "1e-2", "--checkpoint_at", "1.0"]
+    stage_1 = [TRAIN, *flags, "--epochs", "1", "--batch_size", "4", "--lr", "1e-2", "--checkpoint_at", "1.0"]
     refused("architecture phi3; name them with --lora_target_modules", run_script, *stage_1)
 
     monkeypatch.setitem(LORA_TARGETS, "phi3", ("qkv_proj",))
     run_script(*stage_1)
-    run_script(STAGE_2, "--compute_pretrained_outputs", "--projection", "none")
+    run_script(MEASURE, "--compute_pretrained_outputs", "--projection", "none")
     (store,) = Path("gradients").iterdir()
-    (part,) = open_store(store, None, STAGE_2)
-    args = config.inherit(config.TrainConfig, config.typed_flags(load_script(STAGE_1).parse_args(flags)))
+    (part,) = open_store(store, None, MEASURE)
+    args = config.inherit(config.TrainConfig, config.typed_flags(load_script(TRAIN).parse_args(flags)))
     model = load_checkpoint(Path(part.manifest["checkpoint_dir"]), args.model_key).eval()
     assert all("qkv_proj" in name for name in model.layout.shapes)
     weights = [dict(model.network.named_parameters())[name] for name in model.layout.shapes]
@@ -81,10 +78,10 @@ def test_an_estimator_is_an_entry_of_estimators(here, monkeypatch):
     subsets = [(0,), (3,), (0, 2), (1, 2, 3)]
     Path("some.txt").write_text("\n".join(" ".join(map(str, subset)) for subset in subsets))
     flags = ["--project_dim", "32", "--estimator", "one_step", "--rho", "0.02", "--weight_by", "sample"]
-    run_script(STAGE_3, "--save_name", "toy", *flags, "--sampled_tasks", "some.txt", "--results_name", "one_step")
+    run_script(ESTIMATE, "--save_name", "toy", *flags, "--sampled_tasks", "some.txt", "--results_name", "one_step")
     found = pd.read_csv("results/one_step/estimates.csv").filter(like="estimate/")
     (store,) = Path("gradients").glob("*_toy_dim_32_run_0")
-    parts = open_store(store, None, STAGE_2)
+    parts = open_store(store, None, MEASURE)
     assert len(parts) == 2 and found.shape == (4, 5)
     expected = np.zeros(found.shape)
     for part in parts:
@@ -109,17 +106,17 @@ def test_a_selection_method_is_an_entry_of_methods(here, monkeypatch):
     """Stage 4 takes it by its name; its estimates are stage 3's."""
     at = ["--save_name", "toy", "--project_dim", "32", "--target_task", "goal", "--results_name", "mine"]
     Path("singles.txt").write_text("0\n1\n2\n3\n")
-    run_script(STAGE_3, *at, "--sampled_tasks", "singles.txt")
+    run_script(ESTIMATE, *at, "--sampled_tasks", "singles.txt")
     task, value = list(pd.read_csv("results/mine/estimates.csv")["estimate/goal"].nsmallest(2).items())[1]
     monkeypatch.setitem(METHODS, "second", Method(second, "the second best"))
-    run_script(STAGE_4, *at, "--method", "second")
+    run_script(SELECT, *at, "--method", "second")
     assert read_subsets(Path("sampled_tasks/mine_second_selection.txt"), 4) == [(task,)]
     path = pd.read_csv("results/mine/selection.csv")
     assert path["task"].tolist() == [task] and path["estimate"][0] == pytest.approx(value, rel=1e-6)
     refused(
         r"--method second selected 1 task.* beyond",
         run_script,
-        STAGE_4,
+        SELECT,
         *at,
         "--method",
         "second",

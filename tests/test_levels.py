@@ -15,11 +15,9 @@ from src.estimation import estimate
 from src.selection import forward_selection
 from src.stage_estimate import Estimator, stored
 from src.stage_select import reference_estimates
-from tests.commands import load_script, run_script
+from tests.commands import COLLECT, COMPARE, ESTIMATE, SELECT, TRAIN, load_script, run_script
 from tests.conftest import write_sources
 
-STAGE_1, STAGE_4 = "custom_train_alpaca.py", "fast_estimate_forward_selection.py"
-STAGE_2, STAGE_3 = "fast_estimate_eval_approximation_alpaca.py", "fast_estimate_linear_regression_alpaca.py"
 TRAINING = ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2"]
 DIM = ["--project_dim", "32"]
 
@@ -35,8 +33,8 @@ def trained(tmp_path_factory, model_folders):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, stop in (("cut", ["--stop_after_checkpoints"]), ("whole", [])):
-            run_script(STAGE_1, *flags, *TRAINING, "--save_name", name, "--checkpoint_at", "0", "0.25", *stop)
-            run_script(STAGE_2, "--compute_pretrained_outputs", "--save_name", name, *DIM)
+            run_script(TRAIN, *flags, *TRAINING, "--save_name", name, "--checkpoint_at", "0", "0.25", *stop)
+            run_script(*COLLECT, "--save_name", name, *DIM)
     return folder, ["--save_name", "whole"]
 
 
@@ -47,13 +45,13 @@ def flags(trained, monkeypatch):
 
 
 def estimator_of(*flags: str) -> Estimator:
-    typed = config.typed_flags(load_script(STAGE_3).parse_args([*flags, *DIM]))
+    typed = config.typed_flags(load_script(ESTIMATE).parse_args([*flags, *DIM]))
     return Estimator(*stored(config.EstimateConfig, typed))
 
 
 def measured(flags: list[str], *subset: str) -> pd.Series:
     """Validation losses of the base model fine-tuned on a subset, by stage 5."""
-    run_script(STAGE_1, *flags, "--results_name", "measured", "--task_idxes", *subset)
+    run_script(TRAIN, *flags, "--results_name", "measured", "--task_idxes", *subset)
     table = pd.read_csv("results/measured/results.csv", dtype={"subset": str}, keep_default_na=False)
     wanted = " ".join(map(str, range(4))) if subset else ""
     return table[table["subset"] == wanted].iloc[0].filter(like="validation_loss/")
@@ -74,10 +72,8 @@ def test_all_other_estimates_are_shifted_together(flags):
     members = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
     for rho in (1e-3, 0.1):
         plain = estimate(estimator.parts, members, rho=rho)
-        shifts = estimator(members, rho=rho) - plain
-        np.testing.assert_allclose(
-            shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6
-        )
+        shifts, expected = estimator(members, rho=rho) - plain, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1))
+        np.testing.assert_allclose(shifts, expected, rtol=1e-5, atol=1e-6)
     values = (lambda tried: estimate(estimator.parts, tried).mean(axis=1), lambda tried: estimator(tried).mean(axis=1))
     plain, shifted = (forward_selection(of, 4, past_best=5) for of in values)
     assert [step.task for step in plain.steps] == [step.task for step in shifted.steps]
@@ -93,10 +89,10 @@ def test_a_training_that_was_ended_early_says_so(flags, capsys):
     last = estimator.stored[-1]
     goal = last.samples["target"] == last.targets.index("goal")
     assert estimator.levels.all_tasks[last.targets.index("goal")] == pytest.approx(last.outputs[goal].mean(), rel=1e-4)
-    run_script(STAGE_3, *cut, *DIM)
+    run_script(ESTIMATE, *cut, *DIM)
     manifest = json.loads(Path("results/cut/manifest.json").read_text())
     assert manifest["levels"]["base"].keys() == manifest["levels"]["all_tasks"].keys()
-    run_script(STAGE_4, *cut, *DIM)
+    run_script(SELECT, *cut, *DIM)
     said = capsys.readouterr().out
     assert "the loss of all tasks is estimated: it was last measured after 5 steps" in said
     assert " base model (measured), " in said and " all tasks (estimated).\n" in said
@@ -129,15 +125,15 @@ def test_what_the_training_does_not_say_the_store_does(flags):
 
 def test_what_is_no_loss_is_called_a_score(flags, capsys):
     scored = [*flags, *DIM, "--estimator", "alignment", "--results_name", "scored"]
-    run_script(STAGE_3, *scored, "--number_of_subsets", "4")
+    run_script(ESTIMATE, *scored, "--number_of_subsets", "4")
     table = pd.read_csv("results/scored/estimates.csv")
     assert {name.partition("/")[0] for name in table.columns} == {"subset", "run", "score"}
-    run_script(STAGE_4, *scored)
+    run_script(SELECT, *scored)
     said = capsys.readouterr().out
     assert "Score (ranking only): " in said and "measured" not in said
     assert "score" in pd.read_csv("results/scored/selection.csv").columns
     table.rename(columns=lambda name: name.replace("score/", "validation_loss/")).to_csv("truth.csv", index=False)
-    run_script("notebook/compare_estimates.py", "results/scored/estimates.csv", "truth.csv")
+    run_script(COMPARE, "results/scored/estimates.csv", "truth.csv")
     compared = pd.read_csv("results/scored/comparison.csv").set_index("predictor")
     assert compared.loc["score (ranking only)", ["lds", "relative_error"]].isna().tolist() == [False, True]
 
@@ -145,8 +141,8 @@ def test_what_is_no_loss_is_called_a_score(flags, capsys):
 def test_a_selection_that_is_not_below_the_base_model_is_named(flags, capsys):
     """The same gradients after a training that made everything worse."""
     named = [*flags, *DIM, "--target_task", "goal", "--results_name", "worse"]
-    run_script(STAGE_4, *named)
+    run_script(SELECT, *named)
     assert "No selection is estimated to beat" not in capsys.readouterr().out
     with training_says(lambda known: known["validation_losses"]["base"].update(goal=0.01)):
-        run_script(STAGE_4, *named)
+        run_script(SELECT, *named)
     assert "No selection is estimated to beat the base model: its measured loss, 0.01, " in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +15,11 @@ from src.frames import read_pickle
 from src.gradients import outputs_of
 from src.instruction import load_instruction
 from src.models import load_base_model
-from tests.commands import load_script, refused, run_script
+from tests.commands import load_script, read_jsonl, refused, run_script, write_jsonl
 from tests.conftest import write_sources
 
-QUICK = ("--num_tasks", "6", "--rows_per_task", "20", "--target_rows", "9", "--pretrain_steps", "2")
-SMALL = ("--data_files", "text.jsonl", "--hidden_size", "32", "--num_layers", "1")
-SMALL += ("--vocab_size", "300", "--window", "16")
+QUICK = ["--num_tasks", "6", "--rows_per_task", "20", "--target_rows", "9", "--pretrain_steps", "2"]
+SMALL = "data/make_base_model.py --data_files text.jsonl --hidden_size 32 --num_layers 1 --vocab_size 300 --window 16"
 DATA_FILES = ("flan.jsonl", "target.jsonl", "alpaca.pkl", "alpaca_dev_split_map.pkl")
 
 
@@ -31,10 +29,6 @@ def digests(folder: str, names: tuple[str, ...] = DATA_FILES) -> list[str]:
 
 def make_world(folder: str, *flags: str) -> None:
     run_script("data/make_synthetic.py", "--output_dir", folder, *QUICK, *flags)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,7 @@ def test_a_seed_decides_every_byte(workspace, capsys):
 
 def test_instruction_world_is_in_the_users_formats(world):
     keys = {"inputs", "targets", "_template_idx", "_task_name", "_task_source", "_template_type"}
-    assert set(rows_of(world / "flan.jsonl")[0]) == keys
+    assert set(read_jsonl(world / "flan.jsonl")[0]) == keys
     data = load_instruction([world / "flan.jsonl"], [world / "target.jsonl"])
     assert len(data.tasks) == 6 and data.targets == ("target",) and len(data.indices("train")) == 6 * 20
     assert load_instruction([world / "alpaca.pkl"], [world / "target.jsonl"]).tasks == data.tasks
@@ -74,7 +68,7 @@ def test_wrong_answers_are_as_many_as_the_name_says(world):
     skills = load_script("data/make_synthetic.py").SKILLS
     rewrite = {skill.instruction: skill.rewrite for skill in skills.values()}
     wrong: dict[str, list[bool]] = {}
-    for row in rows_of(world / "flan.jsonl"):
+    for row in read_jsonl(world / "flan.jsonl"):
         instruction, word = row["inputs"].split(": ")
         wrong.setdefault(row["_task_name"], []).append(rewrite[instruction](word) != row["targets"])
     shares = {name: sum(flags) / len(flags) for name, flags in wrong.items()}
@@ -85,7 +79,7 @@ def test_wrong_answers_are_as_many_as_the_name_says(world):
 def test_every_other_source_can_ask_for_several_words(workspace):
     make_world("joined", "--joined", "3")
     counts: dict[str, set[tuple[int, int]]] = {}
-    for row in rows_of(Path("joined/flan.jsonl")):
+    for row in read_jsonl("joined/flan.jsonl"):
         asked, answered = row["inputs"].split(": ")[1].split(" "), row["targets"].split(" ")
         counts.setdefault(row["_task_name"], set()).add((len(asked), len(answered)))
     assert all(of_task == {(3, 3) if name.endswith("_x3") else (1, 1)} for name, of_task in counts.items())
@@ -94,7 +88,7 @@ def test_every_other_source_can_ask_for_several_words(workspace):
 
 def test_target_words_and_alpaca_rows_are_those_of_the_sources(world):
     """No target row's word is in a source, in any wording; both layouts tell the same rows in the same order."""
-    sources, targets = rows_of(world / "flan.jsonl"), rows_of(world / "target.jsonl")
+    sources, targets = read_jsonl(world / "flan.jsonl"), read_jsonl(world / "target.jsonl")
     words, target_words = ({row["inputs"].split(": ")[1] for row in rows} for rows in (sources, targets))
     assert not words & target_words
     assert [row["_split"] for row in targets] == ["validation"] * 9 + ["test"] * 9
@@ -121,25 +115,18 @@ def test_a_folder_of_another_world_is_kept(workspace):
     assert Path("mine/notes.txt").read_text() == "keep"
 
 
-def test_a_failure_on_the_way_leaves_no_folder(workspace, monkeypatch):
+def test_a_failure_on_the_way_and_a_world_that_cannot_be_leave_no_folder(workspace, monkeypatch):
+    command = "data/make_synthetic.py --output_dir world"
+    for message, flags in {
+        "at least as many tasks as target skills": "--num_tasks 2",
+        "at most 416 tasks": "--num_tasks 500",
+        "at most 16 target skills": "--num_tasks 20 --num_target_skills 17",
+        "for example 64": "--hidden_size 60 --num_heads 8",
+    }.items():
+        refused(message, run_script, f"{command} {flags}")
     script = load_script("data/make_synthetic.py")
     monkeypatch.setattr(script.base, "pretrain", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        script.main(script.parse_args(["--output_dir", "world", *QUICK]))
-    assert not list(workspace.iterdir())
-
-
-REFUSED = {
-    "at least as many tasks as target skills": ["--num_tasks", "2"],
-    "at most 416 tasks": ["--num_tasks", "500"],
-    "at most 16 target skills": ["--num_tasks", "20", "--num_target_skills", "17"],
-    "for example 64": ["--hidden_size", "60", "--num_heads", "8"],
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_worlds_that_cannot_be_are_refused(workspace, message):
-    refused(message, run_script, "data/make_synthetic.py", "--output_dir", "world", *REFUSED[message])
+    refused("division", run_script, command, *QUICK, error=ZeroDivisionError)
     assert not list(workspace.iterdir())
 
 
@@ -147,9 +134,9 @@ def test_worlds_that_cannot_be_are_refused(workspace, message):
 @pytest.mark.parametrize("steps", [0, 3])
 def test_base_model_of_users_text(workspace, architecture, auto, steps):
     write_sources(Path("text.jsonl"), {"a": 20, "b": 20})
-    flags = [*SMALL, "--architecture", architecture, "--pretrain_steps", str(steps)]
+    command = f"{SMALL} --architecture {architecture} --pretrain_steps {steps}"
     for folder in ("first", "second"):  # the second starts from another state of torch's generator
-        run_script("data/make_base_model.py", "--output_dir", folder, *flags)
+        run_script(command, "--output_dir", folder)
     weights = ("model.safetensors", "tokenizer.json")
     assert digests("first", weights) == digests("second", weights)
     tokenizer, model = (opened.from_pretrained("first") for opened in (AutoTokenizer, auto))
@@ -159,17 +146,15 @@ def test_base_model_of_users_text(workspace, architecture, auto, steps):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "größer → 😀"
     with Path("text.jsonl").open("a") as file:  # the same name with other text is another model
         file.write(json.dumps({"inputs": "new", "targets": "row", "_task_name": "a"}) + "\n")
-    refused(
-        "data_sha256", run_script, "data/make_base_model.py", "--output_dir", "first", *flags, error=FileExistsError
-    )
+    refused("data_sha256", run_script, command, "--output_dir", "first", error=FileExistsError)
 
 
 def test_pretraining_learns(workspace):
     """A hundred steps on two repeated rows bring the loss of that very text far below that of random weights."""
-    text = json.loads(write_sources(Path("text.jsonl"), {"a": 2}).read_text().splitlines()[0])["inputs"]
+    text = read_jsonl(write_sources(Path("text.jsonl"), {"a": 2}))[0]["inputs"]
     losses = []
     for steps in (0, 100):
-        run_script("data/make_base_model.py", *SMALL, "--output_dir", f"m{steps}", "--pretrain_steps", str(steps))
+        run_script(SMALL, "--output_dir", f"m{steps}", "--pretrain_steps", str(steps))
         tokenizer, model = (opened.from_pretrained(f"m{steps}") for opened in (AutoTokenizer, AutoModelForCausalLM))
         ids = tokenizer(text, return_tensors="pt").input_ids
         losses.append(model(input_ids=ids, labels=ids).loss.item())
@@ -179,13 +164,14 @@ def test_pretraining_learns(workspace):
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
 def test_pretraining_on_completions_learns_to_answer(workspace, architecture):
     """Answers are learned, and prompts are read only: a decoder's loss on them stays that of a random model."""
-    rows = [{"inputs": f"{letter} =", "targets": letter.upper() * 3, "_task_name": "t"} for letter in "abcdefgh" * 5]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = "--data_files rows.jsonl --output_dir m --vocab_size 260 --hidden_size 32 --num_layers 1"
-    flags += f" --pretrain_steps 150 --pretrain_on completions --pretrain_lr 1e-2 --architecture {architecture}"
-    run_script("data/make_base_model.py", *flags.split())
+    letters = "abcdefgh" * 5
+    write_jsonl("text.jsonl", ({"inputs": f"{x} =", "targets": x.upper() * 3, "_task_name": "t"} for x in letters))
+    flags = (
+        f"--window 256 --pretrain_steps 150 --pretrain_on completions --pretrain_lr 1e-2 --architecture {architecture}"
+    )
+    run_script(f"{SMALL} {flags} --output_dir m")
     model = load_base_model("m")
-    data = load_instruction(["rows.jsonl"])
+    data = load_instruction(["text.jsonl"])
     datamodule = TaskDataModule(data, model.tokenizer, model.kind)
     assert outputs_of(model, datamodule, data.indices("train"), "loss").max() < 0.3
     if architecture == "llama":
@@ -195,8 +181,7 @@ def test_pretraining_on_completions_learns_to_answer(workspace, architecture):
 
 def test_chain_of_thought_world(workspace):
     for folder in ("cot", "cot2"):
-        flags = ["--output_dir", folder, "--num_questions", "40", "--pretrain_steps", "2"]
-        run_script("data/make_synthetic_cot.py", *flags)
+        run_script(f"data/make_synthetic_cot.py --output_dir {folder} --num_questions 40 --pretrain_steps 2")
     folders = {"data_dir": "cot/data", "saved_dir": "cot/saved"}
     data = load_cot("addsub", "ft_cot_t70_4aug", architecture="encoder_decoder", task_column="teacher", **folders)
     assert len(data.tasks) >= 3 and "careful" in data.tasks

@@ -47,13 +47,8 @@ def collecting(model_folders, tmp_path):
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=10_000)
     rows = datamodule.data.indices("train")
-    samples = {
-        "sample_index": rows,
-        "key": datamodule.row_keys(rows),
-        "target_tokens": datamodule.target_tokens[rows],
-        "task": datamodule.data.task_of_sample[rows],
-        "target": np.full(len(rows), -1),
-    }
+    samples = {"sample_index": rows, "key": datamodule.row_keys(rows), "target_tokens": datamodule.target_tokens[rows]}
+    samples |= {"task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
 
     def collect(name):
         store = StoreWriter(tmp_path / name, {}, samples, 16, "")
@@ -72,12 +67,10 @@ def test_a_batch_that_ends_the_memory_is_halved(error, collecting, monkeypatch):
     np.testing.assert_allclose(collecting("three"), expected, rtol=1e-4, atol=1e-6)
     assert 1 <= max(small.taken) <= 3 and sum(small.taken) == len(expected)
     monkeypatch.setattr(gradients, "GradientCollector", fitting(0, error))
-    refused(r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing", collecting, "none")
-
-
-def test_other_errors_of_a_batch_are_not_hidden(collecting, monkeypatch):
+    message = r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing"
+    refused(message, collecting, "none")
     monkeypatch.setattr(gradients, "GradientCollector", fitting(3, RuntimeError("shapes do not match")))
-    refused("shapes do not match", collecting, "store", error=RuntimeError)
+    refused("shapes do not match", collecting, "store", error=RuntimeError)  # other errors are not hidden
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

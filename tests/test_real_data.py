@@ -10,7 +10,7 @@ import pytest
 
 from src.finetune import save_checkpoint
 from src.models import LoraShape, add_adapter, load_base_model
-from tests.commands import run_script
+from tests.commands import COLLECT, COT_COLLECT, COT_ESTIMATE, ESTIMATE, SELECT, TRAIN, run_script
 
 
 @pytest.fixture
@@ -18,21 +18,17 @@ def tiny_llama(workspace, shared_data):
     """A folder made from the first rows of the real file."""
     with open(shared_data / "instruction" / "flan_mini.jsonl", encoding="utf-8") as file:
         Path("flan.jsonl").write_text("".join(islice(file, 300)), encoding="utf-8")
-    run_script(
-        "data/make_base_model.py", "--data_files", "flan.jsonl", "--output_dir", "tiny", "--architecture", "llama",
-        "--hidden_size", "32", "--num_layers", "2", "--num_heads", "2", "--vocab_size", "800", "--pretrain_steps", "2",
-    )  # fmt: skip
+    made = "data/make_base_model.py --data_files flan.jsonl --output_dir tiny --architecture llama --hidden_size 32 "
+    run_script(f"{made} --num_layers 2 --num_heads 2 --vocab_size 800 --pretrain_steps 2")
     return "tiny"
 
 
 def stages(flags: list[str]) -> pd.DataFrame:
     """Stages 1 to 4; the estimates."""
-    short = ["--max_length", "96"]
-    training = ["--epochs", "1", "--batch_size", "16", "--checkpoint_at", "1.0"]
-    run_script("custom_train_alpaca.py", *flags, *short, *training)
-    run_script("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs", *flags, *short)
-    run_script("fast_estimate_linear_regression_alpaca.py", *flags, "--number_of_subsets", "20", "--save_name", "real")
-    run_script("fast_estimate_forward_selection.py", *flags, "--save_name", "real", "--max_tasks", "2")
+    run_script(f"{TRAIN} --epochs 1 --batch_size 16 --checkpoint_at 1.0 --max_length 96", *flags)
+    run_script(*COLLECT, "--max_length", "96", *flags)
+    run_script(f"{ESTIMATE} --number_of_subsets 20 --save_name real", *flags)
+    run_script(f"{SELECT} --save_name real --max_tasks 2", *flags)
     return pd.read_csv("results/real/estimates.csv")
 
 
@@ -67,23 +63,17 @@ def test_strategy_qa_from_gradients_to_selection(workspace, shared_data, model_f
     split = json.loads((shared_data / "chain_of_thought/split/strategy_qa__default.json").read_text())
     few = {"train": split["train"][:400], "test": split["test"][:20]}
     Path("data/split/strategy_qa__default.json").write_text(json.dumps(few))
-    flags = [
-        "--dataset_key",
-        "strategy_qa",
-        "--preset_key",
-        "ft_cot",
-        "--model_key",
-        model_folders["t5"],
-        "--train_lora",
-    ]
+    flags = (
+        f"--dataset_key strategy_qa --preset_key ft_cot --train_lora --model_key {model_folders['t5']} --project_dim 64"
+    )
+    at = [*flags.split(), "--load_model_dir", "start/step_step=0"]
     short = ["--max_length", "96", "--max_target_length", "96"]
     model = add_adapter(load_base_model(model_folders["t5"]), LoraShape(16, 32), seed=0)
     save_checkpoint(model, Path("external_lightning_logs/start/step_step=0"), {"step": 0})
-    at = [*flags, "--load_model_dir", "start/step_step=0", "--project_dim", "64"]
-    run_script("fast_estimate_compute_gradients.py", *at, *short)
+    run_script(COT_COLLECT, *at, *short)
     clusters = ["--load_clusters", "--num_clusters", "12", "--save_name", "qa"]
-    run_script("fast_estimate_linear_regression.py", *at, *short, *clusters, "--number_of_subsets", "200")
-    run_script("fast_estimate_forward_selection.py", *at, *clusters)
+    run_script(COT_ESTIMATE, *at, *short, *clusters, "--number_of_subsets", "200")
+    run_script(SELECT, *at, *clusters)
     frame = pd.read_csv("results/qa/estimates.csv")
     assert len(frame) == 200 and frame["score/strategy_qa"].std() > 0
     selected = Path("sampled_tasks/qa_forward_selection.txt").read_text().splitlines()[-1]

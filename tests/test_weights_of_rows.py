@@ -15,10 +15,7 @@ from src.finetune import FineTuning, TrainingPlan
 from src.gradients import outputs_of
 from src.models import LanguageModel, load_base_model
 from src.store import open_store
-from tests.commands import run_script
-
-STAGE_1, STAGE_3 = "custom_train_alpaca.py", "fast_estimate_linear_regression_alpaca.py"
-STAGE_2 = ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs")
+from tests.commands import COLLECT, ESTIMATE, TRAIN, run_script
 
 
 def rows_of_different_lengths(model: LanguageModel, **options: bool) -> TaskDataModule:
@@ -50,15 +47,15 @@ def test_a_batch_is_a_mean_over_tokens_or_over_rows(model_folders):
 def test_stage_3_weighs_rows_as_the_training_did(here):
     """Of a training on the mean over rows, the weights of such a training; those of the other one where they are asked for."""
     by_row, toy = ["--save_name", "by_row"], ["--save_name", "toy"]
-    run_script(STAGE_1, *here, *by_row, "--loss_over", "row")
-    run_script(*STAGE_2, *by_row, "--project_dim", "16")
-    run_script(*STAGE_2, *toy, "--project_dim", "16")
+    run_script(TRAIN, *here, *by_row, "--loss_over", "row")
+    run_script(*COLLECT, *by_row, "--project_dim", "16")
+    run_script(*COLLECT, *toy, "--project_dim", "16")
     Path("three.txt").write_text("0\n1 2\n0 1 3\n")
     drawn = ["--project_dim", "16", "--sampled_tasks", "three.txt"]
-    run_script(STAGE_3, *by_row, *drawn)
+    run_script(ESTIMATE, *by_row, *drawn)
     runs = {"default": [], "token": ["--weight_by", "token"], "sample": ["--weight_by", "sample"]}
     for name, flags in runs.items():
-        run_script(STAGE_3, *toy, *drawn, "--results_name", f"weights/{name}", *flags)
+        run_script(ESTIMATE, *toy, *drawn, "--results_name", f"weights/{name}", *flags)
     folders = [Path("results/by_row"), *(Path("results/weights") / name for name in runs)]
     used = {path.name: json.loads((path / "manifest.json").read_text())["weight_by"] for path in folders}
     assert used == {"by_row": "sample", "default": "token", "token": "token", "sample": "sample"}
