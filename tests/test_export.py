@@ -410,12 +410,8 @@ def test_texts_become_conversations_where_only_those_are_taken(workspace, capsys
     assert "note: 2 rows without a conversation" in printed and "tokens are not counted: --model_key nowhere" in printed
     (first, _) = json.loads((folder / "mixture.json").read_text())["sources"]
     assert (first["tokens"], first["share_of_tokens"], first["share_of_rows"]) == (None, None, 0.5)
-    refused(
-        r"a row without a prompt in b \(leave it out, or name another trainer\): 'd'",
-        direct,
-        [("a", "p", "c"), ("b", "", "d")],
-        "open-instruct",
-    )
+    message = r"a row without a prompt in b \(leave it out, or name another trainer\): 'd'"
+    refused(message, direct, [("a", "p", "c"), ("b", "", "d")], "open-instruct")
     assert (folder / "a.jsonl").is_file()  # the earlier export is whole
 
 

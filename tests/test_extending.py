@@ -113,13 +113,5 @@ def test_a_selection_method_is_an_entry_of_methods(here, monkeypatch):
     assert read_subsets(Path("sampled_tasks/mine_second_selection.txt"), 4) == [(task,)]
     path = pd.read_csv("results/mine/selection.csv")
     assert path["task"].tolist() == [task] and path["estimate"][0] == pytest.approx(value, rel=1e-6)
-    refused(
-        r"--method second selected 1 task.* beyond",
-        run_script,
-        SELECT,
-        *at,
-        "--method",
-        "second",
-        "--budget_rows",
-        "3",
-    )
+    message = r"--method second selected 1 task.* beyond"
+    refused(message, run_script, SELECT, *at, "--method", "second", "--budget_rows", "3")

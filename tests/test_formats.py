@@ -117,12 +117,8 @@ def test_damaged_sources_are_named(frame, tmp_path, monkeypatch):
     for name in ("cut.parquet", "latin.csv", "ragged.csv", "cut.jsonl.gz"):
         refused(rf"{name} cannot be read \(.*\); write it again", load_instruction, [tmp_path / name])
     monkeypatch.chdir(tmp_path)
-    refused(
-        r"^nobody/nothing:train: no such file .* data set on the hub",
-        load_instruction,
-        ["nobody/nothing:train"],
-        error=FileNotFoundError,
-    )
+    message = r"^nobody/nothing:train: no such file .* data set on the hub"
+    refused(message, load_instruction, ["nobody/nothing:train"], error=FileNotFoundError)
     FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")
     refused("row 1: inputs is None, expected text", load_instruction, [tmp_path / "gap.parquet"])
 
@@ -227,9 +223,8 @@ def test_sources_are_told_apart_by_their_paths(tmp_path, monkeypatch):
     assert load_instruction(["law/train.jsonl", "./law/train.jsonl", tmp_path / "law"]).tasks == ("law",)
     data = load_instruction(["law/train.jsonl"], ["code/train.jsonl"])
     assert (data.tasks, data.targets) == (("law",), ("code",))
-    refused(
-        "target 'law' is a task of the training data too", load_instruction, ["law/train.jsonl"], ["./law/train.jsonl"]
-    )
+    message = "target 'law' is a task of the training data too"
+    refused(message, load_instruction, ["law/train.jsonl"], ["./law/train.jsonl"])
 
 
 SNAPSHOT = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl")
@@ -275,13 +270,8 @@ def test_a_task_column_is_for_the_sources_that_have_it(tmp_path):
     assert (data.tasks, data.targets) == (("a", "b"), ("goal",))
     data = load_instruction([mixed])
     assert data.tasks == ("mixed",) and "--task_column source would make 2 of it" in data.notices[0]
-    refused(
-        r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such",
-        load_instruction,
-        [mixed],
-        [goal],
-        columns=Columns("kind"),
-    )
+    message = r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such"
+    refused(message, load_instruction, [mixed], [goal], columns=Columns("kind"))
 
 
 def test_splits_and_texts_are_the_same_on_any_day(tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from src.gradients import GradientCollector, outputs_of
 from src.models import LORA_TARGETS, OUTPUT_FUNCTIONS, BaseWeights, LanguageModel, LoraShape, load_model
 from src.projection import make_projection
 from src.store import save_projection_signs
+from tests.commands import COLLECT, TRAIN, refused, run_script
+from tests.conftest import write_sources
 from tests.test_models import KINDS, adapted, make_datamodule, of_peft
 
 
@@ -265,3 +268,35 @@ def test_collector_leaves_the_model_as_it_was(model_folders, tmp_path):
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="not installed: requirements-qlora.txt"
+)
+
+
+def test_four_bits_need_bitsandbytes(model_folders, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    weights = BaseWeights(four_bit_device="cpu")
+    message = "--use_qlora: bitsandbytes is not installed; pip install -r requirements-qlora"
+    refused(message, load_model, model_folders["llama"], LoraShape(4, 8), weights=weights)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["llama", "llama-wide"])
+def test_gradients_on_a_four_bit_base(kind, model_folders, tmp_path):
+    """Layers narrower than a block of 64 numbers too; an evaluation before takes no gradient away."""
+    own, exact = rows_with_base(model_folders[kind], BaseWeights(four_bit_device="cpu"), tmp_path)
+    assert own.min() > 0.99 and exact.min() > 0.5
+
+
+@needs_bitsandbytes
+def test_four_bit_stages(model_folders, workspace):
+    """Training and gradients on a 4-bit base; 4 bits without an adapter are refused."""
+    write_sources("sources.jsonl", {"up": 20, "down": 20})
+    training = f"{TRAIN} --data_files sources.jsonl --model_key {model_folders['llama-wide']} --lora_rank 4 --use_qlora"
+    run_script(f"{training} --train_lora --epochs 2 --batch_size 8 --checkpoint_at 1.0")
+    run_script(*COLLECT, "--project_dim", "24")
+    (rows,) = Path("gradients").glob("*/*/projected.npy")
+    assert np.isfinite(np.load(rows)).all()
+    refused(r"--use_qlora is for a base model that stays as it is.*--train_lora", run_script, f"{training} --epochs 1")

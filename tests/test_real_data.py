@@ -1,6 +1,7 @@
-"""Real instruction data through the stages, on a tiny model whose tokenizer is trained on it."""
+"""Real data through the stages, on a tiny model whose tokenizer is trained on it, and the worlds that are made of it."""
 
 import json
+from datetime import date
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,19 @@ import pytest
 
 from src.finetune import save_checkpoint
 from src.models import LoraShape, add_adapter, load_base_model
-from tests.commands import COLLECT, COT_COLLECT, COT_ESTIMATE, ESTIMATE, SELECT, TRAIN, run_script
+from tests.commands import (
+    COLLECT,
+    COT_COLLECT,
+    COT_ESTIMATE,
+    ESTIMATE,
+    SELECT,
+    TRAIN,
+    load_script,
+    read_jsonl,
+    refused,
+    run_script,
+    write_jsonl,
+)
 
 
 @pytest.fixture
@@ -78,3 +91,41 @@ def test_strategy_qa_from_gradients_to_selection(workspace, shared_data, model_f
     assert len(frame) == 200 and frame["score/strategy_qa"].std() > 0
     selected = Path("sampled_tasks/qa_forward_selection.txt").read_text().splitlines()[-1]
     assert 1 <= len(selected.split()) <= 12
+
+
+def test_calendar_asks_the_target_for_days_of_its_own_in_the_words_of_cldr(workspace):
+    pytest.importorskip("babel")
+    run_script("data/make_calendar.py", "--rows", "40", "--target_rows", "90")
+    texts = {
+        path.stem: {row["messages"][1]["content"]: row["messages"][2]["content"] for row in read_jsonl(path)}
+        for path in Path("data/calendar").glob("*/*.jsonl")
+    }
+    target = texts.pop("norwegian")
+    assert len(texts) == 12 and all(target.keys().isdisjoint(asked) for asked in texts.values())
+    for name in ("danish", "swedish", "german", "dutch"):
+        right, wrong = texts[name], texts[f"{name}_shuffled"]
+        assert right.keys() == wrong.keys() and sorted(right.values()) == sorted(wrong.values())
+        assert all(right[question] != wrong[question] for question in right)
+    refused("more days than a year has", run_script, "data/make_calendar.py", "--rows", "300", "--target_rows", "90")
+    written, day = load_script("data/make_calendar.py").date_in, date(2024, 3, 15)
+    assert written(day, "nb") == "fredag 15. mars" and written(day, "da") == "fredag den 15. marts"
+    assert written(day, "es") == "viernes, 15 de marzo" and written(day, "en") == "Friday, March 15"
+    refused("one that ends with the year", written, day, "hu")
+
+
+def test_flan_world_holds_the_named_tasks(workspace):
+    world = load_script("data/make_flan_world.py")
+    tasks = [task for task in (*world.FLAN_SOURCES, *world.TARGETS) for _ in range(6)]
+    texts = ((task, {"inputs": f"{task} {n % 6}", "targets": f"answer {n % 6}"}) for n, task in enumerate(tasks))
+    write_jsonl("flan.jsonl", ({**row, "_task_name": task} for task, row in texts))
+    skills = [(name, f"{name} {i}", "", f"answer {i}") for name in (*world.SKILLS, "find") for i in range(5)]
+    pd.DataFrame(skills, columns=["skill", "instruction", "input", "output"]).to_pickle("alpaca.pkl")
+    here = ["--flan_file", "flan.jsonl", "--alpaca_file", "alpaca.pkl", "--output_dir", "world"]
+    run_script("data/make_flan_world.py", *here, "--rows", "4", "--target_rows", "5")
+    sources, targets = read_jsonl(Path("world/flan.jsonl")), read_jsonl(Path("world/target.jsonl"))
+    assert len(sources) == 15 * 4 and len(targets) == 3 * 5
+    assert {row["_task_name"] for row in targets} == set(world.TARGETS)
+    for name in world.SHUFFLED:
+        wrong = [row for row in sources if row["_task_name"] == f"{name}_shuffled"]
+        assert len(wrong) == 4 and all(row["inputs"].split()[-1] != row["targets"].split()[-1] for row in wrong)
+    refused("rows of at most 12 characters", run_script, "data/make_flan_world.py", *here, "--max_characters", "12")

@@ -403,3 +403,25 @@ def test_an_interruption_is_a_line(here, monkeypatch, capsys):
         signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
     assert stopped.value.code == 130
     assert "interrupted; the same command goes on, or starts again" in capsys.readouterr().err
+
+
+COUNT, SIZE = (
+    "holds 3 subsets, and --number_of_subsets asks for 2",
+    "holds subsets of 2 tasks, and --subset_size {} asks for {}",
+)
+NOTICES = {
+    "": [],
+    "--number_of_subsets 3 --subset_size 0.5": [],
+    "--subset_size 0.25": [SIZE.format(0.25, 1)],
+    "--number_of_subsets 2 --subset_size 3": [COUNT, SIZE.format(3, 3)],
+}
+
+
+@pytest.mark.parametrize("flags", NOTICES)
+def test_flags_that_contradict_a_file_of_subsets_are_named(here, flags, capsys):
+    path, text = Path("drawn.txt"), "0 1\n1 2\n0 3\n"
+    path.write_text(text)
+    run_script(f"{ESTIMATE} {flags} --project_dim 32 --sampled_tasks {path}", *TOY)
+    said = [line for line in capsys.readouterr().out.splitlines() if str(path) in line and "is taken" in line]
+    assert [line.partition("drawn.txt ")[2].partition(";")[0] for line in said] == NOTICES[flags]
+    assert path.read_text() == text

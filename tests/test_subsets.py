@@ -55,9 +55,8 @@ def test_every_task_is_drawn_as_often():
 
 def test_impossible_draws_are_refused():
     for size in (0, -0.5, 2.5, 11):
-        refused(
-            f"subset size {size}: expected a share between 0 and 1, or .* 1 to 10", draw_subsets, 1, 10, size, seed=0
-        )
+        message = f"subset size {size}: expected a share between 0 and 1, or .* 1 to 10"
+        refused(message, draw_subsets, 1, 10, size, seed=0)
     refused("11 subsets of 2 out of 5 tasks are asked for, but only 10 exist", draw_subsets, 11, 5, 2, seed=0)
 
 
@@ -85,16 +84,10 @@ def test_a_file_names_its_tasks(tmp_path):
     write_subsets(path, [(1,), (0, 2)], comment="forward selection", tasks=names)
     assert read_subsets(path, 3, names) == read_subsets(path, 4, [*names, "tort"]) == [(1,), (0, 2)]
     path.write_bytes(path.read_bytes().replace(b"# 0 = law\n", b"  #  0  =  law  \r\n"))
-    refused(
-        "line 2: task 0 is 'law' there, and 'biology' in the data; draw or select",
-        read_subsets,
-        path,
-        4,
-        ["biology", *names],
-    )
-    refused(
-        "line 4: task 2 is 'po etry' there, and not among the 2 tasks in the data", read_subsets, path, 2, names[:-1]
-    )
+    message = "line 2: task 0 is 'law' there, and 'biology' in the data; draw or select"
+    refused(message, read_subsets, path, 4, ["biology", *names])
+    message = "line 4: task 2 is 'po etry' there, and not among the 2 tasks in the data"
+    refused(message, read_subsets, path, 2, names[:-1])
 
 
 BAD_FILES = {

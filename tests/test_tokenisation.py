@@ -192,13 +192,8 @@ def test_a_cut_row_keeps_its_beginning(template, kind):
             assert short[len(first) :] == rest[len(rest) - (len(short) - len(first)) :]
             assert kept == tail[: len(kept)]
             assert len(short) == len(first) or kept[-1] == end  # the completion is cut last
-    refused(
-        "--max_length 1 leaves no room for a completion; pass at least 2",
-        tokens_of,
-        tokenizer,
-        [("a", "b")],
-        max_length=1,
-    )
+    message = "--max_length 1 leaves no room for a completion; pass at least 2"
+    refused(message, tokens_of, tokenizer, [("a", "b")], max_length=1)
 
 
 def test_an_encoders_cut_prompt_keeps_its_end():
