@@ -154,9 +154,17 @@ def named(module: str, name: str, arguments: bytes = b")") -> bytes:
 
 def attacks(victim: Path) -> dict[str, bytes]:
     touch = f"touch {victim}"
+    ways = {
+        "obj": b"(c<>o",
+        "newobj": b"c<>)\x81",
+        "newobj ex": b"c<>)}\x92",
+        "build": b"c<>)\x81}(X\x01\0\0\0xK\x01ub",
+        "list": b"](c<>)Re",
+    }
     line = b"\x8c" + bytes([len(touch)]) + touch.encode()
     return {
         "os.system": pickle.dumps(Calls(os.system, touch)),
+        **{name: b"\x80\x04" + way.replace(b"<>", b"os\nsystem\n") + b"." for name, way in ways.items()},
         "subprocess": pickle.dumps(Calls(subprocess.check_call, ["touch", str(victim)])),
         "builtins.eval": pickle.dumps(Calls(eval, f"open({str(victim)!r}, 'w')")),
         "builtins.getattr": pickle.dumps(Calls(getattr, "x", "upper")),

@@ -64,18 +64,6 @@ def test_the_published_precision_on_four_gpus(strategy, precision, capsys, monke
         _ = config.HardwareConfig((7,)).hardware
 
 
-def test_only_the_first_process_speaks(capsys, monkeypatch):
-    for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "1")
-            console.say("line")
-            with console.progress(desc="bar", total=2) as bar:
-                bar.update(2)
-    assert capsys.readouterr() == ("", "")
-    console.say("line")
-    assert capsys.readouterr().out == "line\n"
-
-
 # --- going on from a run --------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,7 @@
 
 import gc
 import os
-import pickle
 import resource
-import struct
-import sys
-import tempfile
-import types
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +14,9 @@ from hypothesis import strategies as st
 from src.artifacts import results_dir, slug, subset_file
 from src.data import SPLITS, TEXT, StoredExamples, TaskData, store_rows
 from src.estimation import ESTIMATORS, Part, Rows, estimate, task_moments
-from src.frames import read_pickle
 from src.selection import forward_selection
 from src.store import open_store
 from src.subsets import membership_matrix
-from tests.commands import refused
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -76,51 +69,6 @@ def test_stored_texts_are_the_texts(rows):
     found = [(example.prompt, example.completion, example.split) for example in examples]
     assert found == rows and [examples[i] for i in range(len(rows))] == list(examples) == examples[:]
     assert TaskData(examples).fingerprint == TaskData(tuple(examples)).fingerprint
-
-
-# --- pickles that want more than a frame -----------------------------------------------------------------------
-
-called: list[str] = []
-sentinel = types.ModuleType("sentinel_module")
-sentinel.touch = lambda *arguments: called.append("touched")
-KNOWN = (
-    "sentinel_module.touch os.system builtins.eval builtins.getattr numpy.load numpy.f2py.run_main pandas.read_pickle "
-    "torch.load functools.partial operator.attrgetter importlib.import_module"
-)
-WORD = st.from_regex(r"[A-Za-z_]{1,12}", fullmatch=True)
-names = st.sampled_from([tuple(name.rsplit(".", 1)) for name in KNOWN.split()]) | st.tuples(WORD, WORD)
-names |= st.sampled_from([("pandas.io.common", "os.system"), ("numpy", "os.system")])
-WAYS = {  # of a pickle to call what is at <N> (two lines) or <S> (on the stack)
-    "global": b"c<N>)R",
-    "stack_global": b"<S>\x93)R",
-    "inst": b"(i<N>",
-    "obj": b"(c<N>o",
-    "newobj": b"c<N>)\x81",
-    "newobj_ex": b"c<N>)}\x92",
-    "build": b"c<N>)\x81}(X\x01\x00\x00\x00xK\x01ub",
-    "in_a_list": b"](c<N>)Re",
-}
-
-
-@QUICK
-@given(names, st.sampled_from(list(WAYS)))
-def test_pickles_reach_no_callable(asked, way):
-    sys.modules["sentinel_module"] = sentinel
-    stacked = b"".join(b"X" + struct.pack("<I", len(name)) + name.encode() for name in asked)
-    named = "".join(f"{name}\n" for name in asked).encode()
-    hostile = b"\x80\x04" + WAYS[way].replace(b"<N>", named).replace(b"<S>", stacked) + b"."
-    if asked[0] == "sentinel_module" and way in ("global", "stack_global", "inst", "obj"):
-        called.clear()
-        pickle.loads(hostile)
-        assert called == ["touched"]  # the pickle does what it says where it is let
-    called.clear()
-    modules = set(sys.modules)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "hostile.pkl"
-        path.write_bytes(hostile)
-        refused("cannot be read as a pickled DataFrame", read_pickle, path)
-    imported = {name for name in set(sys.modules) - modules if name.split(".")[0] == asked[0].split(".")[0]}
-    assert called == [] and not imported
 
 
 def test_two_hundred_cycles_do_not_grow(here):

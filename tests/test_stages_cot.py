@@ -9,7 +9,7 @@ import pytest
 
 from src.cot import load_cot
 from src.models import load_checkpoint
-from tests.commands import COT, COT_COLLECT, COT_ESTIMATE, ENSEMBLE, MEASURE, SELECT, refused, run_script
+from tests.commands import COT, COT_COLLECT, COT_ESTIMATE, ENSEMBLE, SELECT, refused, run_script
 
 
 def write_reasoning_teacher(folder: Path) -> None:
@@ -127,17 +127,6 @@ def test_displaced_small_steps_follow_the_first_order(here):
     np.testing.assert_allclose(measured, predicted, rtol=0.05, atol=2e-6)
     # the checkpoint is as it was
     load_checkpoint(Path("external_lightning_logs") / checkpoint, flags[flags.index("--model_key") + 1])
-
-
-def test_approximation_error_of_a_chain_of_thought_store(here):
-    """The instruction track's script measures this track's store through the same function."""
-    flags, checkpoint = here
-    at = [*flags, "--load_model_dir", checkpoint, "--project_dim", "24", "--save_name", "near"]
-    run_script(MEASURE, *at, "--scale", "0.01", "0.05", "--seed", "0", "1")
-    errors = pd.read_csv("results/near/approximation_error.csv")
-    assert list(errors.columns) == ["scale", "seed", "first_order", "zero_order"] and len(errors) == 4
-    assert (errors["first_order"] < errors["zero_order"]).all()
-    assert Path("results/near/approximation_error.png").is_file()
 
 
 def test_clusters_of_other_rows_are_made_anew(here):
