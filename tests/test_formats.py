@@ -32,8 +32,8 @@ def frame(tmp_path):
 
 def saved_dict(frame: pd.DataFrame, path: Path) -> None:
     """A folder of several splits."""
-    half = datasets.Dataset.from_pandas(frame.head(2))
-    datasets.DatasetDict(train=datasets.Dataset.from_pandas(frame), test=half).save_to_disk(path)
+    train, test = (datasets.Dataset.from_pandas(part) for part in (frame, frame.head(2)))
+    datasets.DatasetDict(train=train, test=test).save_to_disk(path)
 
 
 def pickled(frame: pd.DataFrame, path: Path) -> None:
@@ -71,7 +71,7 @@ LAYOUTS = {
 def test_every_layout_gives_the_same_rows(layout, frame, tmp_path):
     make, columns = LAYOUTS[layout]
     FORMATS["rows.jsonl"](frame, tmp_path / "expected.jsonl")
-    other = pd.DataFrame([make(*row) for row in frame[["inputs", "targets", "_task_name"]].itertuples(index=False)])
+    other = pd.DataFrame([make(*row) for row in frame.itertuples(index=False)])
     expected = texts(load_instruction([tmp_path / "expected.jsonl"]))
     for name in ("rows.jsonl", "rows.parquet"):
         FORMATS[name](other, tmp_path / name)
@@ -108,7 +108,7 @@ def test_errors_name_file_row_and_column(case, tmp_path, model_folders):
     refused(rf"bad\.jsonl, line 1.*{message}", load_instruction, [path], load_tokenizer=tokenizer)
 
 
-def test_damaged_sources_are_named(frame, tmp_path, monkeypatch):
+def test_damaged_sources_are_named(frame, tmp_path, workspace):
     FORMATS["rows.parquet"](frame, tmp_path / "cut.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-40])
     (tmp_path / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
@@ -116,7 +116,6 @@ def test_damaged_sources_are_named(frame, tmp_path, monkeypatch):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x", "completion": "y"}\n' * 99)[:-9])
     for name in ("cut.parquet", "latin.csv", "ragged.csv", "cut.jsonl.gz"):
         refused(rf"{name} cannot be read \(.*\); write it again", load_instruction, [tmp_path / name])
-    monkeypatch.chdir(tmp_path)
     message = r"^nobody/nothing:train: no such file .* data set on the hub"
     refused(message, load_instruction, ["nobody/nothing:train"], error=FileNotFoundError)
     FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")

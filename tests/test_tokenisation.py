@@ -16,39 +16,34 @@ from src.data import Example, TaskData
 from src.datamodule import TaskDataModule, open_tokens, tokenize, tokenize_once, tokenizer_fingerprint
 from tests.commands import refused
 
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CORPUS = ["Answer: yes\n", "a b ab ba aab\n\nbab", "ab.a b\nword: 12 abab", "a  b", "bb. a", "b\n ab"] * 3
 PIECES = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-KINDS = ["prepend", "metaspace first", "metaspace always", "words", "unigram"]
-KINDS += ["bytes", "bytes prefix", "digits", "wordpiece"]
+KINDS = ["prepend", "metaspace first", "metaspace always", "words", "unigram", "bytes", "bytes prefix", "digits"]
+KINDS += ["wordpiece"]
 
 
 def backend(kind: str) -> Tokenizer:
     """Tokenizers as those of Llama 2, of its successors, of XGLM, of GPT-2, of Qwen and of BERT."""
-    unknown = "<unk>"
-    special = [unknown, "<s>", "</s>", "<|end|>"]
+    unknown, common = "<unk>", {"special_tokens": ["<unk>", "<s>", "</s>", "<|end|>"], "show_progress": False}
     if kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+        trainer = trainers.WordPieceTrainer(vocab_size=60, **common)
     elif kind.startswith(("bytes", "digits")):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "bytes prefix")
         if kind == "digits":  # line ends belong to what stands before them
-            pattern = Regex(r" ?[a-z]+|\s*[\n]+|\s+(?!\S)|\s+|[^\sa-z]+")
-            split = pre_tokenizers.Split(pattern, "isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-            )
+            split = pre_tokenizers.Split(Regex(r" ?[a-z]+|\s*[\n]+|\s+(?!\S)|\s+|[^\sa-z]+"), "isolated")
+            plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
         tokenizer.decoder = decoders.ByteLevel()
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, **options)
+        trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common)
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        options = {"unk_token": unknown, "initial_alphabet": list("abé日🙂\n.0123456789"), "show_progress": False}
-        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, **options)
+        alphabet = list("abé日🙂\n.0123456789")
+        trainer = trainers.UnigramTrainer(vocab_size=60, unk_token=unknown, initial_alphabet=alphabet, **common)
     else:
         tokenizer = Tokenizer(models.BPE(unk_token=unknown, byte_fallback=True))
         if kind == "prepend":
@@ -57,7 +52,8 @@ def backend(kind: str) -> Tokenizer:
             scheme = "always" if kind == "words" else kind.split()[1]
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=kind == "words")
         tokenizer.decoder = decoders.Sequence([*PIECES, decoders.Strip(" ", 1, 0)])
-        trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*special, *BYTES], show_progress=False)
+        common["special_tokens"] += [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=330, **common)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
@@ -75,16 +71,10 @@ def rows_of(texts: Sequence[tuple[str, str]]) -> TaskData:
     return TaskData(tuple(Example(i, "a", "train", prompt, text) for i, (prompt, text) in enumerate(texts)))
 
 
-def tokens_of(
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Sequence[tuple[str, str]],
-    kind: str = "decoder",
-    max_length: int = 4096,
-    max_target_length: int = 4096,
-) -> list[tuple[list[int], list[int]]]:
+def tokens_of(tokenizer, texts: Sequence[tuple[str, str]], kind="decoder", max_length=4096, most_target=4096) -> list:
     """Ids of each row's prompt and completion."""
     with tempfile.TemporaryDirectory() as folder:
-        lengths = {"max_length": max_length, "max_target_length": max_target_length}
+        lengths = {"max_length": max_length, "max_target_length": most_target}
         tokenize(rows_of(texts), tokenizer, kind, Path(folder), **lengths)
         tokens = open_tokens(Path(folder))
         return [(tokens.prompts[i].tolist(), tokens.completions[i].tolist()) for i in range(len(texts))]
@@ -220,13 +210,9 @@ def test_tokens_are_kept_by_what_they_are_made_from(tmp_path, capsys):
     """Texts, tokenizer, architecture and lengths: another folder for each, with the ids that tokenising gives. A file
     that was cut or lost is made again."""
     texts, plain = [("a b " * i, "ab") for i in range(4)], make("bytes")
-    requests = [
-        (100, rows_of(texts), plain, "decoder"),
-        (100, rows_of(texts[1:]), plain, "decoder"),
-        (100, rows_of(texts), make("bytes", "<s> $A"), "decoder"),
-        (100, rows_of(texts), plain, "encoder_decoder"),
-        (5, rows_of(texts), plain, "decoder"),
-    ]
+    begun, all_rows = make("bytes", "<s> $A"), rows_of(texts)
+    kinds = [(100, all_rows, *kind) for kind in ((plain, "decoder"), (begun, "decoder"), (plain, "encoder_decoder"))]
+    requests = [*kinds, (100, rows_of(texts[1:]), plain, "decoder"), (5, all_rows, plain, "decoder")]
 
     def check(longest, *request):
         before, lengths = set(tmp_path.iterdir()), {"max_length": longest, "max_target_length": 100}
