@@ -4,7 +4,7 @@ import json
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ yaml = pytest.importorskip("yaml")  # it comes with transformers
 SCRIPT = "scripts/export_selection.py"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 TOOLS = TEMPLATE.replace("{{ m.content }}", "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% if tools %} {% endif %}")  # fmt: skip
+ROLES = ("system", "user", "assistant", "user", "assistant")
 SHARES = {"law": 0.55, "chat": 0.3, "b-1": 0.1, "b/1": 0.05}
 
 
@@ -47,8 +48,7 @@ def flags(workspace, model_folders):
     """Four sources, one of them of conversations, two with names that make one file name; rows are held out of each."""
     shutil.copytree(model_folders["llama"], "model")
     Path("model/chat_template.jinja").write_text(TEMPLATE)
-    roles = ("system", "user", "assistant", "user", "assistant")
-    turns = (zip(roles, ("short", f"hé {i}?", "no", "so", f"c{i}"), strict=True) for i in range(30))
+    turns = (zip(ROLES, ("short", f"hé {i}?", "no", "so", f"c{i}"), strict=True) for i in range(30))
     sources = [lines(Path("my/chat.jsonl"), [{"messages": said(*of_row)} for of_row in turns])]
     for name, count in (("law", 40), ("b/1", 20), ("b-1", 50)):
         texts = ((f"{name} {i}: ", f"answer {i} " + "x" * (i % 7)) for i in range(count))
@@ -67,18 +67,21 @@ def data_of(flags: list[str]) -> TaskData:
     return stage_train.load_data(config.for_training(config.typed_flags(typed)))
 
 
-# --- each trainer's way of reading -----------------------------------------------------------------------------
-# A reader gives (file, rows of an epoch, (prompt, completion) or turns of a row) for each entry of the snippet. Where keys
-# and rules are from is named; "field.md 2b" is the survey of the trainers' own sources of November 2026.
+# Each trainer's way of reading: (file, rows of an epoch, names of the two texts of a row, or of its turns, their roles and
+# their texts) for each entry of the snippet. Where keys and rules are from is named; "field.md 2b" is the survey of the
+# trainers' own sources of November 2026.
+
+Entry = tuple[str, int, tuple[str, ...]]
+TURNS = ("messages", "role", "content")
+SHAREGPT = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
-def turns_of(
-    row: dict, column: str = "messages", role: str = "role", content: str = "content"
-) -> list[tuple[str, str]]:
-    return [(turn[role], turn[content]) for turn in row[column]]
-
-
-Entry = tuple[str, int, Callable[[dict], Any]]
+def taken(row: dict, names: tuple[str, ...]) -> Any:
+    """(prompt, completion) or [(role, text), ...]."""
+    if len(names) == 2:
+        return tuple(row[name] for name in names)
+    column, role, content = names
+    return [(SHAREGPT[turn[role]] if role == "from" else turn[role], turn[content]) for turn in row[column]]
 
 
 def axolotl(folder: Path) -> Iterator[Entry]:
@@ -87,19 +90,17 @@ def axolotl(folder: Path) -> Iterator[Entry]:
     document = yaml.safe_load((folder / "axolotl.yaml").read_text())
     assert document.keys() == {"datasets"}
     for entry in document["datasets"]:
-        share = entry.pop("weight", None)
-        assert share is None or 0 < share < 1  # 0 < w <= 1: share of THIS source that is kept
-        length = len(read(folder / entry["path"]))
+        share, kind = entry.pop("weight", 1), entry["type"]
+        assert 0 < share <= 1  # share of THIS source that is kept
         assert (entry["ds_type"], entry["split"]) == ("json", "train")
-        if entry["type"] == "chat_template":
+        if kind == "chat_template":
             assert entry.keys() == {"path", "ds_type", "type", "split", "field_messages"}
-            take: Callable = lambda row, column=entry["field_messages"]: turns_of(row, column)  # noqa: E731
+            names = (entry["field_messages"], *TURNS[1:])
         else:
-            assert entry["type"].keys() == {"field_instruction", "field_output", "format", "no_input_format"}
-            names = entry["type"]["field_instruction"], entry["type"]["field_output"]
-            assert entry["type"]["format"] == entry["type"]["no_input_format"] == "{instruction}"
-            take = lambda row, names=names: tuple(row[name] for name in names)  # noqa: E731
-        yield entry["path"], length if share is None else round(share * length), take
+            assert kind.keys() == {"field_instruction", "field_output", "format", "no_input_format"}
+            assert kind["format"] == kind["no_input_format"] == "{instruction}"
+            names = kind["field_instruction"], kind["field_output"]
+        yield entry["path"], round(share * len(read(folder / entry["path"]))), names
 
 
 def llamafactory(folder: Path) -> Iterator[Entry]:
@@ -107,19 +108,16 @@ def llamafactory(folder: Path) -> Iterator[Entry]:
     info = json.loads((folder / "dataset_info.json").read_text())
     settings = yaml.safe_load((folder / "llamafactory.yaml").read_text())
     assert settings == {"dataset_dir": ".", "dataset": ",".join(info), "mix_strategy": "concat"}
-    for name in settings["dataset"].split(","):
-        entry = info[name]
+    for entry in info.values():
         if entry.get("formatting") == "sharegpt":
             assert entry.keys() == {"file_name", "num_samples", "formatting", "columns", "tags"}
             tags = entry["tags"]
             assert {tags[f"{role}_tag"] for role in ("user", "assistant", "system")} == {"user", "assistant", "system"}
-            where = entry["columns"]["messages"], tags["role_tag"], tags["content_tag"]
-            take: Callable = lambda row, where=where: turns_of(row, *where)  # noqa: E731
+            names = entry["columns"]["messages"], tags["role_tag"], tags["content_tag"]
         else:  # alpaca formatting: columns prompt, query, response
             assert entry.keys() == {"file_name", "num_samples", "columns"}
             names = entry["columns"]["prompt"], entry["columns"]["response"]
-            take = lambda row, names=names: tuple(row[name] for name in names)  # noqa: E731
-        yield entry["file_name"], entry["num_samples"], take  # data/loader.py: a permutation, above the length repeats
+        yield entry["file_name"], entry["num_samples"], names  # data/loader.py: a permutation, above the length repeats
 
 
 def trl(folder: Path) -> Iterator[Entry]:
@@ -131,29 +129,26 @@ def trl(folder: Path) -> Iterator[Entry]:
     known = {"path", "data_files", "split", "columns", "fraction"}
     assert len({entry.keys() <= known and frozenset(entry) for entry in entries}) == 1  # all or none
     assert {(entry["path"], entry["split"]) for entry in entries} == {("json", "train")}
-    assert len({tuple(entry["columns"]) for entry in entries}) == 1  # they are concatenated
-    lengths = [len(read(folder / entry["data_files"])) for entry in entries]
+    (columns,) = {tuple(entry["columns"]) for entry in entries}  # they are concatenated
+    assert columns in (("messages",), ("prompt", "completion"))
+    counts = [len(read(folder / entry["data_files"])) for entry in entries]
     if "fraction" in entries[0]:
         shares = [entry["fraction"] for entry in entries]
-        assert min(shares) > 0
-        most = min(length / share for length, share in zip(lengths, shares, strict=True))
-        lengths = [round(share / sum(shares) * most) for share in shares]
-    for entry, count in zip(entries, lengths, strict=True):
-        chat = entry["columns"] == ["messages"]
-        assert chat or entry["columns"] == ["prompt", "completion"]
-        yield entry["data_files"], count, turns_of if chat else lambda row: (row["prompt"], row["completion"])
+        most = min(length / share for length, share in zip(counts, shares, strict=True))
+        counts = [round(share / sum(shares) * most) for share in shares]
+    for entry, count in zip(entries, counts, strict=True):
+        yield entry["data_files"], count, TURNS if columns == ("messages",) else columns
 
 
 def open_instruct(folder: Path) -> Iterator[Entry]:
     """open_instruct/dataset_transformation.py load_dataset_configs (field.md 2b): a decimal point means a share, none means
     rows; local files only with split train; sft_messages_key "messages"."""
-    words = shlex.split((folder / "open-instruct.txt").read_text())
-    assert words[0] == "--dataset_mixer_list" and words[-2:] == ["--dataset_mixer_list_splits", "train"]
-    mixer = words[1:-2]
+    flag, *mixer, splits, split = shlex.split((folder / "open-instruct.txt").read_text())
+    assert (flag, splits, split) == ("--dataset_mixer_list", "--dataset_mixer_list_splits", "train")
     for file, amount in zip(mixer[::2], mixer[1::2], strict=True):
         assert file.endswith(".jsonl")
         assert amount == "1.0" or amount.isdigit()  # any other share would be rounded down, perhaps by a row
-        yield file, int(float(amount) * len(read(folder / file))) if "." in amount else int(amount), turns_of
+        yield file, len(read(folder / file)) if amount == "1.0" else int(amount), TURNS
 
 
 def ms_swift(folder: Path) -> Iterator[Entry]:
@@ -161,9 +156,8 @@ def ms_swift(folder: Path) -> Iterator[Entry]:
     and response, or messages: ResponsePreprocessor and MessagesPreprocessor of swift."""
     flag, *words = shlex.split((folder / "ms-swift.txt").read_text())
     assert flag == "--dataset"
-    for word in words:
-        file, count = word.split("#")
-        yield file, int(count), lambda row: turns_of(row) if "messages" in row else (row["query"], row["response"])
+    for file, count in (word.split("#") for word in words):
+        yield file, int(count), TURNS if "messages" in read(folder / file)[0] else ("query", "response")
 
 
 def torchtune(folder: Path) -> Iterator[Entry]:
@@ -171,18 +165,14 @@ def torchtune(folder: Path) -> Iterator[Entry]:
     instruct_dataset reads the columns input and output (torchtune's docs, basics/instruct_datasets)."""
     document = yaml.safe_load((folder / "torchtune.yaml").read_text())
     assert document.keys() == {"dataset"}
-    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    chat = {"conversation_column": "conversations", "conversation_style": "sharegpt"}
+    known = {"chat": (chat, ("conversations", "from", "value")), "instruct": ({}, ("input", "output"))}
     for entry in document["dataset"]:
-        assert entry.pop("source") == "json"
-        file, split, component = (entry.pop(key) for key in ("data_files", "split", "_component_"))
+        source, file, split, component = (entry.pop(key) for key in ("source", "data_files", "split", "_component_"))
+        rest, names = known[component.removeprefix("torchtune.datasets.").removesuffix("_dataset")]
+        assert (source, entry) == ("json", rest) and component.startswith("torchtune.datasets.")
         loaded = datasets.load_dataset("json", data_files=str(folder / file), split=split, cache_dir="cache/datasets")
-        if component == "torchtune.datasets.chat_dataset":
-            assert entry == {"conversation_column": "conversations", "conversation_style": "sharegpt"}
-            where = "conversations", "from", "value"
-            yield file, len(loaded), lambda row, at=where: [(roles[r], c) for r, c in turns_of(row, *at)]
-        else:
-            assert (component, entry) == ("torchtune.datasets.instruct_dataset", {})
-            yield file, len(loaded), lambda row: (row["input"], row["output"])
+        yield file, len(loaded), names
 
 
 READERS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl, "open-instruct": open_instruct, "ms-swift": ms_swift,
@@ -191,10 +181,8 @@ READERS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl, "open-i
 
 def test_every_trainer_is_read_and_explained():
     assert READERS.keys() == export.TRAINERS.keys()
-    source = (console.ROOT / SCRIPT).read_text()
-    readme = (console.ROOT / "README.md").read_text()
-    for name in READERS:
-        assert name in source and f"| `{name}` |" in readme
+    source, readme = ((console.ROOT / name).read_text() for name in (SCRIPT, "README.md"))
+    assert all(name in source and f"| `{name}` |" in readme for name in READERS)
 
 
 @pytest.mark.parametrize("by", [[], ["--trainer_samples"]], ids=["files", "trainer"])
@@ -208,33 +196,31 @@ def test_a_trainer_reads_what_the_mixture_says(name, by, flags):
     assert {path.name for path in folder.glob("*.jsonl")} == sources.keys() and len(sources) == len(SHARES)
     available = Counter(data.tasks[task] for task in data.task_of_sample if task >= 0)
     assert available["law"] == 32 and sum(available.values()) < len(data)  # some are held out
-    expected = dict(zip(data.tasks, slow_counts([SHARES[t] for t in data.tasks], [available[t] for t in data.tasks], sum(available.values()), 4), strict=True))  # fmt: skip
+    of_tasks = ([of[task] for task in data.tasks] for of in (SHARES, available))
+    expected = dict(zip(data.tasks, slow_counts(*of_tasks, sum(available.values()), 4), strict=True))
     assert {source["source"]: source["rows"] for source in sources.values()} == expected
     assert min(expected.values()) > 0 and mixture["rows"] == sum(expected.values()) == sum(available.values())
     found, training = Counter[str](), [data.examples[row] for row in data.indices("train")]
     is_alike = name in ("open-instruct", "trl")  # every source as conversations
-    for file, count, take in READERS[name](folder):
-        task, rows = sources[file]["source"], read(folder / file)
+    for file, count, names in READERS[name](folder):
+        task, rows = sources[file]["source"], [taken(row, names) for row in read(folder / file)]
         found[task] += count
         assert count > 0 and len(rows) == (available[task] if by else expected[task])
         texts = Counter((row.prompt, row.completion) for row in training if row.task == task)
         if task == "chat":
             asked = {f"hé {row.prompt.split('hé ')[1].split('?')[0]}?" for row in training if row.task == "chat"}
-            for row in map(take, rows):
-                number = row[1][1][3:-1]
-                assert row[1][1] in asked
-                assert row == [("system", "short"), ("user", f"hé {number}?"), ("assistant", "no"), ("user", "so"), ("assistant", f"c{number}")]  # fmt: skip
+            for row in rows:
+                question = row[1][1]
+                assert question in asked
+                texts = ("short", question, "no", "so", f"c{question[3:-1]}")
+                assert row == list(zip(ROLES, texts, strict=True))
         else:
-            pairs = [(row[0][1], row[1][1]) if is_alike else row for row in map(take, rows)]
-            times = Counter(pairs)
+            times = Counter((row[0][1], row[1][1]) if is_alike else row for row in rows)
             assert times.keys() <= texts.keys() and max(times.values()) - min(times[pair] for pair in texts) <= 1
-            assert not is_alike or [role for role, _ in take(rows[0])] == ["user", "assistant"]
+            assert not is_alike or [role for role, _ in rows[0]] == ["user", "assistant"]
     if name == "trl" and by:  # it cannot repeat: the scarcest source sets the total, in the same shares
-        total, of_all, scarcest = (
-            sum(found.values()),
-            sum(expected.values()),
-            max(expected[task] / available[task] for task in expected),
-        )
+        total, of_all = sum(found.values()), sum(expected.values())
+        scarcest = max(expected[task] / available[task] for task in expected)
         assert total == pytest.approx(of_all / scarcest, abs=len(expected))
         assert all(found[task] / total == pytest.approx(rows / of_all, abs=0.01) for task, rows in expected.items())
     else:
