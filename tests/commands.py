@@ -16,19 +16,8 @@ COLLECT = (MEASURE, "--compute_pretrained_outputs")
 COT, COT_COLLECT = "custom_train.py", "fast_estimate_compute_gradients.py"
 COT_ESTIMATE, EXPORT = "fast_estimate_linear_regression.py", "scripts/export_selection.py"
 ENSEMBLE, COMPARE = "notebook/select_random_ensemble.py", "notebook/compare_estimates.py"
-STAGES = (
-    COT,
-    TRAIN,
-    COT_COLLECT,
-    MEASURE,
-    COT_ESTIMATE,
-    ESTIMATE,
-    SELECT,
-    ENSEMBLE,
-    COMPARE,
-    EXPORT,
-    "scripts/status.py",
-)
+STAGES = (COT, TRAIN, COT_COLLECT, MEASURE, COT_ESTIMATE, ESTIMATE, SELECT, ENSEMBLE, COMPARE, EXPORT)
+STAGES += ("scripts/status.py",)
 
 
 def run_script(command: str, *arguments: object) -> object:

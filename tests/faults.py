@@ -67,9 +67,7 @@ class Stages:
         (outcome,) = self.run_together(folder, command, [{}], **faults)
         return outcome
 
-    def run_together(
-        self, folder: Path, command: Sequence[str], environments: list[dict], **faults: Any
-    ) -> list[Outcome]:
+    def run_together(self, folder: Path, command: Sequence[str], environments: list, **faults: Any) -> list[Outcome]:
         """`python <command>` in a folder, as many processes at once as there are environments, each with its own."""
         request = {"folder": str(folder), "command": [str(word) for word in command], "environments": environments}
         print(json.dumps(request | faults), file=self.server.stdin, flush=True)

@@ -13,23 +13,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from src.console import run_stage
-from tests.commands import (
-    COLLECT,
-    COMPARE,
-    COT,
-    COT_ESTIMATE,
-    ENSEMBLE,
-    ESTIMATE,
-    EXPORT,
-    ROOT,
-    SELECT,
-    TRAIN,
-    load_script,
-    read_jsonl,
-    write_jsonl,
-)
+from tests import commands
+from tests.commands import COLLECT, ENSEMBLE, ESTIMATE, EXPORT, ROOT, SELECT, TRAIN, load_script
 
 GRADIENTS, BASE_MODEL = " ".join(COLLECT), "data/make_base_model.py"
+COMPARE, COT, COT_ESTIMATE = commands.COMPARE, commands.COT, commands.COT_ESTIMATE
 
 
 class Executes:
@@ -265,9 +253,8 @@ def test_odd_names_of_tasks_work(model_folders, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     names = ["../../a", "/b é漢🙂\nsecond/", '="c",#']
-    write_jsonl(
-        "rows.jsonl", ({"inputs": f"{n} {i}", "targets": "yes", "_task_name": n} for n in names for i in range(6))
-    )
+    texts = ({"inputs": f"{n} {i}", "targets": "yes", "_task_name": n} for n in names for i in range(6))
+    commands.write_jsonl("rows.jsonl", texts)
     flags = ["--data_files", "rows.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "2"]
 
     def run(script, *more):
@@ -282,6 +269,6 @@ def test_odd_names_of_tasks_work(model_folders, tmp_path, monkeypatch):
     run(SELECT, *odd, "--per_target", "--weights")
     run(EXPORT, *odd, "--task_idxes", "0", "2")
     run(TRAIN, *odd, "--task_weights", "sampled_tasks/odd_weights.csv")
-    exported = [row["task"] for row in read_jsonl("results/odd/selected.jsonl")]
+    exported = [row["task"] for row in commands.read_jsonl("results/odd/selected.jsonl")]
     assert sorted(set(exported)) == sorted({sorted(names)[0], sorted(names)[2]})
     assert [path.name for path in [*tmp_path.iterdir(), *(tmp_path / "deep").iterdir()]] == ["deep", "workspace"]

@@ -27,9 +27,8 @@ def test_every_estimator_and_every_method_is_judged(tmp_path, monkeypatch, capsy
     assert len(truth) == 2 * (6 + 5) and (truth["subset"].str.split().str.len() == 3).all()
     values = truth.groupby(["run", "subset"], sort=False)["validation_loss/target"].first().unstack(0).iloc[5:]
     r = max(np.corrcoef(values.rank().T)[0, 1], 0)
-    assert [record["attainable"] for record in records] == pytest.approx(
-        [np.sqrt(2 * r / (1 + r))] * len(records), abs=1e-4
-    )
+    expected = [np.sqrt(2 * r / (1 + r))] * len(records)
+    assert [record["attainable"] for record in records] == pytest.approx(expected, abs=1e-4)
     assert len(pd.read_csv("results/benchmark_estimates/table.csv")) == len(ESTIMATORS)
 
     run_script("scripts/benchmark_selection.py", *TINY)
@@ -60,12 +59,10 @@ def test_worlds_are_named_by_what_they_are(tmp_path, monkeypatch):
     world = worlds.parse_world("rows.jsonl", args)
     kept = [json.loads(line) for line in (world.folder / "flan.jsonl").read_text().splitlines()]
     assert [(row["_task_name"], len(row["inputs"])) for row in kept] == [("a", 5), ("a", 10), ("b", 5), ("b", 10)]
-    for name, flags, message in (
-        ("martian:0", args, "expected synthetic:SEED"),
-        ("none.jsonl", args, "no such file"),
-        ("rows.jsonl", more, "0 tasks have 4 rows"),
-    ):
-        refused(message, worlds.parse_world, name, flags, error=(ValueError, FileNotFoundError))
+    worlds_that_are_none = {"martian:0": "expected synthetic:SEED", "none.jsonl": "no such file"}
+    for name, message in worlds_that_are_none.items():
+        refused(message, worlds.parse_world, name, args, error=(ValueError, FileNotFoundError))
+    refused("0 tasks have 4 rows", worlds.parse_world, "rows.jsonl", more)
 
 
 def test_a_store_of_many_rows(tmp_path, monkeypatch, capsys):

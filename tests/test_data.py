@@ -54,16 +54,13 @@ def test_fingerprint_sees_every_field():
     assert len({data.fingerprint for data in variants}) == len(variants) == 7
 
 
-BAD_REQUESTS = [
-    *[(toy_data().indices, split, "expected") for split in (("dev", None), ("test", [0]), ("train", [2]), ("train", [-1]))],
-    *[(TaskData, ((Example(i, "a", split, "p", "c"),),), "expected its own position") for i, split in ((1, "train"), (0, "dev"))],
-    *[(stable_split, (["a"], *shares), "must add up") for shares in ((-0.1, 5), (0.5, 5), (0.1, -1), (0.6, 5, 0.4))],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("action, arguments, message", BAD_REQUESTS)
-def test_what_cannot_be_is_refused(action, arguments, message):
-    refused(message, action, *arguments)
+def test_what_cannot_be_is_refused():
+    for action, arguments, message in [
+        *[(toy_data().indices, split, "expected") for split in (("dev", None), ("test", [0]), ("train", [2]), ("train", [-1]))],
+        *[(TaskData, ((Example(i, "a", split, "p", "c"),),), "expected its own position") for i, split in ((1, "train"), (0, "dev"))],
+        *[(stable_split, (["a"], *shares), "must add up") for shares in ((-0.1, 5), (0.5, 5), (0.1, -1), (0.6, 5, 0.4))],
+    ]:  # fmt: skip
+        refused(message, action, *arguments)
 
 
 @settings(max_examples=50, deadline=None)
@@ -154,13 +151,8 @@ def named(module: str, name: str, arguments: bytes = b")") -> bytes:
 
 def attacks(victim: Path) -> dict[str, bytes]:
     touch = f"touch {victim}"
-    ways = {
-        "obj": b"(c<>o",
-        "newobj": b"c<>)\x81",
-        "newobj ex": b"c<>)}\x92",
-        "build": b"c<>)\x81}(X\x01\0\0\0xK\x01ub",
-        "list": b"](c<>)Re",
-    }
+    build = b"c<>)\x81}(X\x01\0\0\0xK\x01ub"
+    ways = {"obj": b"(c<>o", "newobj": b"c<>)\x81", "newobj ex": b"c<>)}\x92", "build": build, "list": b"](c<>)Re"}
     line = b"\x8c" + bytes([len(touch)]) + touch.encode()
     return {
         "os.system": pickle.dumps(Calls(os.system, touch)),
@@ -193,6 +185,7 @@ def test_nothing_a_pickle_asks_for_is_run(tmp_path, name):
     with pytest.raises(ValueError, match=r"bad\.pkl cannot be read") as caught:
         read_pickle(path)
     assert not victim.exists() and dict(vars(pd.DataFrame)) == before
+    assert "of a class" not in name or "it sets the state of a type" in str(caught.value)
     if "." in name or "_" in name:
         assert f"{name.rpartition('.')[2]}, which no frame needs" in str(caught.value)
 
@@ -220,11 +213,10 @@ def lies() -> list[tuple[bytes, str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(12))
-def test_what_memory_depends_on_is_not_believed_and_other_pickles_are_refused(tmp_path, number):
-    content, message = lies()[number]
-    (tmp_path / "bad.pkl").write_bytes(content)
-    refused(rf"bad\.pkl .*{message}", read_pickle, tmp_path / "bad.pkl")
+def test_what_memory_depends_on_is_not_believed_and_other_pickles_are_refused(tmp_path):
+    for content, message in lies():
+        (tmp_path / "bad.pkl").write_bytes(content)
+        refused(rf"bad\.pkl .*{message}", read_pickle, tmp_path / "bad.pkl")
 
 
 def test_damaged_pickles_fail_with_one_kind_of_error(tmp_path):
@@ -263,15 +255,20 @@ def alpaca(skill: str, number: int, output: str | None = None) -> dict:
     return {"skill": skill, "text": text, "instruction": task, "input": "", "output": output}
 
 
-PROMPTS = {"a": "a\n", "a\n": "a\n", "a:": "a:", "a: ": "a: ", "a:\n \n": "a:\n \n", "a ": "a \n", "": "\n"}
-
-
-@pytest.mark.parametrize("inputs", PROMPTS)
-def test_flan_prompts_end_as_in_the_recipe(tmp_path, inputs):
-    data = loaded(tmp_path, [flan("t", inputs)])
-    assert texts_of(data, "train") == [("t", PROMPTS[inputs], "out")]
-    frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
-    assert list(loaded(tmp_path, frame, "a.pkl").examples) == list(data.examples)
+def test_flan_prompts_end_as_in_the_recipe(tmp_path):
+    for inputs, prompt in {
+        "a": "a\n",
+        "a\n": "a\n",
+        "a:": "a:",
+        "a: ": "a: ",
+        "a:\n \n": "a:\n \n",
+        "a ": "a \n",
+        "": "\n",
+    }.items():
+        data = loaded(tmp_path, [flan("t", inputs)])
+        assert texts_of(data, "train") == [("t", prompt, "out")]
+        frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
+        assert list(loaded(tmp_path, frame, "a.pkl").examples) == list(data.examples)
 
 
 def slow_sides(keys_of_task: dict[str, set[str]], share: float, most: int) -> dict[str, str]:
@@ -362,26 +359,26 @@ def test_target_files_are_never_trained_on(tmp_path):
     assert all(sides[e.prompt] == e.split for e in data.examples if e.task == "u")
 
 
-LINES = [
-    (b"{", "line 2 is not JSON"),
-    (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
-    (b"[1]", "line 2 holds"),
-    (b"null", "line 2 holds None"),
-    (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
-    (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
-    (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
-    (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
-    (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
-    (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
-    (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x"]}', "line 2: _split is"),
-    (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": "test"}', "line 1 has no split .* line 2 has one"),
-]
-
-
-@pytest.mark.parametrize("line, message", LINES)
-def test_bad_lines_are_named(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
-    refused(rf"{tmp_path}/a\.jsonl.* {message}", load_instruction, [tmp_path / "a.jsonl"])
+def test_bad_lines_are_named(tmp_path):
+    for line, message in [
+        (b"{", "line 2 is not JSON"),
+        (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
+        (b"[1]", "line 2 holds"),
+        (b"null", "line 2 holds None"),
+        (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
+        (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
+        (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
+        (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
+        (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
+        (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
+        (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x"]}', "line 2: _split is"),
+        (
+            b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": "test"}',
+            "line 1 has no split .* line 2 has one",
+        ),
+    ]:
+        (tmp_path / "a.jsonl").write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
+        refused(rf"{tmp_path}/a\.jsonl.* {message}", load_instruction, [tmp_path / "a.jsonl"])
 
 
 def test_bad_files_are_named(tmp_path):
@@ -409,23 +406,20 @@ def test_real_instruction_files(shared_data, file, rows, tasks, heldout):
     assert len(data.notices) == (file == "dolly_mini.pkl")  # its map holds out a prompt that is trained on too
 
 
-ANSWERS = {
-    "strategy_qa": {" no.": ["no"], " that it is not common.": [], " Yes, but\tNO": ["yes", "no"], "no-one nope yes! (yes)": []},
-    "coin_flip": {"'Yes':no": ["yes", "no"]},
-    "gsm8k": {"1,234.50 - 7 and -3. x2": ["1234.50", "7", "-3", "2"]},
-    "multiarith": {"none": []},
-    "svamp": {"$1,000.5": [1000.5]},
-    "last_letter_concatenation": {' "ab c".\n': ["abc"], " . ": []},
-    "commonsense_qa": {" (B) enforce.": ["B"], " Answer: C": ["C"], "A dog is an Animal. B.": ["B"], "It is (A). A bank has E": ["A", "E"],
-                       "the answer is A because": ["A"], "A) ignore": ["A"], "U.S.A. B&B D-Day C's F": []},
-    "aqua": {"[E], D: or\nB": ["E", "D", "B"]},
-    "date_understanding": {"F G": ["F"]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("dataset_key", ANSWERS)
-def test_extract_answers(dataset_key):
-    assert {text: extract_answers(dataset_key, text) for text in ANSWERS[dataset_key]} == ANSWERS[dataset_key]
+def test_extract_answers():
+    for dataset_key, answers in {
+        "strategy_qa": {" no.": ["no"], " that it is not common.": [], " Yes, but\tNO": ["yes", "no"], "no-one nope yes! (yes)": []},
+        "coin_flip": {"'Yes':no": ["yes", "no"]},
+        "gsm8k": {"1,234.50 - 7 and -3. x2": ["1234.50", "7", "-3", "2"]},
+        "multiarith": {"none": []},
+        "svamp": {"$1,000.5": [1000.5]},
+        "last_letter_concatenation": {' "ab c".\n': ["abc"], " . ": []},
+        "commonsense_qa": {" (B) enforce.": ["B"], " Answer: C": ["C"], "A dog is an Animal. B.": ["B"], "It is (A). A bank has E": ["A", "E"],
+                           "the answer is A because": ["A"], "A) ignore": ["A"], "U.S.A. B&B D-Day C's F": []},
+        "aqua": {"[E], D: or\nB": ["E", "D", "B"]},
+        "date_understanding": {"F G": ["F"]},
+    }.items():  # fmt: skip
+        assert {text: extract_answers(dataset_key, text) for text in answers} == answers
 
 
 RIGHT = [

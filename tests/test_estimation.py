@@ -9,19 +9,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
 
 from src import estimation as module
-from src.estimation import (
-    ESTIMATORS,
-    WEIGHT_BY,
-    Part,
-    Rows,
-    estimate,
-    first_order_error,
-    mixture_weights,
-    solutions,
-    task_moments,
-    token_weights,
-    zero_order_error,
-)
+from src.estimation import Part, Rows, estimate, mixture_weights, solutions, task_moments, token_weights
 from tests.commands import refused
 
 NUM_TASKS, NUM_TARGETS, DIM = 6, 3, 8
@@ -92,9 +80,8 @@ def ridge_strength(rows: Rows, weight_by: str, rho: float = RHO) -> float:
 def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Mean output (k,) and mean gradient (k, d) of each target."""
     groups = [rows.target_of_row == target for target in range(NUM_TARGETS)]
-    return tuple(
-        np.array([values[of].mean(axis=0, dtype=float) for of in groups]) for values in (rows.outputs, rows.rows)
-    )
+    means, slopes = ([of[group].mean(axis=0, dtype=float) for group in groups] for of in (rows.outputs, rows.rows))
+    return np.array(means), np.array(slopes)
 
 
 def quadratic_terms(rows: Rows, solutions: np.ndarray, weight_by: str) -> np.ndarray:
@@ -134,27 +121,25 @@ def test_ridge_equals_a_regression_on_the_raw_rows(membership, weight_by, power,
     np.testing.assert_allclose(solutions(part, weights, rho=RHO), expected, rtol=1e-4, atol=1e-5)
     means, slopes = target_means(rows)
     first_order = means + expected @ slopes.T
-    second_order, margins = (
-        first_order + quadratic_terms(rows, expected, weight_by),
-        replace(part, output_function="margin"),
-    )
-    for name, of, values in (
-        ("linear", part, first_order),
-        ("ridge", part, second_order),
-        ("ridge", margins, first_order),
-    ):
+    second_order = first_order + quadratic_terms(rows, expected, weight_by)
+    of_margins = ("ridge", replace(part, output_function="margin"), first_order)
+    for name, of, values in (("linear", part, first_order), ("ridge", part, second_order), of_margins):
         found = estimate([of], weights, estimator=name, rho=RHO)
         np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_rows(rows, membership):
     """Tasks that differ in size and rows in length make a difference; rows of one length weigh the same."""
-    by_token, by_sample, by_task = (estimate([make_part(rows, weight_by)], membership) for weight_by in WEIGHT_BY)
+    by_token, by_sample, by_task = (
+        estimate([make_part(rows, weight_by)], membership) for weight_by in module.WEIGHT_BY
+    )
     assert min(np.abs(by_sample - by_task).max(), np.abs(by_sample - by_token).max()) > 1e-3
     np.testing.assert_array_equal(token_weights(np.full(5, 9), np.arange(5) < 3), np.ones((2, 5)))
 
 
-@pytest.mark.parametrize(("weight_by", "offset", "rho"), [*[(by, 0, RHO) for by in WEIGHT_BY], ("sample", 20, 1e-3)])
+@pytest.mark.parametrize(
+    ("weight_by", "offset", "rho"), [*[(by, 0, RHO) for by in module.WEIGHT_BY], ("sample", 20, 1e-3)]
+)
 def test_logistic_equals_a_general_minimiser(rows, membership, weight_by, offset, rho):
     """The paper's estimator against scipy, a subset at a time, from the raw rows.
 
@@ -181,14 +166,14 @@ def test_logistic_equals_a_general_minimiser(rows, membership, weight_by, offset
 
 def test_targets_can_be_chosen(part, membership):
     """The chosen columns, in the order asked for."""
-    cases = [(part, name) for name in ESTIMATORS] + [(without_outers(part), "ridge")]
+    cases = [(part, name) for name in module.ESTIMATORS] + [(without_outers(part), "ridge")]
     for from_part, estimator in cases:
         expected = estimate([from_part], membership, estimator=estimator)[:, [2, 0]]
         found = estimate([from_part], membership, estimator=estimator, targets=[2, 0])
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("weight_by", WEIGHT_BY)
+@pytest.mark.parametrize("weight_by", module.WEIGHT_BY)
 def test_alignment_and_constant_by_hand(rows, membership, weight_by):
     """L_val minus the inner product of the mean gradients of target and subset; L_val alone."""
     means, slopes = target_means(rows)
@@ -201,7 +186,7 @@ def test_alignment_and_constant_by_hand(rows, membership, weight_by):
     np.testing.assert_allclose(constant, np.tile(means, (len(membership), 1)))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", module.ESTIMATORS)
 def test_chunks_are_irrelevant(part, membership, estimator, monkeypatch):
     """Solving one subset at a time gives the same estimates."""
     expected = estimate([part], membership, estimator=estimator, rho=RHO)
@@ -226,7 +211,7 @@ def test_several_checkpoints_are_averaged(part, membership):
     np.testing.assert_allclose(estimate([part, other], membership), expected)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", module.ESTIMATORS)
 def test_training_on_nothing_changes_nothing(rows, part, membership, estimator):
     """The empty subset is the target as it is, and so is any whose gradients are 0; "logistic" is in log(1 + exp(-margin))."""
     outputs = np.logaddexp(0, rows.outputs) if estimator == "logistic" else rows.outputs
@@ -267,9 +252,9 @@ def test_approximation_error_by_hand():
     """|residual|^2 / |displaced outputs|^2; a model that is linear in its parameters has none."""
     rows, solution = np.array([[1.0, 2.0], [0.0, 1.0]]), np.array([1.0, 1.0])
     start = np.array([1.0, 2.0])
-    assert first_order_error(start, rows, solution, start + rows @ solution) == 0
-    assert first_order_error(start, rows, solution, np.array([4.0, 4.0])) == pytest.approx(1 / 32)
-    assert zero_order_error(start, np.array([4.0, 4.0])) == pytest.approx(13 / 32)
+    assert module.first_order_error(start, rows, solution, start + rows @ solution) == 0
+    assert module.first_order_error(start, rows, solution, np.array([4.0, 4.0])) == pytest.approx(1 / 32)
+    assert module.zero_order_error(start, np.array([4.0, 4.0])) == pytest.approx(13 / 32)
 
 
 def test_bad_input_is_refused(rows, part, membership):

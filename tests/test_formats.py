@@ -232,9 +232,8 @@ SNAPSHOT = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00
 @pytest.mark.parametrize("source", ["law", "law/data", *[f"law/data/{SNAPSHOT[0]}"]])
 def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source, tmp_path):
     for number, name in enumerate(SNAPSHOT):
-        write_jsonl(
-            tmp_path / "law" / "data" / name, [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)]
-        )
+        rows = [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)]
+        write_jsonl(tmp_path / "law" / "data" / name, rows)
     (tmp_path / "law" / "README.md").write_text("# law")
     is_file = source.endswith("l")
     sources = [tmp_path / "law" / "data" / name for name in SNAPSHOT] if is_file else [tmp_path / source]
@@ -277,27 +276,22 @@ def test_splits_and_texts_are_the_same_on_any_day(tmp_path):
     talks = [{"messages": said(("user", f"q{i}"), ("assistant", "a"))} for i in range(20)]
     source = write_jsonl(tmp_path / "chat.jsonl", talks)
 
-    dated, undated = (
-        load_instruction([source], load_tokenizer=chat(template))
-        for template in ("{{ strftime_now('%d %b %Y') }}" + CALLING, CALLING)
-    )
+    templates = ("{{ strftime_now('%d %b %Y') }}" + CALLING, CALLING)
+    dated, undated = (load_instruction([source], load_tokenizer=chat(template)) for template in templates)
     assert dated.examples[0].prompt == "26 Jul 2024<user>q0\n<assistant>"
     assert any("the chat template writes the date: it is 2024-07-26" in notice for notice in dated.notices)
     assert [row.split for row in dated.examples] == [row.split for row in undated.examples]
     assert "date" not in "".join(undated.notices)
 
 
-TEMPLATES = {
-    "System role not supported": "{{ raise_exception('System role not supported') }}",
-    "has no attribute 'nothing'": "{{ messages[0].nothing.at_all }}",
-    "not iterable": "{% for part in none %}{% endfor %}",
-    "unexpected end": "{% for m in messages %}{{ m",
-}
-
-
-@pytest.mark.parametrize(("reason", "template"), TEMPLATES.items())
-def test_what_a_template_raises_names_the_row(template, reason, tmp_path):
-    source = write_jsonl(tmp_path / "chat.jsonl", [CHAT])
-    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take this") as caught:
-        load_instruction([source], load_tokenizer=chat(template))
-    assert reason in str(caught.value) and "\n" not in str(caught.value)
+def test_what_a_template_raises_names_the_row(tmp_path):
+    for reason, template in {
+        "System role not supported": "{{ raise_exception('System role not supported') }}",
+        "has no attribute 'nothing'": "{{ messages[0].nothing.at_all }}",
+        "not iterable": "{% for part in none %}{% endfor %}",
+        "unexpected end": "{% for m in messages %}{{ m",
+    }.items():
+        source = write_jsonl(tmp_path / "chat.jsonl", [CHAT])
+        with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take") as caught:
+            load_instruction([source], load_tokenizer=chat(template))
+        assert reason in str(caught.value) and "\n" not in str(caught.value)

@@ -19,9 +19,7 @@ from tests.conftest import write_sources
 from tests.test_models import KINDS, adapted, make_datamodule, of_peft
 
 
-def oracle(
-    model: LanguageModel, datamodule, indices: np.ndarray, output: str = "loss"
-) -> tuple[np.ndarray, np.ndarray]:
+def oracle(model: LanguageModel, datamodule, indices: np.ndarray, output="loss") -> tuple[np.ndarray, np.ndarray]:
     """Gradients (len(indices), p) and outputs: a batch of one and a backward for each, flattened in layout order."""
     model.eval()
     gradients, outputs = [], []
@@ -29,12 +27,9 @@ def oracle(
         model.zero_grad()
         value = OUTPUT_FUNCTIONS[output].function(*model.target_logits(datamodule.collate([index])), 1)
         value.sum().backward()
-        slopes = [
-            (model.network.get_parameter(matrix.name).grad, matrix.transposed) for matrix in model.layout.matrices
-        ]
-        gradients.append(
-            torch.cat([(slope.T if transposed else slope).flatten() for slope, transposed in slopes]).clone()
-        )
+        slopes = [(model.network.get_parameter(of.name).grad, of.transposed) for of in model.layout.matrices]
+        flat = [(slope.T if transposed else slope).flatten() for slope, transposed in slopes]
+        gradients.append(torch.cat(flat).clone())
         outputs.append(float(value.detach()))
     return torch.stack(gradients).numpy(), np.array(outputs)
 
@@ -144,9 +139,8 @@ def rows_with_base(folder: str, weights: BaseWeights, tmp_path: Path) -> tuple[n
     assert any(parameter.dtype in (torch.bfloat16, torch.uint8) for parameter in model.parameters())
     datamodule, indices = make_datamodule(model, tmp_path), np.arange(6)
     outputs_of(model, datamodule, indices, "loss")  # an evaluation before changes nothing
-    rows, own, exact = (
-        of(one, datamodule, indices)[0] for of, one in ((collected, model), (oracle, model), (collected, full))
-    )
+    takes = ((collected, model), (oracle, model), (collected, full))
+    rows, own, exact = (take(one, datamodule, indices)[0] for take, one in takes)
 
     def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
@@ -270,9 +264,7 @@ def test_collector_leaves_the_model_as_it_was(model_folders, tmp_path):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="not installed: requirements-qlora.txt"
-)
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="see requirements-qlora.txt")
 
 
 def test_four_bits_need_bitsandbytes(model_folders, monkeypatch):

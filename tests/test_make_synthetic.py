@@ -154,10 +154,8 @@ def test_pretraining_on_completions_learns_to_answer(workspace, architecture):
     """Answers are learned, and prompts are read only: a decoder's loss on them stays that of a random model."""
     letters = "abcdefgh" * 5
     write_jsonl("text.jsonl", ({"inputs": f"{x} =", "targets": x.upper() * 3, "_task_name": "t"} for x in letters))
-    flags = (
-        f"--window 256 --pretrain_steps 150 --pretrain_on completions --pretrain_lr 1e-2 --architecture {architecture}"
-    )
-    run_script(f"{SMALL} {flags} --output_dir m")
+    flags = f"--window 256 --pretrain_steps 150 --pretrain_on completions --architecture {architecture}"
+    run_script(f"{SMALL} {flags} --pretrain_lr 1e-2 --output_dir m")
     model = load_base_model("m")
     data = load_instruction(["text.jsonl"])
     datamodule = TaskDataModule(data, model.tokenizer, model.kind)

@@ -15,24 +15,14 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from src import models
 from src.artifacts import folder_fingerprint
 from src.config import RunConfig
 from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
 from src.gradients import GradientCollector
 from src.instruction import load_instruction
-from src.models import (
-    OUTPUT_FUNCTIONS,
-    LanguageModel,
-    LoraShape,
-    displaced,
-    load_base_model,
-    load_checkpoint,
-    load_model,
-    load_tokenizer,
-    resolve_model_key,
-    save_model,
-)
+from src.models import OUTPUT_FUNCTIONS, LanguageModel, LoraShape, load_base_model, load_checkpoint, load_model
 from src.projection import make_projection
 from src.stage_train import check_base, check_vocabulary
 from tests.commands import refused
@@ -105,23 +95,22 @@ def test_target_logits_are_the_models_own_loss(kind, model_folders, tmp_path):
 def test_weights_come_back_from_a_checkpoint_and_after_a_displacement(kind, model_folders, tmp_path):
     model = adapted(model_folders[kind])
     before, parameters = model.trainable_state(), dict(model.network.named_parameters())
-    save_model(model, tmp_path / "checkpoint")
+    models.save_model(model, tmp_path / "checkpoint")
     state = load_checkpoint(tmp_path / "checkpoint", model_folders[kind]).trainable_state()
     change = {name: torch.randn(shape) for name, shape in model.layout.shapes.items()}
-    with displaced(model, change):
+    with models.displaced(model, change):
         for matrix in model.layout.matrices:
             moved = parameters[matrix.name] - before[matrix.name]
             torch.testing.assert_close(moved.T if matrix.transposed else moved, change[matrix.name], atol=1e-5, rtol=0)
     assert state.keys() == before.keys()
-    assert all(
-        torch.equal(state[name], value) and torch.equal(parameters[name], value) for name, value in before.items()
-    )
+    for name, value in before.items():
+        assert torch.equal(state[name], value) and torch.equal(parameters[name], value)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_batches_keep_to_their_budget(kind, model_folders):
     """Every row once; padded tokens within the budget unless a row alone is longer; a decoder's batches are full."""
-    tokenizer = load_tokenizer(model_folders[kind])
+    tokenizer = models.load_tokenizer(model_folders[kind])
     model_kind = "encoder_decoder" if kind == "t5" else "decoder"
     names = ("input_ids", "labels") if kind == "t5" else ("input_ids",)
     sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -181,13 +170,13 @@ def test_adapter_start_depends_on_the_seed_alone(model_folders):
 def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders, tmp_path):
     """Tokens were added and the model was not resized: it trains as before as long as no row has them."""
     shutil.copytree(model_folders["llama"], tmp_path / "model")
-    tokenizer = load_tokenizer(model_folders["llama"])
+    tokenizer = models.load_tokenizer(model_folders["llama"])
     tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<|turn|>"]})
     tokenizer.save_pretrained(tmp_path / "model")
     model = load_model(str(tmp_path / "model"), None)
     assert model.tokenizer.pad_token == model.tokenizer.eos_token
     data = TaskData((Example(0, "a", "train", "a b c", "d"), Example(1, "a", "train", "a", "<|turn|> d")))
-    size = len(load_tokenizer(model_folders["llama"]))
+    size = len(models.load_tokenizer(model_folders["llama"]))
     message = rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1"
     refused(message, check_vocabulary, model, TaskDataModule(data, model.tokenizer, model.kind))
     check_vocabulary(model, datamodule := TaskDataModule(TaskData(data.examples[:1]), model.tokenizer, model.kind))
@@ -195,21 +184,18 @@ def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders, tmp_pat
         model.target_logits(datamodule.collate([0]))
 
 
-NAMED = [
-    ("llama", ["all-linear"], "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
-    ("t5-untied", ["all-linear"], "q k v o wi wo"),
-    ("gpt2", ["all-linear"], "c_attn c_proj c_fc"),
-    ("phi3", ["all-linear"], "qkv_proj o_proj gate_up_proj down_proj"),
-    ("llama", ["self_attn.q_proj", "o_proj"], "q_proj o_proj"),
-    ("llama", [r".*layers\.1\..*(q|up)_proj"], "q_proj up_proj"),
-    ("llama", ["q_proj"], "q_proj"),
-]
-
-
-@pytest.mark.parametrize(("kind", "named", "expected"), NAMED)
-def test_layers_of_the_adapter_are_named_as_in_peft(kind, named, expected, model_folders):
-    model = load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))
-    assert {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices} == set(expected.split())
+def test_layers_of_the_adapter_are_named_as_in_peft(model_folders):
+    for kind, named, expected in [
+        ("llama", ["all-linear"], "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        ("t5-untied", ["all-linear"], "q k v o wi wo"),
+        ("gpt2", ["all-linear"], "c_attn c_proj c_fc"),
+        ("phi3", ["all-linear"], "qkv_proj o_proj gate_up_proj down_proj"),
+        ("llama", ["self_attn.q_proj", "o_proj"], "q_proj o_proj"),
+        ("llama", [r".*layers\.1\..*(q|up)_proj"], "q_proj up_proj"),
+        ("llama", ["q_proj"], "q_proj"),
+    ]:
+        model = load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))
+        assert {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices} == set(expected.split())
 
 
 def test_layers_that_cannot_carry_it_are_named(model_folders):
@@ -266,7 +252,7 @@ def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(options, froz
     theirs = of_peft(model_folders["llama"], **options)
     theirs.network.save_pretrained(tmp_path / "theirs")
     batch = make_datamodule(theirs, tmp_path).collate([3])
-    save_model(load_checkpoint(tmp_path / "theirs", theirs.key), tmp_path / "again")
+    models.save_model(load_checkpoint(tmp_path / "theirs", theirs.key), tmp_path / "again")
     said = capsys.readouterr().out
     assert re.search(frozen, said) if frozen else not said
     for name in ("theirs", "again"):
@@ -304,4 +290,4 @@ def test_model_keys(workspace):
     (workspace / "a_folder").mkdir()
     known = {"flan_t5_base": "google/flan-t5-base", "gpt2_medium": "gpt2-medium"}
     others = ("TinyLlama/TinyLlama-1.1B", "a_folder")
-    assert [resolve_model_key(key) for key in (*known, *others)] == [*known.values(), *others]
+    assert [models.resolve_model_key(key) for key in (*known, *others)] == [*known.values(), *others]

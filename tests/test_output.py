@@ -20,10 +20,8 @@ from tests.test_stages_cot import write_reasoning_teacher
 COT = ["--dataset_key", "addsub", "--preset_key", "ft_cot_t70_2aug", "--train_lora", "--lora_rank", "4"]
 TRAINING = "custom_train.py --epochs 1 --batch_size 8 --lr 2e-3 --max_new_tokens 6 --gradient_checkpointing"
 GRADIENTS = "fast_estimate_compute_gradients.py --project_dim 16 --output_function margin"
-ESTIMATES = (
-    "fast_estimate_linear_regression.py --project_dim 16 --output_function margin --load_clusters --num_clusters 4 "
-)
-ESTIMATES += "--number_of_subsets 3 --evaluate displaced --max_new_tokens 6"
+ESTIMATES = "fast_estimate_linear_regression.py --project_dim 16 --output_function margin --load_clusters "
+ESTIMATES += "--num_clusters 4 --number_of_subsets 3 --evaluate displaced --max_new_tokens 6"
 OURS = [
     r"loading the libraries …",
     r"going on from [\w/.=-]+",

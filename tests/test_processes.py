@@ -107,11 +107,9 @@ def test_sharded_training_is_whole_training(track, stages, tmp_path):
     workspace = tmp_path / "workspace"
     shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients", "external_lightning_logs"))
     (workspace / "two.txt").write_text("0\n1 2\n")
-    training = [
-        TRAIN,
-        *flags[: flags.index("--epochs")],
-        *["--epochs", "1", "--batch_size", "4", "--lr", "1e-2", "--accelerator", "cpu"],
-    ]
+    training = (
+        f"{TRAIN} --epochs 1 --batch_size 4 --lr 1e-2 --accelerator cpu".split() + flags[: flags.index("--epochs")]
+    )
     for strategy in ("ddp", "fsdp"):
         command = [*training, "--strategy", strategy, "--save_name", strategy]
         for more in ([], ["--subset_file", "two.txt"]):
@@ -143,7 +141,6 @@ def test_waiting_is_in_step(model_folders, tmp_path):
     for rank in (1, 0):
         store = StoreWriter(tmp_path / "store", {"dim": 8}, samples, 8, "")
         processes = Processes(rank, 2, "cpu", lambda rank=rank: waits.append(rank))
-        collect_gradients(
-            model, datamodule, make_projection("sketch", 8, 0), store, output_function="loss", processes=processes
-        )
+        projection, options = make_projection("sketch", 8, 0), {"output_function": "loss", "processes": processes}
+        collect_gradients(model, datamodule, projection, store, **options)
     assert waits == [1, 1, 0, 0]

@@ -26,11 +26,8 @@ texts = st.text(max_size=20)
 @QUICK
 @given(texts)
 def test_no_name_climbs_out(name):
-    for made, root in (
-        (Path("r") / slug(name), Path("r")),
-        (results_dir(name), Path("results")),
-        (subset_file(name), Path("sampled_tasks")),
-    ):
+    made_of = {Path("r") / slug(name): "r", results_dir(name): "results", subset_file(name): "sampled_tasks"}
+    for made, root in ((made, Path(root)) for made, root in made_of.items()):
         assert made.resolve().is_relative_to(root.resolve()) and "\0" not in str(made)
         assert len(made.parts) >= len(root.parts)
 

@@ -11,19 +11,8 @@ import pytest
 
 from src.finetune import save_checkpoint
 from src.models import LoraShape, add_adapter, load_base_model
-from tests.commands import (
-    COLLECT,
-    COT_COLLECT,
-    COT_ESTIMATE,
-    ESTIMATE,
-    SELECT,
-    TRAIN,
-    load_script,
-    read_jsonl,
-    refused,
-    run_script,
-    write_jsonl,
-)
+from tests import commands
+from tests.commands import COLLECT, ESTIMATE, SELECT, TRAIN, load_script, read_jsonl, refused, run_script
 
 
 @pytest.fixture
@@ -76,16 +65,14 @@ def test_strategy_qa_from_gradients_to_selection(workspace, shared_data, model_f
     split = json.loads((shared_data / "chain_of_thought/split/strategy_qa__default.json").read_text())
     few = {"train": split["train"][:400], "test": split["test"][:20]}
     Path("data/split/strategy_qa__default.json").write_text(json.dumps(few))
-    flags = (
-        f"--dataset_key strategy_qa --preset_key ft_cot --train_lora --model_key {model_folders['t5']} --project_dim 64"
-    )
-    at = [*flags.split(), "--load_model_dir", "start/step_step=0"]
+    flags = f"--dataset_key strategy_qa --preset_key ft_cot --train_lora --model_key {model_folders['t5']}"
+    at = [*flags.split(), "--project_dim", "64", "--load_model_dir", "start/step_step=0"]
     short = ["--max_length", "96", "--max_target_length", "96"]
     model = add_adapter(load_base_model(model_folders["t5"]), LoraShape(16, 32), seed=0)
     save_checkpoint(model, Path("external_lightning_logs/start/step_step=0"), {"step": 0})
-    run_script(COT_COLLECT, *at, *short)
+    run_script(commands.COT_COLLECT, *at, *short)
     clusters = ["--load_clusters", "--num_clusters", "12", "--save_name", "qa"]
-    run_script(COT_ESTIMATE, *at, *short, *clusters, "--number_of_subsets", "200")
+    run_script(commands.COT_ESTIMATE, *at, *short, *clusters, "--number_of_subsets", "200")
     run_script(SELECT, *at, *clusters)
     frame = pd.read_csv("results/qa/estimates.csv")
     assert len(frame) == 200 and frame["score/strategy_qa"].std() > 0
@@ -96,10 +83,10 @@ def test_strategy_qa_from_gradients_to_selection(workspace, shared_data, model_f
 def test_calendar_asks_the_target_for_days_of_its_own_in_the_words_of_cldr(workspace):
     pytest.importorskip("babel")
     run_script("data/make_calendar.py", "--rows", "40", "--target_rows", "90")
-    texts = {
-        path.stem: {row["messages"][1]["content"]: row["messages"][2]["content"] for row in read_jsonl(path)}
-        for path in Path("data/calendar").glob("*/*.jsonl")
+    talks = {
+        path.stem: [row["messages"] for row in read_jsonl(path)] for path in Path("data/calendar").glob("*/*.jsonl")
     }
+    texts = {name: {talk[1]["content"]: talk[2]["content"] for talk in of_file} for name, of_file in talks.items()}
     target = texts.pop("norwegian")
     assert len(texts) == 12 and all(target.keys().isdisjoint(asked) for asked in texts.values())
     for name in ("danish", "swedish", "german", "dutch"):
@@ -117,7 +104,7 @@ def test_flan_world_holds_the_named_tasks(workspace):
     world = load_script("data/make_flan_world.py")
     tasks = [task for task in (*world.FLAN_SOURCES, *world.TARGETS) for _ in range(6)]
     texts = ((task, {"inputs": f"{task} {n % 6}", "targets": f"answer {n % 6}"}) for n, task in enumerate(tasks))
-    write_jsonl("flan.jsonl", ({**row, "_task_name": task} for task, row in texts))
+    commands.write_jsonl("flan.jsonl", ({**row, "_task_name": task} for task, row in texts))
     skills = [(name, f"{name} {i}", "", f"answer {i}") for name in (*world.SKILLS, "find") for i in range(5)]
     pd.DataFrame(skills, columns=["skill", "instruction", "input", "output"]).to_pickle("alpaca.pkl")
     here = ["--flan_file", "flan.jsonl", "--alpaca_file", "alpaca.pkl", "--output_dir", "world"]

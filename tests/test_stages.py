@@ -304,9 +304,8 @@ def test_selected_rows_are_exported(copy):
     expected = [data.examples[index] for index in data.indices("train", [1, 3])]
     assert rows["completion"].tolist() == [example.completion for example in expected]
     assert rows["prompt"].tolist() == [example.prompt for example in expected]
-    assert facts("toy/mixture")["sources"] == [
-        {"source": name, "rows": 16, "weight": 0.5} for name in ("down/2", "up b")
-    ]
+    sources = [{"source": name, "rows": 16, "weight": 0.5} for name in ("down/2", "up b")]
+    assert facts("toy/mixture")["sources"] == sources
     Path("shares.csv").write_text("name,share\nup a,3\nup b,1\n")
     run_script(*export, "--task_weights", "shares.csv")
     found = {source["source"]: source["weight"] for source in facts("toy/mixture")["sources"]}
@@ -405,10 +404,8 @@ def test_an_interruption_is_a_line(here, monkeypatch, capsys):
     assert "interrupted; the same command goes on, or starts again" in capsys.readouterr().err
 
 
-COUNT, SIZE = (
-    "holds 3 subsets, and --number_of_subsets asks for 2",
-    "holds subsets of 2 tasks, and --subset_size {} asks for {}",
-)
+COUNT = "holds 3 subsets, and --number_of_subsets asks for 2"
+SIZE = "holds subsets of 2 tasks, and --subset_size {} asks for {}"
 NOTICES = {
     "": [],
     "--number_of_subsets 3 --subset_size 0.5": [],

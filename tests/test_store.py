@@ -23,11 +23,8 @@ FACTS = {"step": 1, "output_function": "loss"}
 def writer(folder: Path, keys: Sequence[str], tasks: Sequence[str] = ("a", "b"), **request: object) -> StoreWriter:
     """Of rows with such keys, every third a target's, numbered with gaps."""
     ids, validation = np.arange(len(keys)) % len(tasks), np.arange(len(keys)) % 3 == 2
-    samples = {
-        "sample_index": 2 * np.arange(len(keys)),
-        "key": np.array(keys, "<U32"),
-        "target_tokens": 1 + np.arange(len(keys)) % 5,
-    }
+    numbers = np.arange(len(keys))
+    samples = {"sample_index": 2 * numbers, "key": np.array(keys, "<U32"), "target_tokens": 1 + numbers % 5}
     samples |= {"task": np.where(validation, -1, ids), "target": np.where(validation, ids, -1)}
     names = {"tasks": tasks, "targets": tasks}
     return StoreWriter(folder, {"model_key": "m", "dim": DIM, **request}, samples, DIM, "Take them again.", 3, names)

@@ -8,16 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src import subsets as module
-from src.subsets import (
-    cluster_samples,
-    draw_subsets,
-    load_or_draw_subsets,
-    membership_matrix,
-    read_subsets,
-    read_task_weights,
-    write_subsets,
-    write_task_weights,
-)
+from src.subsets import draw_subsets, membership_matrix, read_subsets, read_task_weights, write_subsets
 from tests.commands import refused
 
 
@@ -90,37 +81,34 @@ def test_a_file_names_its_tasks(tmp_path):
     refused(message, read_subsets, path, 2, names[:-1])
 
 
-BAD_FILES = {
-    "0 1\n# fine\n2 4\n": "subsets.txt, line 3: '4' is no task id; expected numbers from 0 to 3, or names",
-    "0 -1\n": "line 1: '-1' is no task id",
-    "0, 1\n": "line 1: '0,' is no task id",
-    "a, prose\n": "line 1: 'prose' is no task id",
-    "0 1\n2 0 2\n": "line 2: task 2 is named twice",
-    "# nothing\n\n": "subsets.txt holds no subset",
-    "\udcff0 1": "subsets.txt is not UTF-8 text",
-}
-
-
-@pytest.mark.parametrize("text", BAD_FILES)
-def test_bad_files_are_refused(tmp_path, text):
+def test_bad_files_are_refused(tmp_path):
     """The file, the line, the word and what was expected."""
-    (tmp_path / "subsets.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
-    refused(BAD_FILES[text], read_subsets, tmp_path / "subsets.txt", 4, ["a", "b", "c", "d"])
+    for text, message in {
+        "0 1\n# fine\n2 4\n": "subsets.txt, line 3: '4' is no task id; expected numbers from 0 to 3, or names",
+        "0 -1\n": "line 1: '-1' is no task id",
+        "0, 1\n": "line 1: '0,' is no task id",
+        "a, prose\n": "line 1: 'prose' is no task id",
+        "0 1\n2 0 2\n": "line 2: task 2 is named twice",
+        "# nothing\n\n": "subsets.txt holds no subset",
+        "\udcff0 1": "subsets.txt is not UTF-8 text",
+    }.items():
+        (tmp_path / "subsets.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
+        refused(message, read_subsets, tmp_path / "subsets.txt", 4, ["a", "b", "c", "d"])
 
 
 def test_the_file_decides(tmp_path):
     """Drawn and written once; from then on the file is read, with whatever a user made of it. Reading never draws."""
     path = tmp_path / "subsets.txt"
     refused(r"subsets\.txt is not there", read_subsets, path, 10, error=FileNotFoundError)
-    drawn = load_or_draw_subsets(path, 6, 10, 0.5, seed=3)
+    drawn = module.load_or_draw_subsets(path, 6, 10, 0.5, seed=3)
     assert drawn == draw_subsets(6, 10, 0.5, seed=3) == read_subsets(path, 10)
     write_subsets(path, [(1, 2)])
-    assert load_or_draw_subsets(path, 6, 10, 0.5, seed=3) == [(1, 2)]
+    assert module.load_or_draw_subsets(path, 6, 10, 0.5, seed=3) == [(1, 2)]
 
 
 def test_task_weights(tmp_path):
     path = tmp_path / "weights.csv"
-    write_task_weights(path, ["law", "a, b"], np.array([0.25, 0.75]))
+    module.write_task_weights(path, ["law", "a, b"], np.array([0.25, 0.75]))
     assert read_task_weights(path, ["a, b", "law", "other"]).tolist() == [0.75, 0.25, 0]
     path.write_text("name,share\nlaw,1\nlaw,1\n")
     refused(r"weights\.csv: task 'law' stands there twice", read_task_weights, path, ["law"])
@@ -136,16 +124,18 @@ def test_clusters_are_directions(limit, monkeypatch):
     rows *= 10 ** rng.uniform(-3, 3, (200, 1))
     zeros = np.isin(np.arange(200), [50, 60])
     rows[zeros], truth[zeros] = 0, np.bincount(truth[~zeros]).argmax()
-    clusters = cluster_samples(rows.astype(np.float32), 3, seed=0)
+    clusters = module.cluster_samples(rows.astype(np.float32), 3, seed=0)
     assert clusters.dtype == np.int32
     np.testing.assert_array_equal(clusters, truth)
-    assert cluster_samples(rows, 1, seed=0).tolist() == [0] * 200
+    assert module.cluster_samples(rows, 1, seed=0).tolist() == [0] * 200
 
 
 def test_impossible_clusters_are_refused():
     """More clusters than samples with a gradient, or rows that are not finite."""
     rows = np.random.default_rng(0).standard_normal((4, 6))
     rows[1] = 0
-    refused("4 clusters of 3 samples with a gradient: expected 1 to 3 clusters", cluster_samples, rows, 4, seed=0)
+    refused(
+        "4 clusters of 3 samples with a gradient: expected 1 to 3 clusters", module.cluster_samples, rows, 4, seed=0
+    )
     rows[2, 3] = np.nan
-    refused("row 2 is not finite", cluster_samples, rows, 2, seed=0)
+    refused("row 2 is not finite", module.cluster_samples, rows, 2, seed=0)
