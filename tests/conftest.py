@@ -62,9 +62,8 @@ def character_tokenizer(end_appended: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     if end_appended:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-        )
+        ends = {"single": "$A </s>", "pair": "$A </s> $B </s>", "special_tokens": [("</s>", 1)]}
+        tokenizer.post_processor = processors.TemplateProcessing(**ends)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -142,9 +141,8 @@ def track(tmp_path_factory, model_folders):
     folder = tmp_path_factory.mktemp("track")
     write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
     write_sources(folder / "target.jsonl", {"goal": 20})
-    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl", "--heldout_share", "0.1"]
-    flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
-    flags += ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2"]
+    flags = f"--data_files sources.jsonl --target_files target.jsonl --heldout_share 0.1 --model_key {model_folders['llama']}"
+    flags = f"{flags} --train_lora --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run_script(TRAIN, *flags, "--save_name", "toy", "--checkpoint_at", "0.5", "1.0")

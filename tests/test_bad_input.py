@@ -253,22 +253,18 @@ def test_odd_names_of_tasks_work(model_folders, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     names = ["../../a", "/b é漢🙂\nsecond/", '="c",#']
-    texts = ({"inputs": f"{n} {i}", "targets": "yes", "_task_name": n} for n in names for i in range(6))
-    commands.write_jsonl("rows.jsonl", texts)
-    flags = ["--data_files", "rows.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "2"]
-
-    def run(script, *more):
-        name, *own = script.split()
-        module = load_script(name)
-        run_stage(module.main, module.parse_args([*own, *flags, *more]))
-
-    odd = ["--save_name", "odd"]
-    run(TRAIN, *odd, "--epochs", "1", "--checkpoint_at", "1.0")
-    run(GRADIENTS, *odd, "--project_dim", "8")
-    run(ESTIMATE, *odd, "--number_of_subsets", "3")
-    run(SELECT, *odd, "--per_target", "--weights")
-    run(EXPORT, *odd, "--task_idxes", "0", "2")
-    run(TRAIN, *odd, "--task_weights", "sampled_tasks/odd_weights.csv")
+    rows = ({"inputs": f"{n} {i}", "targets": "yes", "_task_name": n} for n in names for i in range(6))
+    commands.write_jsonl("rows.jsonl", rows)
+    odd = f"--data_files rows.jsonl --model_key {model_folders['llama']} --train_lora --lora_rank 2 --save_name odd"
+    for command in (
+        f"{TRAIN} --epochs 1 --checkpoint_at 1.0",
+        f"{GRADIENTS} --project_dim 8",
+        f"{ESTIMATE} --number_of_subsets 3",
+        f"{SELECT} --per_target --weights",
+        f"{EXPORT} --task_idxes 0 2",
+        f"{TRAIN} --task_weights sampled_tasks/odd_weights.csv",
+    ):
+        commands.run_script(f"{command} {odd}")
     exported = [row["task"] for row in commands.read_jsonl("results/odd/selected.jsonl")]
     assert sorted(set(exported)) == sorted({sorted(names)[0], sorted(names)[2]})
     assert [path.name for path in [*tmp_path.iterdir(), *(tmp_path / "deep").iterdir()]] == ["deep", "workspace"]

@@ -64,9 +64,6 @@ def test_the_published_precision_on_four_gpus(strategy, precision, capsys, monke
         _ = config.HardwareConfig((7,)).hardware
 
 
-# --- going on from a run --------------------------------------------------------------------------------------
-
-
 def finished_run(name: str | None, **values: object) -> Path:
     """A run that has finished, as far as the next stage looks at it."""
     made = config.TrainConfig(**{"save_name": name, "model_key": "M", "data_files": ("a.jsonl",), **values})
@@ -95,13 +92,10 @@ def test_a_stage_takes_what_is_not_typed_from_its_run(workspace, capsys):
 
 def test_what_is_typed_and_contradicts_is_refused_with_both_values(workspace):
     finished_run("law", lr=1e-3)
-    for typed, message in (
-        ("--save_name law --lr 0.5", r"--lr 0.001 there, --lr 0.5 typed|--lr 0.001 there, 0.5 typed"),
-        ("--model_key other", "--model_key M there, other typed"),
-        ("--save_name poems", "nothing finished is called that; there is law"),
-        ("--save_name law --run 3", "--run 0 there, 3 typed"),
-    ):
-        refused(message, collecting, typed)
+    refused("--lr 0.001 there, (--lr )?0.5 typed", collecting, "--save_name law --lr 0.5")
+    refused("--model_key M there, other typed", collecting, "--model_key other")
+    refused("nothing finished is called that; there is law", collecting, "--save_name poems")
+    refused("--run 0 there, 3 typed", collecting, "--save_name law --run 3")
     both = {"dataset_key": "gsm8k", "data_files": ("a",)}
     refused("name one of them", config.inherit, config.TrainConfig, both)
     assert collecting("--save_name law --data_files b.jsonl")[0].data_files == ("b.jsonl",)  # a source added later

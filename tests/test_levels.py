@@ -18,7 +18,6 @@ from src.stage_select import reference_estimates
 from tests.commands import COLLECT, COMPARE, ESTIMATE, SELECT, TRAIN, load_script, run_script
 from tests.conftest import write_sources
 
-TRAINING = ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2"]
 DIM = ["--project_dim", "32"]
 
 
@@ -28,12 +27,12 @@ def trained(tmp_path_factory, model_folders):
     folder = tmp_path_factory.mktemp("levels")
     write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
     write_sources(folder / "target.jsonl", {"goal": 20})
-    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl"]
-    flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    made = f"{TRAIN} --data_files sources.jsonl --target_files target.jsonl --model_key {model_folders['llama']} --train_lora"
+    made += " --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2 --checkpoint_at 0 0.25"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, stop in (("cut", ["--stop_after_checkpoints"]), ("whole", [])):
-            run_script(TRAIN, *flags, *TRAINING, "--save_name", name, "--checkpoint_at", "0", "0.25", *stop)
+            run_script(made, "--save_name", name, *stop)
             run_script(*COLLECT, "--save_name", name, *DIM)
     return folder, ["--save_name", "whole"]
 

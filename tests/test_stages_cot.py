@@ -43,17 +43,18 @@ def track(request, tmp_path_factory, model_folders):
     """A workspace in which stages 1 and 2 have run, the flags they share, and the best checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     write_reasoning_teacher(folder)
-    flags = ["--dataset_key", "addsub", "--preset_key", "ft_cot_t70_2aug", "--train_key", "ft_cot"]
-    flags += ["--model_key", model_folders[request.param], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    flags = f"--dataset_key addsub --preset_key ft_cot_t70_2aug --train_key ft_cot --model_key {model_folders[request.param]} "
+    flags = (flags + "--train_lora --lora_rank 4 --lora_alpha 8").split()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        training = ["--epochs", "2", "--batch_size", "8", "--inference_batch_size", "5", "--max_new_tokens", "6"]
-        run_script(COT, *flags, *training, "--lr", "1e-2", "--save_name", "new")
-        (run,) = Path("external_lightning_logs").iterdir()
-        best = next(path for path in run.iterdir() if path.name.startswith("epoch_epoch="))
-        checkpoint = ["--load_model_dir", f"{run.name}/{best.name}"]
-        run_script(COT_COLLECT, *flags, *checkpoint, "--project_dim", "24", "--device", "2")
-    return folder, flags, checkpoint[1]
+        training = (
+            f"{COT} --epochs 2 --batch_size 8 --inference_batch_size 5 --max_new_tokens 6 --lr 1e-2 --save_name new"
+        )
+        run_script(training, *flags)
+        (best,) = Path("external_lightning_logs").glob("*/epoch_epoch=*")
+        checkpoint = f"{best.parent.name}/{best.name}"
+        run_script(f"{COT_COLLECT} --project_dim 24 --device 2 --load_model_dir {checkpoint}", *flags)
+    return folder, flags, checkpoint
 
 
 @pytest.fixture
