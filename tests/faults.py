@@ -44,66 +44,33 @@ class Stages:
 
     def __enter__(self) -> Stages:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen([sys.executable, "-m", "tests.faults"], env=environment, cwd=ROOT, **pipes)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.server.stdin.close()
         self.server.wait(timeout=60)
 
-    def run(
-        self,
-        folder: Path,
-        command: Sequence[str],
-        *,
-        kill_after: float | None = None,
-        kill_at: int | None = None,
-        largest_file: int | None = None,
-        memory: int | None = None,
-        stop_at: str | None = None,
-        unprivileged: bool = False,
-    ) -> Outcome:
+    def run(self, folder: Path, command: Sequence[str], **faults: Any) -> Outcome:
         """`python <command>` in a folder.
 
         Args:
             folder: Where.
             command: The script and its arguments.
-            kill_after: Kill it with SIGKILL after so many seconds.
-            kill_at: It kills itself so, just before its k-th change of a folder.
-            largest_file: Bytes beyond which no file can grow.
-            memory: Bytes of address space that it may take besides what it has.
-            stop_at: It stops (SIGSTOP) before a change of a folder that names this, and is left so; the answer comes as
-                soon as it has stopped.
-            unprivileged: Give up the right of root to write in spite of file modes.
+            faults: `kill_after`: kill it with SIGKILL after so many seconds. `kill_at`: it kills itself so, just before its
+                k-th change of a folder. `stop_at`: it stops (SIGSTOP) before a change of a folder that names this, and is
+                left so; the answer comes as soon as it has stopped. `largest_file`: bytes beyond which no file can grow.
+                `memory`: bytes of address space that it may take besides what it has. `unprivileged`: give up the right
+                of root to write in spite of file modes.
         """
-        (outcome,) = self._ask(
-            folder,
-            command,
-            kill_after=kill_after,
-            kill_at=kill_at,
-            largest_file=largest_file,
-            memory=memory,
-            stop_at=stop_at,
-            unprivileged=unprivileged,
-        )
+        (outcome,) = self.run_together(folder, command, [{}], **faults)
         return outcome
 
-    def run_together(
-        self, folder: Path, command: Sequence[str], environments: Sequence[dict[str, str]]
-    ) -> list[Outcome]:
+    def run_together(self, folder: Path, command: Sequence[str], environments: list, **faults: Any) -> list[Outcome]:
         """`python <command>` in a folder, as many processes at once as there are environments, each with its own."""
-        return self._ask(folder, command, environments=list(environments))
-
-    def _ask(self, folder: Path, command: Sequence[str], **options: Any) -> list[Outcome]:
-        request = {"folder": str(folder), "command": [str(word) for word in command], **options}
-        print(json.dumps(request), file=self.server.stdin, flush=True)
+        request = {"folder": str(folder), "command": [str(word) for word in command], "environments": environments}
+        print(json.dumps(request | faults), file=self.server.stdin, flush=True)
         return [Outcome(**outcome) for outcome in json.loads(self.server.stdout.readline())]
 
 
@@ -200,7 +167,7 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         started = time.perf_counter()
-        children = [fork(request, environment) for environment in request.get("environments", [{}])]
+        children = [fork(request, environment) for environment in request["environments"]]
         if request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
             os.kill(children[0][0], signal.SIGKILL)  # not yet waited for, so the number is still its own

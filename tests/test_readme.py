@@ -1,17 +1,16 @@
 """Every command that the project prints, documents or ships parses with its script's own parser."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shlex
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 
 from src import config
-from tests.commands import ROOT, load_script
+from tests.commands import ROOT, STAGES, load_script
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -31,7 +30,7 @@ def placeholders_filled(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_commands_parse(source: Path) -> None:
+def test_commands_parse(source):
     text = source.read_text(encoding="utf-8")
     for script, *arguments in commands(text):
         try:
@@ -40,49 +39,26 @@ def test_commands_parse(source: Path) -> None:
             pytest.fail(f"{source.name}: python {script} {' '.join(arguments)} does not parse ({error})")
 
 
-def test_the_readme_names_every_stage() -> None:
-    from tests.commands import STAGES
-
-    documented = {script for script, *_ in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
-    assert set(STAGES) <= documented
-
-
-def test_shell_scripts_named_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = re.findall(r"bash (\S+\.sh)", text)
-    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(scripts)
-    for script in scripts:
-        assert (ROOT / script).is_file(), script
+def test_the_readme_names_every_stage_and_what_it_points_to_is_there():
+    """Shell scripts, pictures and files of the repository."""
+    assert set(STAGES) <= {script for script, *_ in commands(README)}
+    scripts, pictures = re.findall(r"bash (\S+\.sh)", README), re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    named = re.findall(r"`((?:src|tests|scripts|notebook|data)/[\w/]+\.(?:py|sh))`", README)
+    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(scripts) and len(pictures) == 2 and len(named) > 8
+    assert not [path for path in (*scripts, *pictures, *named) if not (ROOT / path).is_file()]
 
 
-def test_what_the_readme_points_to_is_there() -> None:
-    """Pictures and files of the repository that it names."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert len(pictures) == 2
-    named = re.findall(r"`((?:src|tests|scripts|notebook|data)/[\w/]+\.(?:py|sh))`", text)
-    assert len(named) > 8
-    for path in (*pictures, *named):
-        assert (ROOT / path).is_file(), path
-
-
-@pytest.mark.parametrize(
-    "flag", sorted(set(re.findall(r"`(--[a-z_]+)", (ROOT / "README.md").read_text(encoding="utf-8"))))
-)
-def test_flags_named_in_the_readme_exist(flag: str) -> None:
+def test_flags_named_in_the_readme_exist():
     groups = [value for value in vars(config).values() if isinstance(value, type) and is_dataclass(value)]
     declared = {f"--{f.name}" for group in groups for f in fields(group)} | {"--device", "--project_dimension"}
-    scripts = [
-        *ROOT.glob("scripts/*.py"),
-        *ROOT.glob("data/*.py"),
-        *ROOT.glob("notebook/*.py"),
-        *ROOT.glob("scripts/tables/*.sh"),
-    ]
-    assert flag in declared or any(f"{flag}" in path.read_text(encoding="utf-8") for path in scripts), flag
+    scripts = [path for folder in ("scripts", "data", "notebook") for path in ROOT.glob(f"{folder}/**/*.[ps][yh]")]
+    texts = [path.read_text(encoding="utf-8") for path in scripts]
+    flags = set(re.findall(r"`(--[a-z_]+)", README)) - declared
+    assert not [flag for flag in flags if not any(flag in text for text in texts)]
 
 
-def test_python_in_the_readme_parses() -> None:
-    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_python_in_the_readme_parses():
+    blocks = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 5
     for block in blocks:
         ast.parse(block)
