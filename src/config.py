@@ -79,7 +79,7 @@ class InstructionData:
         "the final test", metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
     train_instruction: bool = flag(False, "take Alpaca, FLAN v2 and chain of thought together", shown="--data_files")
     prompt_column: str | None = flag(None, "column of the prompts, in sources that have it", metavar="NAME",
-        shown="inputs, prompt, messages, conversations or instruction, whichever is there")  # fmt: skip
+        shown="inputs, prompt, messages, instruction, question …, whichever is there")  # fmt: skip
     completion_column: str | None = flag(None, "column of the completions, in sources that have it", metavar="NAME",
         shown="targets, completion, output or response, or the last of the messages")  # fmt: skip
     loss_on_prompt: bool = flag(False, "count a decoder's prompts in the loss, as published", shown="do not")

@@ -166,6 +166,7 @@ class Chat:
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     *(("inputs", "targets"), ("prompt", "completion"), ("messages",), ("conversations",), ("conversation",)),
     *(("skill", "text"), ("instruction", "output"), ("instruction", "response")),
+    *(("question", "answer"), ("query", "response"), ("input", "output")),
 )
 """Columns that a source has, as `_texts` makes a prompt and a completion of them; the first that fits."""
 
@@ -294,10 +295,15 @@ def _pickle_records(source: str, use_dev_map: bool) -> Iterator[tuple[str, Recor
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
-    """`name` or `organisation/name` on the hub, with `:split` behind it where that is not train."""
+    """`name`, `organisation/name` or `organisation/name/configuration` on the hub, with `:split` behind it where that is not
+    train."""
     name, _, split = source.partition(":")
+    *organisation, name = name.split("/", 1)
+    name, *configuration = name.split("/", 1)
     try:
-        stream = datasets.load_dataset(name, split=split or "train", streaming=True)
+        stream = datasets.load_dataset(
+            "/".join([*organisation, name]), *configuration, split=split or "train", streaming=True
+        )
     except Exception as error:  # whatever the network, the hub or the data set's own files raise
         found = f"no such file or folder, and as a data set on the hub it cannot be opened ({_first_line(error)})"
         raise FileNotFoundError(f"{source}: {found}") from error
@@ -325,7 +331,7 @@ def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
             yield from _pickle_records(source, use_dev_map)
         elif reader := FORMATS.get(_format_of(source)):
             yield from reader(source)
-        elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+)?(:\w+)?", source):  # not named like a file
+        elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+){0,2}(:\w+)?", source):  # not named like a file
             yield from _hub_records(source)
         else:
             known = f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of save_to_disk, hub ids"
@@ -420,6 +426,12 @@ class _Reader:
                 task_column = next((name for name in (self.columns.task, *TASK_COLUMNS) if name in record), None)
                 if layout == ("inputs", "targets"):  # published files name tasks in each row
                     task_column = task_column or TASK_COLUMNS[0]
+                if not Path(source).exists():  # of the hub: nobody has looked at its columns here
+                    of_task = f"tasks from {task_column}" if task_column else "one task"
+                    given = [name for name in ("input", "context") if name in record and layout[0] == "instruction"]
+                    self.notices.append(
+                        f"{source}: texts from {', '.join([layout[0], *given, *layout[1:]])}; {of_task}"
+                    )
             prompt, completion, key, messages = _texts(layout, record, where, self.chat)
             counts["all"] += 1
             if not completion.strip():

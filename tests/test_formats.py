@@ -88,7 +88,7 @@ def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled()
 
 CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
 BAD = {
-    "no layout": ({"question": "x", "reply": "y"}, r" has the columns question, reply; expected inputs and targets"),
+    "no layout": ({"ask": "x", "reply": "y"}, r" has the columns ask, reply; expected inputs and targets"),
     "half a layout": ({"prompt": "x", "reply": "y"}, r": there is no field 'completion'"),
     "a list as input": ({"instruction": "x", "input": ["y"], "output": "z"}, r": input is \['y'\], expected text"),
     "no template": (CHAT, r": the tokenizer of .* has no chat template.*columns prompt and completion"),
@@ -120,6 +120,22 @@ def test_damaged_sources_are_named(frame, tmp_path, workspace):
     refused(message, load_instruction, ["nobody/nothing:train"], error=FileNotFoundError)
     FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")
     refused("row 1: inputs is None, expected text", load_instruction, [tmp_path / "gap.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("org/math:test", ("org/math", "test")),
+        ("squad", ("squad", "train")),
+        ("org/math/main", ("org/math", "main", "train")),
+    ],
+)
+def test_a_data_set_on_the_hub_is_read_and_its_columns_named(source, asked, workspace, monkeypatch):
+    calls, rows = [], [{"instruction": f"q{n}", "input": "", "output": f"a{n}", "skill": "sums"} for n in range(9)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, split, streaming: calls.append((*names, split)) or rows)
+    data = load_instruction([source])
+    assert calls == [asked] and data.tasks == ("sums",) and len(data) == 9
+    assert f"{source}: texts from instruction, input, output; tasks from skill" in data.notices
 
 
 def pairs(count: int = 20) -> list[dict]:

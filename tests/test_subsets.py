@@ -99,7 +99,7 @@ def test_bad_files_are_refused(tmp_path):
 def test_the_file_decides(tmp_path):
     """Drawn and written once; from then on the file is read, with whatever a user made of it. Reading never draws."""
     path = tmp_path / "subsets.txt"
-    refused(r"subsets\.txt is not there", read_subsets, path, 10, error=FileNotFoundError)
+    refused(r"subsets\.txt does not exist", read_subsets, path, 10, error=FileNotFoundError)
     drawn = module.load_or_draw_subsets(path, 6, 10, 0.5, seed=3)
     assert drawn == draw_subsets(6, 10, 0.5, seed=3) == read_subsets(path, 10)
     write_subsets(path, [(1, 2)])
