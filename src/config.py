@@ -160,6 +160,8 @@ class TrainingConfig:
     loss_over: str = flag("token", "a batch's loss is the mean over target tokens, or rows", choices=("token", "row"))
     weight_decay: float = flag(0.0, "weight decay of AdamW", NOT_NEGATIVE)
     epochs: int = flag(10, "passes over the rows", COUNT)
+    save_every: float = flag(15.0, "minutes between states of a training, besides those at the end of each epoch; the same "
+        "command goes on from the last one", NOT_NEGATIVE, "MINUTES", free=True)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Stages:
         *,
         kill_after: float | None = None,
         kill_at: int | None = None,
+        kill_with: int = signal.SIGKILL,
         largest_file: int | None = None,
         memory: int | None = None,
         stop_at: str | None = None,
@@ -77,6 +78,7 @@ class Stages:
             command: The script and its arguments.
             kill_after: Kill it with SIGKILL after so many seconds.
             kill_at: It kills itself so, just before its k-th change of a folder.
+            kill_with: Another signal, for that.
             largest_file: Bytes beyond which no file can grow.
             memory: Bytes of address space that it may take besides what it has.
             stop_at: It stops (SIGSTOP) before a change of a folder that names this, and is left so; the answer comes as
@@ -88,6 +90,7 @@ class Stages:
             command,
             kill_after=kill_after,
             kill_at=kill_at,
+            kill_with=kill_with,
             largest_file=largest_file,
             memory=memory,
             stop_at=stop_at,
@@ -96,10 +99,11 @@ class Stages:
         return outcome
 
     def run_together(
-        self, folder: Path, command: Sequence[str], environments: Sequence[dict[str, str]]
+        self, folder: Path, command: Sequence[str], environments: Sequence[dict[str, str]], **options: int | None
     ) -> list[Outcome]:
-        """`python <command>` in a folder, as many processes at once as there are environments, each with its own."""
-        return self._ask(folder, command, environments=list(environments))
+        """`python <command>` in a folder, as many processes at once as there are environments, each with its own; `kill_at`
+        and `kill_with` are for the first, and when it is killed the others are, as a launcher does it."""
+        return self._ask(folder, command, environments=list(environments), **options)
 
     def _ask(self, folder: Path, command: Sequence[str], **options: Any) -> list[Outcome]:
         request = {"folder": str(folder), "command": [str(word) for word in command], **options}
@@ -159,7 +163,7 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
         if event in CHANGES:
             changes += 1
             if changes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), request.get("kill_with", signal.SIGKILL))
             if stop_at and stop_at in str(details):
                 os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -169,8 +173,9 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
     run_stage(module.main, module.parse_args(arguments))
 
 
-def fork(request: dict, environment: dict[str, str]) -> tuple[int, int]:
+def fork(request: dict, number: int, environment: dict[str, str]) -> tuple[int, int]:
     """Start a child; its process id, and where its output can be read."""
+    request = request | ({"kill_at": None} if number else {})
     reading, output = os.pipe()  # a file would be bound by a limit on file sizes
     process = os.fork()
     if not process:
@@ -179,7 +184,8 @@ def fork(request: dict, environment: dict[str, str]) -> tuple[int, int]:
             child(request, output, environment)
             status = 0
         except SystemExit as error:
-            print(error, file=sys.stderr)
+            status = error.code if isinstance(error.code, int) else 1
+            print("" if isinstance(error.code, int) else error, file=sys.stderr)
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
@@ -200,12 +206,14 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         started = time.perf_counter()
-        children = [fork(request, environment) for environment in request.get("environments", [{}])]
+        children = [fork(request, *place) for place in enumerate(request.get("environments", [{}]))]
         if request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
             os.kill(children[0][0], signal.SIGKILL)  # not yet waited for, so the number is still its own
         outcomes = []
         for process, reading in children:
+            if outcomes and outcomes[0]["status"] == -signal.SIGKILL:
+                os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, os.WUNTRACED if request.get("stop_at") else 0)
             text = os.read(reading, 1 << 20).decode(errors="replace")
             os.close(reading)
