@@ -160,8 +160,6 @@ class TrainingConfig:
     loss_over: str = flag("token", "a batch's loss is the mean over target tokens, or rows", choices=("token", "row"))
     weight_decay: float = flag(0.0, "weight decay of AdamW", NOT_NEGATIVE)
     epochs: int = flag(10, "passes over the rows", COUNT)
-    save_every: float = flag(15.0, "minutes between states of a training, besides those at the end of each epoch; the same "
-        "command goes on from the last one", NOT_NEGATIVE, "MINUTES", free=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,6 +184,14 @@ class MetaTrainingConfig(CheckpointShares):
 
     stop_after_checkpoints: bool = flag(False, "end with the last: estimates need no more", free=True, shown="train on")
     load_model_dir: str | None = flag(None, "checkpoint to start from", metavar="RUN/CHECKPOINT", shown="base model")
+
+
+@dataclass(frozen=True)
+class StatesConfig:
+    """interruptions"""
+
+    save_every: float = flag(15.0, "minutes between states of a training, besides those at the end of each epoch; the same "
+        "command goes on from the last one", NOT_NEGATIVE, "MINUTES", free=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -371,7 +377,7 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, GenerationConfig, NameC
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, RunsConfig, ClustersConfig):
+class TrainConfig(RunConfig, MetaTrainingConfig, StatesConfig, ChosenTasks, RunsConfig, ClustersConfig):
     """Stages 1 and 5."""
 
 
