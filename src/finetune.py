@@ -31,7 +31,7 @@ from src import artifacts
 from src.console import end_at_sigterm, progress, say, say_once
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
-from src.distributed import Hardware
+from src.distributed import Hardware, cluster
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
 
 # Optimizer steps times learning rate below which training is noted: AdamW moves a weight by about the learning rate in a
@@ -439,7 +439,7 @@ def _trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        plugins=[_Written()],
+        plugins=[_Written(), *cluster()],
     )
     # its handlers communicate in the midst of whatever is going on
     trainer._signal_connector.register_signal_handlers = lambda: None

@@ -70,6 +70,7 @@ class Stages:
         memory: int | None = None,
         stop_at: str | None = None,
         unprivileged: bool = False,
+        offline: bool = False,
     ) -> Outcome:
         """`python <command>` in a folder.
 
@@ -84,6 +85,7 @@ class Stages:
             stop_at: It stops (SIGSTOP) before a change of a folder that names this, and is left so; the answer comes as
                 soon as it has stopped.
             unprivileged: Give up the right of root to write in spite of file modes.
+            offline: It ends with status 99 where it makes a socket of a network, or asks for the address of a name.
         """
         (outcome,) = self._ask(
             folder,
@@ -95,6 +97,7 @@ class Stages:
             memory=memory,
             stop_at=stop_at,
             unprivileged=unprivileged,
+            offline=offline,
         )
         return outcome
 
@@ -111,21 +114,39 @@ class Stages:
         return [Outcome(**outcome) for outcome in json.loads(self.server.stdout.readline())]
 
 
-def torchrun_environments(count: int) -> list[dict[str, str]]:
-    """What torchrun tells the processes that it starts on one node."""
+def meeting_point() -> dict[str, str]:
+    """Where processes find each other on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    job |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
-    return [{**job, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(count))]
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
-def srun_environments(count: int) -> list[dict[str, str]]:
-    """What srun tells the processes that it starts on one node."""
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost"}
-    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": str(count), "SLURM_NTASKS_PER_NODE": str(count)}
-    return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in map(str, range(count))]
+def torchrun_environments(count: int, nodes: int = 1) -> list[dict[str, str]]:
+    """What torchrun tells the processes that it starts, as many on each node."""
+    job = {**meeting_point(), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count // nodes)}
+    places = [divmod(rank, count // nodes) for rank in range(count)]
+    return [{**job, "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(node),
+             "SLURM_PROCID": str(nodes - 1 - node)} for rank, (node, local) in enumerate(places)]  # fmt: skip
+
+
+def srun_environments(count: int, nodes: int = 1) -> list[dict[str, str]]:
+    """What srun tells the processes that it starts; the last node has fewer where it does not come out even."""
+    per_node = -(-count // nodes)
+    job = {
+        **meeting_point(),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost",
+    }
+    job |= {"SLURM_NNODES": str(nodes), "SLURM_NTASKS": str(count), "SLURM_NTASKS_PER_NODE": str(per_node)}
+    places = [divmod(rank, per_node) for rank in range(count)]
+    return [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+            for rank, (node, local) in enumerate(places)]  # fmt: skip
+
+
+def node_environments(nodes: int) -> list[dict[str, str]]:
+    """What a user sets on each node where the same command is started by hand."""
+    return [{**job, "NODE_RANK": str(node)} for job in [meeting_point()] for node in range(nodes)]
 
 
 def give_up_override() -> None:
@@ -135,6 +156,13 @@ def give_up_override() -> None:
     if libc.capget(header, sets) == 0:
         sets[0] &= ~(1 << 1)
         libc.capset(header, sets)
+
+
+def end_on_network(event: str, details: tuple) -> None:
+    """An audit hook; an exception could be caught by a library that goes on without."""
+    if event == "socket.getaddrinfo" or (event == "socket.__new__" and details[1] != socket.AF_UNIX):
+        print(f"{event}: {details}", file=sys.stderr, flush=True)
+        os._exit(99)
 
 
 def child(request: dict, output: int, environment: dict[str, str]) -> None:
@@ -156,6 +184,8 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (taken + request["memory"],) * 2)
     if request.get("unprivileged"):
         give_up_override()
+    if request.get("offline"):
+        sys.addaudithook(end_on_network)
     changes, stop_at, kill_at = 0, request.get("stop_at"), request.get("kill_at")
 
     def watch(event: str, details: tuple) -> None:
