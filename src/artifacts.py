@@ -117,7 +117,7 @@ def losses_file(results: Path, subset: Sequence[int], run: int) -> Path:
 
 def unfinished_file(results: Path, subset: Sequence[int], run: int) -> Path:
     """What is known of a fine-tuning that is not finished, below its results."""
-    return results / f"unfinished_{tasks_label(subset)}_run_{run}.json"
+    return results / f"{Path(UNFINISHED).stem}_{tasks_label(subset)}_run_{run}.json"
 
 
 def state_file(unfinished: Path) -> Path:

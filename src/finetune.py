@@ -218,11 +218,11 @@ class Resumable(pl.Callback):
         self.repair = repair
         earlier = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         self.resumes, self.terminated = self.state.is_file(), False
-        self.written: list[str] = earlier["checkpoints"] if self.resumes else []
+        self.written: list[str] = earlier.get("checkpoints", []) if self.resumes else []
         self.started = time.perf_counter() - earlier.get("seconds", 0.0)
         self._saved, self._random = time.monotonic(), dict[str, Any]()
         if self.resumes:
-            artifacts.check_manifest(self.state, earlier["made_from"], made_from, repair)
+            artifacts.check_manifest(self.state, earlier.get("made_from", {}), made_from, repair)
             if not zipfile.is_zipfile(self.state):
                 raise ValueError(f"{self.state} is damaged. {repair}")
 
@@ -301,18 +301,15 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 
 class Checkpoints(Resumable):
-    """Saves the model too: at `shares` of all optimizer steps and at the epoch of the best validation loss.
+    """Saves the model too, besides its state: at `shares` of all optimizer steps and at the epoch of the best validation loss.
 
     Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last that says what `describe` does.
     `stop_after` ends the training with the last share. `validation_losses` says how good the model was before training
     ("base") and at the last validation ("last", by target; "last_step"), and whether that was the end of the whole training.
     """
 
-    def __init__(
-        self, note: Path, made_from: Mapping[str, Any], repair: str, minutes: float, shares: Sequence[float], describe: dict,
-        stop_after: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(note, made_from, repair, minutes)
+    def __init__(self, shares: Sequence[float], describe: dict, stop_after: bool, **of_state: Any) -> None:
+        super().__init__(**of_state)
         self.folder, self.shares, self.describe, self.stop_after = self.note.parent, shares, describe, stop_after
         self.trajectory: list[str] = []
         self.best: str | None = None

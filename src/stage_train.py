@@ -358,6 +358,8 @@ def fine_tune_subsets(
                     remove_state(note)
                 bar.update(1)
     if is_first_process():
+        for left in folder.glob(f"{Path(UNFINISHED).stem}_*"):  # where it was killed while it removed a state
+            left.unlink()
         say_fine_tuned(table, data, subsets, kept)
 
 
