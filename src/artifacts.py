@@ -118,6 +118,16 @@ def losses_file(results: Path, subset: Sequence[int], run: int) -> Path:
     return results / LOSSES / f"{tasks_label(subset)}_run_{run}.csv"
 
 
+def unfinished_file(results: Path, subset: Sequence[int], run: int) -> Path:
+    """What is known of a fine-tuning that is not finished, below its results."""
+    return results / f"{Path(UNFINISHED).stem}_{tasks_label(subset)}_run_{run}.json"
+
+
+def state_file(unfinished: Path) -> Path:
+    """The state of a training, beside what else is known of it."""
+    return unfinished.with_suffix(".ckpt")
+
+
 def export_dir(results: Path, trainer: str) -> Path:
     """A selection as files for another trainer, below its results."""
     return results / f"export_{slug(trainer)}"

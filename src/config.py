@@ -181,6 +181,14 @@ class MetaTrainingConfig(CheckpointShares):
 
 
 @dataclass(frozen=True)
+class StatesConfig:
+    """interruptions"""
+
+    save_every: float = flag(15.0, "minutes between states of a training, besides those at the end of each epoch; the same "
+        "command goes on from the last one", NOT_NEGATIVE, "MINUTES", free=True)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ChosenTasks:
     """fine-tuning on subsets"""
 
@@ -378,7 +386,7 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, NameConfig, HardwareCon
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, RunsConfig, ClustersConfig):
+class TrainConfig(RunConfig, MetaTrainingConfig, StatesConfig, ChosenTasks, RunsConfig, ClustersConfig):
     """Stages 1 and 5."""
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -265,8 +266,17 @@ def _line_about(error: Exception, flags: Iterable[str]) -> str | None:
     return str(error) if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)) else None
 
 
+def end_at_sigterm(where: str) -> NoReturn:
+    """Say in one line how to go on, and end the program."""
+    if is_first_process():
+        print(f"ended by SIGTERM{where}", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
+
+
 def run_stage(main: Callable[[Any], Any], args: Any) -> Any:
     """Run a script's `main`; an error that the user can mend is one line and exit status 1, not a traceback."""
+    where = "; the same command goes on, or starts again, where it was"
+    before = signal.signal(signal.SIGTERM, lambda *_: end_at_sigterm(where))
     try:
         with waiting_for("loading the libraries"):
             quiet_libraries()
@@ -279,3 +289,5 @@ def run_stage(main: Callable[[Any], Any], args: Any) -> Any:
         if line is None or os.environ.get("GRADEX_TRACEBACK"):
             raise
         sys.exit(f"error: {line}")
+    finally:
+        signal.signal(signal.SIGTERM, before)

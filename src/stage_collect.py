@@ -109,7 +109,8 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
             for turn in (True, False):  # the first process makes what is missing, then the others join it
                 if processes.is_first == turn:
                     writer = store.StoreWriter(part, request, samples, projection.dim, repair, hidden, names,
-                                               lambda index: f"sample {index} ({data.where(index)})")  # fmt: skip
+                                               lambda index: f"sample {index} ({data.where(index)})",
+                                               joins=not turn)  # fmt: skip
                 processes.wait()
             if not writer.complete:
                 if writer.reused:

@@ -36,6 +36,7 @@ PROJECTION_SIGNS = "projection_signs.npz"
 FINGERPRINT = "rows_fingerprint"
 FLUSH_SECONDS = 5.0
 """How much work a killed run loses at most."""
+JOIN_SECONDS = 120.0
 
 
 class StoreWriter:
@@ -55,6 +56,7 @@ class StoreWriter:
         representation_size: H, where representations are kept too.
         names: "tasks" and "targets" -> their names.
         describe: A sample's index -> its name, for messages.
+        joins: Another process has made the part: wait until it is seen here too, which may take a shared file system long.
 
     Attributes:
         complete: The finished folder has just these rows.
@@ -75,6 +77,7 @@ class StoreWriter:
         representation_size: int | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
         describe: Callable[[int], str] = "sample {}".format,
+        joins: bool = False,
     ) -> None:
         self.folder, self.request, self.repair, self.describe = folder, dict(request), repair, describe
         self.samples = {name: np.asarray(values) for name, values in samples.items()}
@@ -88,6 +91,14 @@ class StoreWriter:
         self._first = first[group]  # (R,) position of the first row with the same key
         self._is_first = self._first == np.arange(len(self._first))
         self.reused = len(self._first)
+        waited_until = time.monotonic() + JOIN_SECONDS
+        while joins and self.fingerprint not in (self._found(folder), self._found(self.partial)):
+            if time.monotonic() > waited_until:
+                unseen = (
+                    f"{self.partial}, which the first process made, is not seen here after {JOIN_SECONDS:.0f} seconds"
+                )
+                raise ValueError(f"{unseen}; give all processes the same folder, on a file system that they share")
+            time.sleep(0.1)
         self.complete = self._found(folder) == self.fingerprint
         if self.complete:
             if not self.partial.is_dir():  # else other rows were begun, which are kept

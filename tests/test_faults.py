@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -262,6 +263,105 @@ def test_a_folder_that_cannot_be_written(world):
     assert outcome.status == 1
     line = error_line(outcome.output)
     assert "permission denied" in line and "make that folder writable" in line
+
+
+def results(folder: Path) -> Path:
+    return folder / "results" / "toy" / "results.csv"
+
+
+def saved_by_excel(folder: Path) -> None:
+    """With a mark of the byte order and other ends of lines; the last row has been removed."""
+    lines = results(folder).read_text().splitlines()[:-1]
+    results(folder).write_text("\ufeff" + "\r\n".join(lines) + "\r\n", newline="")
+
+
+def saved_by_excel_with_semicolons(folder: Path) -> None:
+    edit(results(folder), lambda text: "\ufeff" + text.replace(",", ";"))
+
+
+def cell_became_a_date(folder: Path) -> None:
+    edit(results(folder), lambda text: text.replace("\n2 3,", "\n02. Mrz,"))
+
+
+def manifest_half_copied(folder: Path) -> None:
+    (path,) = folder.glob(f"external_lightning_logs/*/step_step=8/{MANIFEST}")
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def weights_not_yet_copied(folder: Path) -> None:
+    (path,) = folder.glob("external_lightning_logs/*/step_step=8/adapter_model.safetensors")
+    path.unlink()
+
+
+def clock_jumped_back(folder: Path) -> None:
+    """What is there is from the future, and newer files seem older."""
+    for place, path in enumerate(sorted(folder.rglob("*"))):
+        os.utime(path, (4e9 - place, 4e9 - place))
+
+
+def lock_of_another_user(folder: Path) -> None:
+    locks = list((folder / "cache" / "locks").glob("*.lock"))
+    assert locks
+    for path in locks:
+        path.chmod(0o444)
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (2, saved_by_excel, None),
+        (2, saved_by_excel_with_semicolons, r"no column 'subset'; expected commas between columns"),
+        (2, cell_became_a_date, r"results\.csv, line 4: subset is '02\. Mrz', expected task ids separated by spaces"),
+        (1, manifest_half_copied, r"manifest\.json is damaged \(.*remove external_lightning_logs.*and run: python"),
+        (1, weights_not_yet_copied, r"adapter_model\.safetensors is gone.*train it again"),
+        (1, clock_jumped_back, None),
+        (3, clock_jumped_back, None),
+        (2, lock_of_another_user, r"cannot use .*\.lock: permission denied; make that folder writable"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_fault_of_others_is_one_line_or_does_no_harm(
+    world: World, number: int, change: Callable[[Path], None], message: str | None
+) -> None:
+    is_of_result = change.__name__.startswith(("saved_by", "cell", "lock"))  # what the stage itself has left
+    folder = world.after(number + is_of_result, "others")
+    change(folder)
+
+    def there() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+    before = there()
+    outcome = world.stages.run(folder, world.commands[number], unprivileged=change is lock_of_another_user)
+    if message is None:
+        assert outcome.status == 0, outcome.output
+        assert_same(folder, world.states[number + 1])
+    else:
+        assert outcome.status == 1 and re.search(message, error_line(outcome.output)), outcome.output
+        assert there() == before  # nothing wrong is kept
+
+
+def test_a_workspace_that_was_moved_goes_on(world: World) -> None:
+    """All of it, deeper and under another name, with the model beside it."""
+    moved = world.root / "elsewhere" / "deeper" / "moved"
+    shutil.rmtree(world.root / "elsewhere", ignore_errors=True)
+    shutil.copytree(world.states[2], moved)
+    shutil.copytree(world.root / "model", moved.parent / "model")
+    for command in world.commands[2:]:
+        outcome = world.stages.run(moved, command)
+        assert outcome.status == 0, outcome.output
+    assert_same(moved, world.states[-1])
+
+
+def test_no_stage_asks_the_network(world: World) -> None:
+    """With HF_HUB_OFFLINE=1, as all tests run."""
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    folder = world.copy(world.empty, "offline")
+    for command in world.commands:
+        outcome = world.stages.run(folder, command, offline=True)
+        assert outcome.status == 0, outcome.output
+    assert_same(folder, world.states[-1])
+    (folder / "dials.py").write_text("def parse_args(_): ...\ndef main(_):\n    import socket; socket.socket()\n")
+    assert world.stages.run(folder, [str(folder / "dials.py")], offline=True).status == 99  # it would have been seen
 
 
 def edit(path: Path, change: Callable[[str], str]) -> None:

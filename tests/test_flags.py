@@ -11,8 +11,10 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 
 from src import config, console
 from src.artifacts import META_INITIALIZATIONS, write_manifest
+from src.distributed import cluster
 from tests.commands import STAGES, load_script, refused, run_script
 from tests.conftest import write_sources
+from tests.faults import srun_environments
 
 
 def settings(typed: str, cls: type = config.EstimateConfig, script: str = "fast_estimate_linear_regression.py"):
@@ -62,6 +64,20 @@ def test_the_published_precision_on_four_gpus(strategy, precision, capsys, monke
                precision=precision if strategy == "fsdp" else None)  # fmt: skip
     with pytest.raises(ValueError, match="--devices 7: this machine has GPUs 0 to 3"):
         _ = config.HardwareConfig((7,)).hardware
+
+
+@pytest.mark.parametrize("seen", [1, 4], ids=["--gpus-per-task=1", "all GPUs of the node"])
+def test_a_process_of_srun_takes_one_gpu(seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of three on the first of two nodes, which has one more than the second."""
+    for name, value in srun_environments(5, nodes=2)[2].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    hardware = config.HardwareConfig().hardware
+    number = 0 if seen == 1 else 2
+    assert (hardware.devices, hardware.device, hardware.num_processes) == ([number], f"cuda:{number}", 5)
+    (environment,) = cluster()
+    assert (environment.global_rank(), environment.local_rank(), environment.world_size()) == (2, 0, 5)
 
 
 def finished_run(name: str | None, **values: object) -> Path:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from src.gradients import GradientCollector, collect_gradients
 from src.projection import make_projection
 from src.store import StoreWriter
 from tests.commands import COLLECT, ROOT, TRAIN
-from tests.faults import Stages, srun_environments, torchrun_environments
+from tests.faults import Stages, node_environments, srun_environments, torchrun_environments
 from tests.test_models import adapted, make_datamodule
 
 
@@ -43,6 +44,15 @@ def run_by(stages: Stages, workspace: Path, command: list[str], environments: li
     return "".join(outcome.output for outcome in outcomes)
 
 
+def started(launcher: str, count: int, command: list[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """A command and the environments of its processes, as a launcher starts them, on one node or two."""
+    nodes = 2 if launcher.endswith("on two nodes") else 1
+    if launcher.startswith("by hand"):
+        return [*command, "--num_nodes", str(nodes)], node_environments(nodes)
+    environments = torchrun_environments if launcher.startswith("torchrun") else srun_environments
+    return command, environments(count, nodes)
+
+
 def check_rows(one: Path, several: Path) -> None:
     """Two stores of the same run have the same rows and moments, and nothing is left beside the second."""
     for part in ("step_step=8", "step_step=16"):
@@ -58,7 +68,16 @@ REALLY = pytest.param("ddp", 2, "torchrun, really", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "count", "launcher"), [("fsdp", 2, "itself"), ("ddp", 2, "torchrun"), ("ddp", 3, "srun"), REALLY]
+    ("strategy", "count", "launcher"),
+    [
+        ("fsdp", 2, "itself"),
+        ("ddp", 2, "torchrun"),
+        ("ddp", 3, "srun"),
+        ("ddp", 2, "torchrun on two nodes"),
+        ("ddp", 3, "srun on two nodes"),
+        ("fsdp", 2, "by hand on two nodes"),
+        REALLY,
+    ],
 )
 def test_rows_are_those_of_one_process(strategy, count, launcher, track, stages, tmp_path):
     """The stage on the CPU (gloo), however it is started: the whole model in each process, or its weights spread."""
@@ -72,8 +91,7 @@ def test_rows_are_those_of_one_process(strategy, count, launcher, track, stages,
     elif launcher == "torchrun, really":
         printed = run_in(workspace, *command, torchrun=count)
     else:
-        environments = {"torchrun": torchrun_environments, "srun": srun_environments}[launcher](count)
-        printed = run_by(stages, workspace, command, environments)
+        printed = run_by(stages, workspace, *started(launcher, count, command))
     assert printed.count("Wrote gradients/") == 1  # one process speaks
     (one,), (several,) = ((root / "gradients").iterdir() for root in (folder, workspace))
     check_rows(one, several)
@@ -144,3 +162,44 @@ def test_waiting_is_in_step(model_folders, tmp_path):
         projection, options = make_projection("sketch", 8, 0), {"output_function": "loss", "processes": processes}
         collect_gradients(model, datamodule, projection, store, **options)
     assert waits == [1, 1, 0, 0]
+
+
+def test_a_joining_process_waits_for_the_files_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that shows them late; it neither removes nor makes anything, and says so where they never come."""
+    samples = {"sample_index": np.arange(3), "key": np.array(list("abc")), "task": np.zeros(3, int)}
+    samples |= {"target": np.full(3, -1), "target_tokens": np.ones(3, int)}
+    monkeypatch.setattr("src.store.JOIN_SECONDS", 0.3)
+    with pytest.raises(ValueError, match=r"\.part, which the first process made, is not seen here after .* they share"):
+        StoreWriter(tmp_path / "part", {}, samples, 4, "", joins=True)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("src.store.JOIN_SECONDS", 30)
+    first = StoreWriter(tmp_path / "part", {}, samples, 4, "")
+    first.write(np.array([0]), np.ones((1, 4)), np.ones(1))
+    first.flush()
+    hidden = first.partial.rename(tmp_path / "hidden")
+    comes = threading.Timer(0.5, hidden.rename, [first.partial])
+    comes.start()
+    joining = StoreWriter(tmp_path / "part", {}, samples, 4, "", joins=True)
+    assert joining.missing().tolist() == [1, 2]
+    comes.join()
+
+
+@pytest.mark.parametrize("launcher", ["srun on two nodes", "by hand on two nodes"])
+def test_training_on_two_nodes_is_training_on_one(
+    launcher: str, track: tuple[Path, list[str]], stages: Stages, tmp_path: Path
+) -> None:
+    """Each process knows its own place only, without LOCAL_RANK; the adapters are those of two processes on one node."""
+    folder, flags = track
+    adapters = []
+    for name in ("torchrun", launcher):
+        workspace = tmp_path / name
+        shutil.copytree(folder, workspace, ignore=shutil.ignore_patterns("gradients", "external_lightning_logs"))
+        training = [*flags[: flags.index("--epochs")], "--epochs", "1", "--batch_size", "4", "--lr", "1e-2"]
+        command = ["custom_train_alpaca.py", *training, "--accelerator", "cpu", "--save_name", "two"]
+        run_by(stages, workspace, *started(name, 2, command))
+        (run,) = workspace.glob("external_lightning_logs/*_run_0")
+        adapters.append({path.parent.name: load_file(path) for path in run.glob("*/adapter_model.safetensors")})
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) >= 3
+    for checkpoint, expected in adapters[0].items():
+        for key, values in expected.items():
+            np.testing.assert_allclose(adapters[1][checkpoint][key], values, rtol=1e-5, atol=1e-7)
