@@ -21,7 +21,7 @@ from src.config import Config, EstimateConfig, EstimationConfig, TrainConfig, fr
 from src.console import command_typed, counted, progress, say_notices, spent, waiting_for
 from src.data import TaskData
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import ESTIMATORS, Part, estimate, solutions
+from src.estimation import ESTIMATORS, Part, estimate, part_weights, solutions
 from src.figures import comparison_figure
 from src.finetune import evaluate, target_metrics
 from src.models import displaced
@@ -138,6 +138,7 @@ class Estimator:
         self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
         self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
+        self._weights: dict[tuple[float, tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
         if self.levels is not None and not self.levels.whole:
             when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
             note = "the loss of all tasks is estimated: it was last measured"
@@ -164,8 +165,23 @@ class Estimator:
         return estimates
 
     def _raw(self, membership: np.ndarray, columns: Sequence[int], rho: float, bar: Any = None) -> np.ndarray:
-        name = self.config.estimator
-        return estimate(self.parts, membership, estimator=name, targets=columns, rho=rho, progress=bar)
+        options: dict[str, Any] = {"estimator": self.config.estimator, "targets": columns, "rho": rho}
+        return estimate(self.parts, membership, weights=self.part_weights(columns, rho), progress=bar, **options)
+
+    def part_weights(self, columns: Sequence[int], rho: float | None = None) -> np.ndarray:
+        """How much each checkpoint counts in the estimates of some targets, (p, k)."""
+        rho = self.config.rho if rho is None else rho
+        if (key := (rho, tuple(columns))) not in self._weights:
+            options: dict[str, Any] = {"estimator": self.config.estimator, "targets": columns, "rho": rho}
+            self._weights[key] = part_weights(self.parts, **options)
+        return self._weights[key][0]
+
+    def agreement(self, columns: Sequence[int]) -> float:
+        """How far single checkpoints rank random halves of the tasks alike, the mean rank correlation of two of them for the
+        mean over some targets; nan for one checkpoint."""
+        self.part_weights(columns)
+        weights, by_part = self._weights[self.config.rho, tuple(columns)]
+        return evaluation.mean_rank_correlation((weights[:, None] * by_part).mean(axis=2).T)
 
     def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
         """What is added to the estimates of some targets, (k,), so that those of all tasks are what is known."""
@@ -182,22 +198,23 @@ class Estimator:
     ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs.
 
-        Gives the ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and
-        upper ends, each (m, k). For a subset that was fine-tuned they come from a map fitted without it.
+        Gives the ridge strength, its own or one that explains them clearly better; calibrated estimates, lower and
+        upper ends, each (m, k). For a subset that was fine-tuned they come from a calibration without it.
         """
         subsets, values = tables.fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
         known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
         default = self.config.rho
         by_rho = {rho: self(known, targets, rho) for rho in {*evaluation.CALIBRATION_RHOS, default}}
-        fine_tuned = values.mean(axis=2)
-        rho, calibration = evaluation.calibrate(by_rho, fine_tuned, default)
+        fine_tuned, asked = values.mean(axis=2), np.asarray(membership)
+        rho, calibration = evaluation.calibrate(by_rho, known, fine_tuned, default)
         estimates = self(membership, targets, rho)
-        calibrated = calibration(estimates)
+        calibrated = calibration(estimates, asked)
         for left_out, subset in enumerate(known):
-            others, same = np.arange(len(known)) != left_out, (np.asarray(membership) == subset).all(axis=1)
-            without = evaluation.fit_calibration(by_rho[rho][others], fine_tuned[others])
-            for of_all, of_others in zip(calibrated, without(estimates[same]), strict=True):
-                of_all[same] = of_others
+            others, same = np.arange(len(known)) != left_out, (asked == subset).all(axis=1)
+            if same.any():
+                without = evaluation.Calibration(by_rho[rho][others], known[others], fine_tuned[others])
+                for of_all, of_others in zip(calibrated, without(estimates[same], asked[same]), strict=True):
+                    of_all[same] = of_others
         return rho, calibrated
 
     @property

@@ -20,6 +20,7 @@ from src.estimation import (
     estimate,
     first_order_error,
     mixture_weights,
+    part_weights,
     solutions,
     task_moments,
     token_weights,
@@ -109,12 +110,14 @@ def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quadratic_terms(rows: Rows, solutions: np.ndarray, weight_by: str) -> np.ndarray:
-    """Half the mean squared change of each target's rows along each solution, (m, k); the longer a row is, the nearer is
-    its gradient, a mean over tokens, to 0, and the more it says about the tokens' curvature."""
+    """Half the mean squared change of each target's rows along each solution, less the square of their mean, (m, k); the
+    longer a row is, the nearer is its gradient, a mean over tokens, to 0, and the more it says of the tokens' curvature."""
     tokens = target_tokens(rows)
     relative = (tokens / tokens[rows.task_of_row >= 0].mean()) ** (module.CURVATURE_POWER - 1)
-    changes = rows.rows.astype(float) @ solutions.T * (relative[:, None] ** 0.5 if weight_by == "token" else 1)
-    return np.array([(changes[rows.target_of_row == target] ** 2).mean(axis=0) / 2 for target in range(NUM_TARGETS)]).T
+    changes = rows.rows.astype(float) @ solutions.T
+    squares = changes**2 * (relative[:, None] if weight_by == "token" else 1)
+    of_targets = [rows.target_of_row == target for target in range(NUM_TARGETS)]
+    return np.array([squares[own].mean(axis=0) - changes[own].mean(axis=0) ** 2 for own in of_targets]).T / 2
 
 
 def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
@@ -253,6 +256,24 @@ def test_several_checkpoints_are_averaged(part: Part, membership: np.ndarray) ->
     other = make_part(make_rows(seed=1, dim=5))
     expected = (estimate([part], membership) + estimate([other], membership)) / 2
     np.testing.assert_allclose(estimate([part, other], membership), expected)
+
+
+def test_no_checkpoint_rules_the_mean_by_its_spread(part: Part, rows: Rows, membership: np.ndarray) -> None:
+    """Gradients and losses of ten times the size count a tenth; where one checkpoint tells no difference, all count alike;
+    random halves are of tasks with rows."""
+    louder = make_part(replace(rows, rows=10 * rows.rows, outputs=rows.outputs * 100))
+    weights, by_part = part_weights([part, louder], estimator="alignment")
+    np.testing.assert_allclose(weights, np.tile([[100 / 101], [1 / 101]], NUM_TARGETS), rtol=1e-4)
+    expected = (
+        100 * estimate([part], membership, estimator="alignment")
+        + estimate([louder], membership, estimator="alignment")
+    ) / 101
+    options = {"estimator": "alignment", "weights": weights}
+    np.testing.assert_allclose(estimate([part, louder], membership, **options), expected, rtol=1e-4)
+    assert by_part.shape[0::2] == (2, NUM_TARGETS) and (by_part.std(axis=1) > 0).all()
+    np.testing.assert_allclose(part_weights([part, part], estimator="constant", targets=[1])[0], [[0.5], [0.5]])
+    few = replace(part, train=replace(part.train, counts=part.train.counts * (np.arange(NUM_TASKS) < 2)))
+    assert np.isfinite(part_weights([few, few])[1]).all()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
