@@ -73,6 +73,7 @@ class Part:
     weight_by: str = (
         "sample"  # "token" for moments with `token_weights`; "task" where the tasks of a subset weigh the same
     )
+    basis: np.ndarray | None = None  # what moments and rows are coordinates in (d, r); None = the store's d dimensions
 
 
 def token_weights(target_tokens: np.ndarray, is_training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,15 +96,17 @@ def task_moments(
     weights: np.ndarray | None = None,
     curvatures: np.ndarray | None = None,
     outers: bool = True,
+    basis: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> TaskMoments:
-    """The moments of each task, read block by block; arguments as in `Rows`. `outers` are n d^2 numbers.
+    """The moments of each task, read block by block; arguments as in `Rows`. `outers` are n d^2 numbers; with a `basis` (d, r)
+    moments are of the rows' coordinates, in r dimensions.
 
     Raises:
         ValueError: a row is not finite.
     """
     of_gradient, of_square = (np.ones(len(rows)) if of is None else of for of in (weights, curvatures))
-    dim, of_task = rows.shape[1], np.flatnonzero(task_of_sample >= 0)
+    dim, of_task = (rows if basis is None else basis).shape[1], np.flatnonzero(task_of_sample >= 0)
     counts, summed_weights, output_sums = (
         np.bincount(task_of_sample[of_task], values[of_task], num_tasks)
         for values in (np.ones(len(rows)), of_gradient, of_gradient * outputs)
@@ -117,6 +120,7 @@ def task_moments(
         for task in np.unique(tasks[tasks >= 0]):
             own = np.flatnonzero(tasks == task)
             gradients, samples = block[own].astype(np.float64), start + own
+            gradients = gradients if basis is None else gradients @ basis
             scaled = of_square[samples, None] * gradients
             sums[task] += of_gradient[samples] @ gradients
             squares[task] += np.vdot(scaled, gradients)
@@ -125,6 +129,28 @@ def task_moments(
     moments = TaskMoments(counts.astype(np.int64), summed_weights, output_sums, sums, squares, summed_outers)
     _check_finite(moments, "task")
     return moments
+
+
+def principal_basis(rows: np.ndarray, is_training: np.ndarray, dim: int) -> np.ndarray:
+    """An orthonormal basis (d, r) of the directions in which rows (R, d) are longest, r = `dim` or the number of rows.
+
+    Training rows (`is_training`, (R,)) and the others count half each. Exact where no more than `dim` rows are there; else
+    by subspace iteration on their second moments, d x d numbers.
+    """
+    if len(rows) <= dim:
+        return np.linalg.qr(np.asarray(rows, np.float64).T)[0]
+    weights = np.where(is_training, 1 / max(is_training.sum(), 1), 1 / max((~is_training).sum(), 1))
+    moments = np.zeros((rows.shape[1],) * 2, np.float32)
+    unit = np.abs(rows[:_BLOCK_ROWS]).max() or 1.0  # squares of small gradients would be lost in float32
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = np.asarray(rows[start : start + _BLOCK_ROWS], np.float32) / np.float32(unit)
+        moments += block.T @ (block * weights[start : start + _BLOCK_ROWS, None].astype(np.float32))
+    width = min(dim + 50, len(moments))
+    basis = np.random.default_rng(0).standard_normal((len(moments), width)).astype(np.float32)
+    for _ in range(4):
+        basis, _ = np.linalg.qr(moments @ basis)
+    _, within = np.linalg.eigh((basis.T @ moments @ basis).astype(np.float64))
+    return basis @ within[:, : -dim - 1 : -1]
 
 
 def estimate(
@@ -176,7 +202,8 @@ def part_weights(parts: Sequence[Part], **options: Any) -> tuple[np.ndarray, np.
 
 def solutions(part: Part, membership: np.ndarray, *, estimator: str = "ridge", rho: float = DEFAULT_RHO) -> np.ndarray:
     """x_S of an estimator for every subset, (m, d) float64; arguments and errors as in `estimate` and `solver_of`."""
-    return _over_chunks(part, membership, rho, solver_of(estimator))
+    found = _over_chunks(part, membership, rho, solver_of(estimator))
+    return found if part.basis is None else found @ part.basis.T
 
 
 def solver_of(estimator: str) -> Make:

@@ -23,9 +23,9 @@ from typing import Any, cast
 import numpy as np
 
 from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
-from src.console import progress
+from src.console import progress, waiting_for
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
+from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, principal_basis, task_moments, token_weights
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -34,6 +34,10 @@ REPRESENTATIONS = "representations.npy"
 SAMPLES = "samples.npz"
 DONE = "done.npy"
 PROJECTION_SIGNS = "projection_signs.npz"
+BASIS = "principal_directions.npz"
+PRINCIPAL_DIM = 400
+"""Of more dimensions, so many principal ones are kept for estimates: with 4,000 projected to begin with, they are as good as
+all 4,000, where a projection to 400 loses a third of the score (`docs/decisions.md`)."""
 FINGERPRINT = "rows_fingerprint"
 FLUSH_SECONDS = 5.0
 """How much work a killed run loses at most."""
@@ -241,10 +245,12 @@ class StoreWriter:
         self.flush()
         manifest = {**self.request, **self.names, FINGERPRINT: self.fingerprint, "num_rows": len(self._first), **facts}
         manifest["files"] = file_sizes(self.partial, [*self._arrays, SAMPLES])
-        part, outers = StoredPart(self.partial, manifest), not kernel_is_smaller(*self.rows.shape)
+        part = StoredPart(self.partial, manifest)
         for kind, names in self.names.items():
             if names:
-                part.moments(kind, self.samples[kind.removesuffix("s")], len(names), part.weight_by, outers)
+                part.moments(
+                    kind, self.samples[kind.removesuffix("s")], len(names), part.weight_by, not part.kernel_is_smaller
+                )
         if (signs := self.folder / PROJECTION_SIGNS).is_file():  # of the same request
             os.replace(signs, self.partial / PROJECTION_SIGNS)
         write_manifest(self.partial, manifest)
@@ -270,11 +276,6 @@ def _remove(folder: Path) -> None:
 def _copy_rows(to: np.ndarray, ours: np.ndarray, source: np.ndarray, theirs: np.ndarray, block: int = 8192) -> None:
     for start in range(0, len(ours), block):
         to[ours[start : start + block]] = source[theirs[start : start + block]]
-
-
-def kernel_is_smaller(num_rows: int, dim: int) -> bool:
-    """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-    return num_rows <= dim
 
 
 @dataclass(frozen=True)
@@ -326,8 +327,21 @@ class StoredPart:
 
     @property
     def kernel_is_smaller(self) -> bool:
-        """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-        return kernel_is_smaller(self.manifest["num_rows"], self.manifest["dim"])
+        """Whether the rows' kernel is the smaller matrix, so that no outer products are kept."""
+        return self.manifest["num_rows"] <= min(self.manifest["dim"], PRINCIPAL_DIM)
+
+    @cached_property
+    def basis(self) -> np.ndarray | None:
+        """What estimates are computed in where d is above `PRINCIPAL_DIM`, (d, r): that many principal directions of the rows,
+        made on first use and kept beside them."""
+        if self.manifest["dim"] <= PRINCIPAL_DIM:
+            return None
+        made_from, kept = f"{self.manifest[FINGERPRINT]} {PRINCIPAL_DIM}", read_arrays(self.folder / BASIS) or {}
+        if kept.get("made_from") != made_from:
+            with waiting_for(f"principal directions of {self.manifest['num_rows']:,} rows"):
+                kept = {"basis": principal_basis(self.rows, self.samples["task"] >= 0, PRINCIPAL_DIM)}
+            write_arrays(self.folder / BASIS, kept | {"made_from": np.array(made_from)})
+        return kept["basis"]
 
     def notices(self) -> list[str]:
         """Targets without rows (every task has some)."""
@@ -360,11 +374,12 @@ class StoredPart:
         outers = not (by_rows or represented)
         train = self.moments(name, tasks, num_tasks, weight_by, outers, represented)
         target = self.moments("targets", targets, len(self.targets), weight_by, outers, represented)
-        rows = None
+        basis, rows = None if represented else self.basis, None
         if by_rows:
             values = self.representations if represented else self.rows
+            values = values if basis is None else np.asarray(values, np.float64) @ basis
             rows = Rows(values, self.outputs, tasks, targets, *self._row_weights(weight_by))
-        return Part(train, target, rows, self.manifest["output_function"], weight_by)
+        return Part(train, target, rows, self.manifest["output_function"], weight_by, basis)
 
     def _row_weights(self, weight_by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Weights of the rows in sums of gradients (R,) and of outer products (R,); None where all weigh the same."""
@@ -379,12 +394,14 @@ class StoredPart:
         by_token = weight_by == "token"
         file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
         made_from = self.manifest[FINGERPRINT] + f"^{CURVATURE_POWER}" * by_token
+        made_from += f" {PRINCIPAL_DIM}" * (self.manifest["dim"] > PRINCIPAL_DIM)
         kept = read_arrays(self.folder / file) or {}
         same_groups = np.array_equal(kept.pop("group_of_row", ()), groups)
         if kept.pop("made_from", None) == made_from and same_groups:
             return TaskMoments(**{"outers": cast(Any, None), **kept})
         values, (weights, curvatures) = self.representations if represented else self.rows, self._row_weights(weight_by)
         options = {"weights": weights, "curvatures": curvatures, "outers": outers, "progress": progress}
+        options["basis"] = None if represented else self.basis
         moments = task_moments(values, self.outputs, groups, number, **cast(Any, options))
         kept = {field: value for field, value in vars(moments).items() if value is not None}
         write_arrays(self.folder / file, {"group_of_row": groups, "made_from": np.array(made_from), **kept})

@@ -21,6 +21,7 @@ from src.estimation import (
     first_order_error,
     mixture_weights,
     part_weights,
+    principal_basis,
     solutions,
     task_moments,
     token_weights,
@@ -394,3 +395,37 @@ def test_slopes_of_combined_moments_are_those_of_the_sums(shares: list[list[floa
     at = torch.tensor(shares, dtype=torch.float64, requires_grad=True)
     (module._combined(at, outers) * goal[: len(at)]).sum().backward()
     torch.testing.assert_close(at.grad, goal[: len(at)] @ outers.T)
+
+
+@pytest.mark.parametrize(("num_rows", "dim"), [(30, 40), (300, 20)])
+def test_principal_directions_are_those_of_a_decomposition(num_rows: int, dim: int) -> None:
+    """The same subspace as a full decomposition gives; all of the rows where there are few."""
+    rng = np.random.default_rng(0)
+    values = (
+        1e-6
+        * (rng.standard_normal((num_rows, 60)) * 0.9 ** np.arange(60))
+        @ np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    )
+    is_training = np.arange(num_rows) < num_rows * 0.9
+    basis = principal_basis(values, is_training, dim)
+    kept = min(dim, num_rows)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(kept), atol=1e-5)
+    balanced = values / np.sqrt(np.where(is_training, is_training.sum(), (~is_training).sum()))[:, None]
+    _, lengths, directions = np.linalg.svd(balanced)
+    held = np.square(balanced @ basis).sum()
+    assert held == pytest.approx(np.square(lengths[:kept]).sum(), rel=1e-4)
+    if num_rows > dim:
+        np.testing.assert_allclose(abs(np.linalg.det(basis.T[:5] @ directions[:5].T)), 1.0, atol=1e-3)
+
+
+def test_estimates_in_principal_directions_are_those_of_all(rows: Rows, membership: np.ndarray) -> None:
+    """Where these hold all of the rows: estimates, and solutions in the store's dimensions; by moments and by rows."""
+    turned = np.linalg.qr(np.random.default_rng(0).standard_normal((50, 50)))[0][: rows.rows.shape[1]]
+    wide = replace(rows, rows=rows.rows @ turned)
+    basis = principal_basis(wide.rows, rows.task_of_row >= 0, rows.rows.shape[1])
+    narrow = replace(make_part(replace(wide, rows=wide.rows @ basis)), basis=basis)
+    plain = make_part(wide)
+    np.testing.assert_allclose(estimate([narrow], membership), estimate([plain], membership), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(solutions(narrow, membership), solutions(plain, membership), rtol=1e-2, atol=1e-4)
+    of_coordinates = task_moments(wide.rows, rows.outputs, rows.task_of_row, NUM_TASKS, basis=basis)
+    np.testing.assert_allclose(of_coordinates.sums @ basis.T, plain.train.sums, rtol=1e-3, atol=1e-4)

@@ -75,12 +75,16 @@ def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
     estimator = estimator_of(*flags)
     members = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
     for rho in (1e-3, 0.1):
-        plain = estimate(estimator.parts, members, rho=rho)
+        plain = estimate(estimator.parts, members, rho=rho, weights=estimator.part_weights([0], rho))
         shifts = estimator(members, rho=rho) - plain
         np.testing.assert_allclose(
             shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6
         )
-    values = (lambda tried: estimate(estimator.parts, tried).mean(axis=1), lambda tried: estimator(tried).mean(axis=1))
+    weights = estimator.part_weights([0])
+    values = (
+        lambda tried: estimate(estimator.parts, tried, weights=weights).mean(axis=1),
+        lambda tried: estimator(tried).mean(axis=1),
+    )
     plain, shifted = (forward_selection(of, 4, past_best=5) for of in values)
     assert [step.task for step in plain.steps] == [step.task for step in shifted.steps]
     assert plain.selected == shifted.selected
