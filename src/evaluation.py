@@ -171,15 +171,18 @@ def comparison(
 class Calibration:
     """A Gaussian process over subsets for each target, from estimates to fine-tuned values; call it for other subsets.
 
-    A value is a level, a slope times the estimate, the mean effect of the subset's sources, and noise. Which shares of the
-    variance these have (`SHARES`) is averaged over, weighted by how well they explain the fine-tuned values of all targets:
-    a few values leave the ranking to the estimate, many correct it. Estimates may have any unit.
+    The logarithm of a value is a level, a slope times the estimate, the mean effect of the subset's sources, and noise. Which
+    shares of the variance these have (`SHARES`) is averaged over, weighted by how well they explain the fine-tuned values of
+    all targets: a few values leave the ranking to the estimate, many correct it. Estimates may have any unit; where values
+    are not all above 0, their logarithm is not taken.
     """
 
     def __init__(self, estimates: np.ndarray, membership: np.ndarray, fine_tuned: np.ndarray) -> None:
         """Estimates (c, k), sources (c, n) and values (c, k) of the subsets that were fine-tuned."""
         self._estimates, self._sources = estimates, _source_shares(membership)
         self._known = self._scaled(estimates, membership)
+        self._logarithms = bool((fine_tuned > 0).all())
+        fine_tuned = np.log(fine_tuned) if self._logarithms else fine_tuned
         self._center, deviation = fine_tuned.mean(axis=0), fine_tuned.std(axis=0, ddof=1)
         self._unit = np.where(deviation > 0, deviation, np.finfo(float).tiny)
         values, spreads = ((fine_tuned - self._center) / self._unit).T, SPREADS[:, None]
@@ -223,7 +226,8 @@ class Calibration:
             square += (weights * (values**2 + spreads**2 * variance)).sum(axis=0)
         values = self._center + self._unit * mean.T
         half = norm.ppf((1 + share) / 2) * self._unit * np.sqrt(np.maximum(square - mean**2, 0.0)).T
-        return values, values - half, values + half
+        found = values, values - half, values + half
+        return tuple(np.exp(found)) if self._logarithms else found
 
     def _scaled(self, estimates: np.ndarray, membership: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Estimates (m, k) and shares of sources (m, n), of mean 0 and variance 1 over the fine-tuned subsets."""

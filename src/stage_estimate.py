@@ -62,6 +62,22 @@ def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> Ta
     return load_data(config).with_tasks({int(row): names_of_clusters[c] for row, c in pairs})
 
 
+TRUST = (
+    (0.85, "trust is high", "where it was, estimates ranked halves at 0.92"),
+    (
+        0.6,
+        "trust is middling",
+        "where it was, estimates ranked halves at 0.62 to 0.83; a few fine-tuned subsets tell (--calibrate)",
+    ),
+    (
+        -1.0,
+        "trust is low",
+        "where it was, estimates ranked halves at 0.33 to 0.74; fine-tune some subsets first (--calibrate)",
+    ),
+)
+"""From what agreement of checkpoints on, what is said, and Spearman's correlation with fine-tuned values that was measured
+there (`docs/decisions.md`)."""
+
 # --- estimates -----------------------------------------------------------------------------------------------
 
 
@@ -181,7 +197,17 @@ class Estimator:
         mean over some targets; nan for one checkpoint."""
         self.part_weights(columns)
         weights, by_part = self._weights[self.config.rho, tuple(columns)]
-        return evaluation.mean_rank_correlation((weights[:, None] * by_part).mean(axis=2).T)
+        return float(evaluation.mean_rank_correlation((weights[:, None] * by_part).mean(axis=2).T))
+
+    def trust(self, columns: Sequence[int]) -> str:
+        """In words, which checkpoints the estimates of some targets are from, and how far they can be trusted."""
+        steps = [part.manifest["step"] for part in self.stored]
+        names = map(str, steps) if min(steps) >= 0 else (part.folder.name for part in self.stored)
+        where = f"Estimates are from gradients at step {', '.join(names)} of meta-training, each counted alike"
+        if not np.isfinite(agreement := self.agreement(columns)):
+            return f"{where}; only several that tell subsets apart say how far they can be trusted."
+        level, known = next(words for least, *words in TRUST if agreement >= least)
+        return f"{where}. These rank random halves at {agreement:.2f} alike: {level}; {known}."
 
     def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
         """What is added to the estimates of some targets, (k,), so that those of all tasks are what is known."""

@@ -82,6 +82,7 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
         print(f"Mixture weights: {called} {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
     for of_group in zip(selected, labels, groups, references, strict=True):
         say_selected(estimator, *of_group)
+    print(estimator.trust(columns))
     print(
         f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it: python {config.training_script}"
         f"{named(config)} --subset_file {chosen}"

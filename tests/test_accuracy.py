@@ -112,20 +112,21 @@ def test_calibration_is_the_normal_distribution_given_what_was_fine_tuned() -> N
     rng = np.random.default_rng(0)
     members, estimates = halves(9, rng), rng.standard_normal((9, 2))
     estimates[:, 1] *= 100
-    known, values = slice(0, 6), 3 + estimates[:6] / 5 + rng.standard_normal((6, 2))
+    known, values = slice(0, 6), 9 + estimates[:6] / 50 + rng.standard_normal((6, 2))
     found = Calibration(estimates[known], members[known], values)(estimates[6:], members[6:], share=0.8)
     sources = members / members.sum(axis=1, keepdims=True)
     sources = (sources - sources[known].mean(axis=0)) / np.sqrt(
         (sources[known] - sources[known].mean(axis=0)).var(axis=0).sum()
     )
     logs, means, variances = (np.zeros((len(SHARES), len(SPREADS), 2, *size)) for size in ((), (3,), (3,)))
-    centers, units = values.mean(axis=0), values.std(axis=0, ddof=1)
+    logarithms = np.log(values)
+    centers, units = logarithms.mean(axis=0), logarithms.std(axis=0, ddof=1)
     for (i, (of_estimate, of_sources)), (j, spread), k in product(enumerate(SHARES), enumerate(SPREADS), range(2)):
         slopes = (estimates[:, k] - estimates[known, k].mean()) / estimates[known, k].std()
         covariance = of_estimate * FREEDOM * np.outer(slopes, slopes) + of_sources * sources @ sources.T
         covariance = spread**2 * (covariance + (1 - of_estimate - of_sources) * np.eye(9)) + 1e5
         mean = spread * np.sqrt(of_estimate * (1 - FREEDOM)) * slopes
-        rest = (values[:, k] - centers[k]) / units[k] - mean[known]
+        rest = (logarithms[:, k] - centers[k]) / units[k] - mean[known]
         logs[i, j, k] = multivariate_normal(np.zeros(6), covariance[known, known]).logpdf(rest)
         gain = np.linalg.solve(covariance[known, known], covariance[known, 6:]).T
         means[i, j, k] = mean[6:] + gain @ rest
@@ -136,7 +137,7 @@ def test_calibration_is_the_normal_distribution_given_what_was_fine_tuned() -> N
     deviation = np.sqrt(np.einsum("ijk,ijkm->mk", weights, means**2 + variances) - mean**2)
     half = norm.ppf(0.9) * deviation * units
     center = centers + mean * units
-    np.testing.assert_allclose(found, [center, center - half, center + half], rtol=1e-3)
+    np.testing.assert_allclose(found, np.exp([center, center - half, center + half]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("count", [8, 20])
@@ -146,7 +147,7 @@ def test_intervals_hold_what_they_promise(count: int) -> None:
     for of_estimate, of_sources, of_noise in 70 * [(1.0, 0.0, 0.5), (0.6, 0.6, 0.5), (0.0, 0.0, 1.0)]:
         members, estimates = halves(count + 10, rng), rng.standard_normal((count + 10, 2))
         effects = members @ rng.standard_normal((10, 2)) * np.sqrt(10) / 5
-        values = 3 + of_estimate * estimates + of_sources * effects + of_noise * rng.standard_normal(estimates.shape)
+        values = 9 + of_estimate * estimates + of_sources * effects + of_noise * rng.standard_normal(estimates.shape)
         calibration = Calibration(estimates[:count], members[:count], values[:count])
         _, low, high = calibration(estimates[count:], members[count:])
         held.setdefault(of_estimate, []).append((low <= values[count:]) & (values[count:] <= high))
@@ -175,8 +176,11 @@ def test_calibration_knows_no_units_and_what_does_not_vary() -> None:
     members, estimates = halves(12, rng), rng.standard_normal((12, 2))
     values = estimates + 0.1 * rng.standard_normal((12, 2))
     plain = np.array(Calibration(estimates[:7], members[:7], values[:7])(estimates, members))
-    other = Calibration(1e4 * estimates[:7] - 3, members[:7], 1e-3 * values[:7] + 8)(1e4 * estimates - 3, members)
-    np.testing.assert_allclose((np.array(other) - 8) * 1e3, plain, rtol=1e-6, atol=1e-8)
+    other = Calibration(1e4 * estimates[:7] - 3, members[:7], 1e-3 * values[:7] - 8)(1e4 * estimates - 3, members)
+    np.testing.assert_allclose((np.array(other) + 8) * 1e3, plain, rtol=1e-6, atol=1e-8)
+    above, tenfold = (Calibration(estimates[:7], members[:7], factor * np.exp(values[:7])) for factor in (1, 10))
+    np.testing.assert_allclose(tenfold(estimates, members), 10 * np.array(above(estimates, members)), rtol=1e-6)
+    np.testing.assert_allclose(np.log(above(estimates, members)), plain, rtol=1e-6, atol=1e-8)
     same = np.ones((12, 2))
     for of_estimates, of_members in ((same, members), (same, same > 0)):
         found = Calibration(of_estimates[:7], of_members[:7], values[:7])(of_estimates, of_members)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 from src import config
-from src.estimation import estimate
+from src.estimation import estimate, part_weights
 from src.selection import forward_selection
 from src.stage_estimate import Estimator, stored
 from src.stage_select import reference_estimates
@@ -156,3 +157,20 @@ def test_a_selection_that_is_not_below_the_base_model_is_named(flags: list[str],
     with training_says(lambda known: known["validation_losses"]["base"].update(goal=0.01)):
         run_script(STAGE_4, *named)
     assert "No selection is estimated to beat the base model: its measured loss, 0.01, " in capsys.readouterr().out
+
+
+def test_a_selection_says_how_far_its_checkpoints_agree(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Rank correlation over random halves; one checkpoint alone cannot say it."""
+    estimator = estimator_of(*flags)
+    _, by_part = part_weights(estimator.parts)
+    assert estimator.agreement([0]) == pytest.approx(spearmanr(*by_part[:, :, 0]).statistic)
+    run_script(STAGE_4, *flags, *DIM, "--results_name", "trusted")
+    said = capsys.readouterr().out
+    assert "gradients at step 0, 5 of meta-training" in said
+    assert f"rank random halves at {estimator.agreement([0]):.2f} alike: trust is " in said
+    estimator.parts[1] = estimator.parts[0]
+    estimator._weights.clear()
+    assert "at 1.00 alike: trust is high" in estimator.trust([0])
+    del estimator.parts[1], estimator.stored[1]
+    estimator._weights.clear()
+    assert "only several that tell subsets apart" in estimator.trust([0])
