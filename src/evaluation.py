@@ -22,9 +22,6 @@ from src.artifacts import RESULTS_FILE, losses_file
 
 CONSTANT, INCLUSION = "constant", "own task in the subset"
 AVERAGE, MEAN = "(average)", "(mean over targets)"
-CALIBRATION_RHOS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-CLEARLY = 3.0
-"""Another ridge strength is taken where the fine-tuned values are so much likelier with it, as a logarithm (20 times)."""
 _LEVELS = (0.0, 0.1, 0.25, 0.45, 0.65, 0.8, 0.9, 0.96, 0.99)
 SHARES = [(estimate, sources) for estimate in _LEVELS for sources in _LEVELS if estimate + sources < 0.995]
 """Shares of the variance of fine-tuned values that the estimate and the sources may have; the rest is noise."""
@@ -32,8 +29,8 @@ SPREADS = np.geomspace(0.6, 3.0, 7)
 """Standard deviations that the values of a target may have, relative to that of the ones that were fine-tuned."""
 FREEDOM = 0.19
 """The share of chance in the slope of the estimate. The slope is expected to be positive, 2 standard deviations above 0."""
-MIN_SUBSETS = 4
-"""With fewer, a line through them says nothing about its own error."""
+MIN_SUBSETS = 5
+"""Fewer fine-tuned subsets than these calibrate nothing: each of them is to be estimated by the others."""
 
 
 def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
@@ -50,7 +47,7 @@ def mean_rank_correlation(values: np.ndarray) -> np.ndarray:
     ranks = rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2
     with np.errstate(invalid="ignore"):
         scaled = ranks / np.sqrt((ranks**2).sum(axis=-2, keepdims=True))
-    return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / (runs * (runs - 1))
+        return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / np.float64(runs * (runs - 1))
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
@@ -204,8 +201,7 @@ class Calibration:
         by_spread = np.array(likelihoods)  # (shares, spreads, k)
         of_target = logsumexp(by_spread, axis=1)
         together = of_target.sum(axis=1)
-        self.evidence = float(logsumexp(together))  # the logarithm of how likely the values are, plus a constant
-        self._weights = np.exp(together - self.evidence)[:, None, None] * np.exp(by_spread - of_target[:, None])
+        self._weights = np.exp(together - logsumexp(together))[:, None, None] * np.exp(by_spread - of_target[:, None])
 
     def __call__(
         self, estimates: np.ndarray, membership: np.ndarray, share: float = 0.9
@@ -249,22 +245,6 @@ class Calibration:
 def _source_shares(membership: np.ndarray) -> np.ndarray:
     """The share of each source in each subset, (m, n), all equal; 0 in an empty one."""
     return membership / np.maximum(np.sum(membership, axis=1, keepdims=True), 1)
-
-
-def calibrate(
-    estimates_by_rho: Mapping[float, np.ndarray], membership: np.ndarray, fine_tuned: np.ndarray, default: float
-) -> tuple[float, Calibration]:
-    """A ridge strength, the default or one that explains the fine-tuned values better by `CLEARLY`, and the calibration of
-    its estimates (c, k). Other arguments as in `Calibration`.
-
-    Refuses (ValueError) fewer than `MIN_SUBSETS` + 1 subsets.
-    """
-    if len(fine_tuned) <= MIN_SUBSETS:
-        raise ValueError(f"--calibrate needs at least {MIN_SUBSETS + 1} fine-tuned subsets, found {len(fine_tuned)}")
-    fitted = {rho: Calibration(of_rho, membership, fine_tuned) for rho, of_rho in estimates_by_rho.items()}
-    best = max(fitted, key=lambda rho: fitted[rho].evidence)
-    rho = best if fitted[best].evidence > fitted[default].evidence + CLEARLY else default
-    return rho, fitted[rho]
 
 
 @dataclass(frozen=True)

@@ -221,27 +221,29 @@ class Estimator:
 
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
-    ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs: these,
+        and the lower and upper ends of 90 % intervals, each (m, k). A subset that was fine-tuned is calibrated on the others.
 
-        Gives the ridge strength, its own or one that explains them clearly better; calibrated estimates, lower and
-        upper ends, each (m, k). For a subset that was fine-tuned they come from a calibration without it.
+        Refuses (ValueError) fewer than `MIN_SUBSETS` fine-tuned subsets.
         """
         subsets, values = tables.fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
-        known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
-        default = self.config.rho
-        by_rho = {rho: self(known, targets, rho) for rho in {*evaluation.CALIBRATION_RHOS, default}}
-        fine_tuned, asked = values.mean(axis=2), np.asarray(membership)
-        rho, calibration = evaluation.calibrate(by_rho, known, fine_tuned, default)
-        estimates = self(membership, targets, rho)
-        calibrated = calibration(estimates, asked)
+        if len(subsets) < evaluation.MIN_SUBSETS:
+            needed = f"at least {evaluation.MIN_SUBSETS} fine-tuned subsets"
+            raise ValueError(f"--calibrate needs {needed}, found {len(subsets)}")
+        known, asked = (
+            membership_matrix([parse_subset(text) for text in subsets], len(self.tasks)),
+            np.asarray(membership),
+        )
+        fine_tuned, of_known, estimates = values.mean(axis=2), self(known, targets), self(membership, targets)
+        calibrated = evaluation.Calibration(of_known, known, fine_tuned)(estimates, asked)
         for left_out, subset in enumerate(known):
             others, same = np.arange(len(known)) != left_out, (asked == subset).all(axis=1)
             if same.any():
-                without = evaluation.Calibration(by_rho[rho][others], known[others], fine_tuned[others])
+                without = evaluation.Calibration(of_known[others], known[others], fine_tuned[others])
                 for of_all, of_others in zip(calibrated, without(estimates[same], asked[same]), strict=True):
                     of_all[same] = of_others
-        return rho, calibrated
+        return calibrated
 
     @property
     def meta_training(self) -> dict[str, Any]:
@@ -319,15 +321,13 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
     membership = membership_matrix(subsets, num_tasks)
     values = {tables.SCORE if estimator.ranks_only else ESTIMATE: estimator(membership, columns)}
     if truth is not None:
-        rho, calibrated = estimator.calibrated(truth, membership, columns)
+        calibrated = estimator.calibrated(truth, membership, columns)
         values |= dict(zip((tables.CALIBRATED, tables.LOW, tables.HIGH), calibrated, strict=True))
-        calibration["rho_calibrated"] = rho
-        beside = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
         described = Path(str(config.calibrate)).with_suffix(".json")
         facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
         trained = ", ".join(f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts)
         how = f" (fine-tuned with {trained})" if trained else ""
-        print(f"Calibrated on {config.calibrate}{how}, with rho {rho:g}{beside}.")
+        print(f"Calibrated on {config.calibrate}{how}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in values for column in columns]
     frame = pd.DataFrame(np.concatenate(list(values.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])

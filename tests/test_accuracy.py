@@ -20,7 +20,6 @@ from src.evaluation import (
     Calibration,
     attainable_maximum,
     bootstrap_interval,
-    calibrate,
     comparison,
     given_inclusion,
     judge,
@@ -186,17 +185,3 @@ def test_calibration_knows_no_units_and_what_does_not_vary() -> None:
         found = Calibration(of_estimates[:7], of_members[:7], values[:7])(of_estimates, of_members)
         assert np.isfinite(found).all()
     np.testing.assert_allclose(Calibration(estimates, members, same)(estimates, members), 1.0)
-
-
-def test_the_ridge_that_explains_the_values_is_taken() -> None:
-    """Where it does so clearly better than the default."""
-    rng = np.random.default_rng(0)
-    fine_tuned, members = rng.standard_normal((8, 3)), halves(8, rng)
-    noises = {0.1: 2.0, 0.2: 0.1, 0.3: 1.0}
-    by_rho = {rho: fine_tuned + noise * rng.standard_normal((8, 3)) for rho, noise in noises.items()}
-    nearly = {0.1: by_rho[0.2], 0.2: by_rho[0.2] + 0.01 * rng.standard_normal((8, 3))}
-    assert all(calibrate(nearly, members, fine_tuned, default)[0] == default for default in nearly)
-    rho, calibration = calibrate(by_rho, members, fine_tuned, 0.1)
-    assert rho == 0.2 and calibration.evidence == Calibration(by_rho[0.2], members, fine_tuned).evidence
-    with pytest.raises(ValueError, match="at least 5 fine-tuned subsets, found 4"):
-        calibrate({0.1: np.zeros((4, 1))}, members[:4], np.zeros((4, 1)), 0.1)
