@@ -63,7 +63,7 @@ def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> Ta
 
 
 TRUST = (
-    (0.85, "trust is high", "where it was, estimates ranked halves at 0.92"),
+    (0.85, "trust is high", "where it was, estimates ranked halves at 0.92 to 0.97"),
     (
         0.6,
         "trust is middling",
