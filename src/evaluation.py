@@ -43,11 +43,12 @@ def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> 
 def mean_rank_correlation(values: np.ndarray) -> np.ndarray:
     """Spearman's correlation of the columns of (..., m, r), the mean over their pairs: (...); nan where one does not vary, or
     for a single one."""
-    runs = values.shape[-1]
+    if (runs := values.shape[-1]) < 2:
+        return np.full(values.shape[:-2], np.nan)
     ranks = rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2
     with np.errstate(invalid="ignore"):
         scaled = ranks / np.sqrt((ranks**2).sum(axis=-2, keepdims=True))
-        return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / np.float64(runs * (runs - 1))
+        return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / (runs * (runs - 1))
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:

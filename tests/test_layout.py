@@ -14,7 +14,7 @@ from tests.commands import ROOT
 BUDGETS = {
     "distributed": 150, "artifacts": 360, "console": 290, "config": 620, "data": 240, "frames": 150,
     "instruction": 550, "cot": 300, "datamodule": 400, "models": 500, "finetune": 420, "projection": 290,
-    "estimation": 530, "tables": 160, "subsets": 220, "selection": 190, "evaluation": 340, "figures": 160,
+    "estimation": 530, "tables": 160, "subsets": 220, "selection": 190, "evaluation": 320, "figures": 160,
     "store": 460, "gradients": 270, "stage_train": 390, "stage_collect": 210, "stage_estimate": 435,
     "stage_select": 205, "export": 230,
 }  # fmt: skip
