@@ -168,7 +168,7 @@ class TrainingConfig:
 class CheckpointShares:
     """meta-training"""
 
-    checkpoint_at: tuple[float, ...] = flag((0.0, 0.08, 0.33),
+    checkpoint_at: tuple[float, ...] = flag((0.08, 0.2, 0.5),
         "shares of the optimizer steps to keep checkpoints at, for gradients; 0: the start", SHARE, nargs="*")  # fmt: skip
 
 
@@ -240,7 +240,7 @@ class HardwareConfig:
 class ProjectionConfig:
     """projection"""
 
-    project_dim: int = flag(400, "dimension d of the projected gradients", COUNT, alias="--project_dimension")
+    project_dim: int = flag(4000, "dimension d of the projected gradients", COUNT, alias="--project_dimension")
     projection: str = flag("sketch", "kind; none keeps all p numbers", choices=("sketch", "two_sided", "dense", "none"))
     output_function: str = flag("loss", "what is differentiated; margin is of log-odds", choices=("loss", "margin"))
     project_gradients: bool = flag(False, "published; has no effect", free=True, shown="gradients are projected")

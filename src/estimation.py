@@ -27,6 +27,8 @@ Progress = Callable[..., Any]
 
 # Memory for the work on a chunk of subsets; rows in memory at once.
 _CHUNK_BYTES, _BLOCK_ROWS = 1 << 28, 8192
+# Random halves of the tasks, over which the estimates of one checkpoint are compared with another's.
+_REFERENCE_HALVES = 64
 # Newton's method of "logistic": the gradient norm to reach, relative to the start, and when to give up.
 _NEWTON_TOLERANCE, _NEWTON_STEPS = 1e-5, 50
 
@@ -67,6 +69,7 @@ class Part:
     weight_by: str = (
         "sample"  # "token" for moments with `token_weights`; "task" where the tasks of a subset weigh the same
     )
+    basis: np.ndarray | None = None  # what moments and rows are coordinates in (d, r); None = the store's d dimensions
 
 
 def token_weights(target_tokens: np.ndarray, is_training: np.ndarray) -> np.ndarray:
@@ -87,15 +90,17 @@ def task_moments(
     *,
     weights: np.ndarray | None = None,
     outers: bool = True,
+    basis: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> TaskMoments:
-    """The moments of each task, read block by block; arguments as in `Rows`. `outers` are n d^2 numbers.
+    """The moments of each task, read block by block; arguments as in `Rows`. `outers` are n d^2 numbers; with a `basis` (d, r)
+    moments are of the rows' coordinates, in r dimensions.
 
     Raises:
         ValueError: a row is not finite.
     """
     of_row = np.ones(len(rows)) if weights is None else weights
-    dim, of_task = rows.shape[1], np.flatnonzero(task_of_sample >= 0)
+    dim, of_task = (rows if basis is None else basis).shape[1], np.flatnonzero(task_of_sample >= 0)
     counts, summed_weights, output_sums = (
         np.bincount(task_of_sample[of_task], values[of_task], num_tasks)
         for values in (np.ones(len(rows)), of_row, of_row * outputs)
@@ -109,6 +114,7 @@ def task_moments(
         for task in np.unique(tasks[tasks >= 0]):
             own = np.flatnonzero(tasks == task)
             gradients, samples = block[own].astype(np.float64), start + own
+            gradients = gradients if basis is None else gradients @ basis
             scaled = of_row[samples, None] * gradients
             sums[task] += of_row[samples] @ gradients
             squares[task] += np.vdot(scaled, gradients)
@@ -119,6 +125,28 @@ def task_moments(
     return moments
 
 
+def principal_basis(rows: np.ndarray, is_training: np.ndarray, dim: int) -> np.ndarray:
+    """An orthonormal basis (d, r) of the directions in which rows (R, d) are longest, r = `dim` or the number of rows.
+
+    Training rows (`is_training`, (R,)) and the others count half each. Exact where no more than `dim` rows are there; else
+    by subspace iteration on their second moments, d x d numbers.
+    """
+    if len(rows) <= dim:
+        return np.linalg.qr(np.asarray(rows, np.float64).T)[0]
+    weights = np.where(is_training, 1 / max(is_training.sum(), 1), 1 / max((~is_training).sum(), 1))
+    moments = np.zeros((rows.shape[1],) * 2, np.float32)
+    unit = np.abs(rows[:_BLOCK_ROWS]).max() or 1.0  # squares of small gradients would be lost in float32
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = np.asarray(rows[start : start + _BLOCK_ROWS], np.float32) / np.float32(unit)
+        moments += block.T @ (block * weights[start : start + _BLOCK_ROWS, None].astype(np.float32))
+    width = min(dim + 50, len(moments))
+    basis = np.random.default_rng(0).standard_normal((len(moments), width)).astype(np.float32)
+    for _ in range(4):
+        basis, _ = np.linalg.qr(moments @ basis)
+    _, within = np.linalg.eigh((basis.T @ moments @ basis).astype(np.float64))
+    return basis @ within[:, : -dim - 1 : -1]
+
+
 def estimate(
     parts: Sequence[Part],
     membership: np.ndarray,
@@ -126,6 +154,7 @@ def estimate(
     estimator: str = "ridge",
     rho: float = DEFAULT_RHO,
     targets: Sequence[int] | None = None,
+    weights: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """The estimated output of every target after fine-tuning on every subset, (m, k) float64: the mean over the parts.
@@ -136,20 +165,39 @@ def estimate(
         estimator: one of `ESTIMATORS`.
         rho: ridge strength relative to the mean squared norm of a gradient: lambda = rho trace(H_all/N).
         targets: ids of the targets wanted; None = all k.
+        weights: of the parts in the mean, (p, k) as `part_weights` gives them; None = all alike.
 
     Raises:
         ValueError: a subset or target without rows, moments that are not finite, or another argument out of range.
     """
     chosen = range(len(parts[0].target.counts)) if targets is None else targets
-    parts = [_with_targets(part, chosen) for part in parts]
-    return np.mean(
-        [_over_chunks(part, membership, rho, ESTIMATORS[estimator].make, progress) for part in parts], axis=0
-    )
+    parts, make = [_with_targets(part, chosen) for part in parts], ESTIMATORS[estimator].make
+    by_part = np.stack([_over_chunks(part, membership, rho, make, progress) for part in parts])  # (p, m, k)
+    return by_part.mean(axis=0) if weights is None else (weights[:, None] * by_part).sum(axis=0)
+
+
+def part_weights(parts: Sequence[Part], **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How much each part is to count in the mean, (p, k), and what that is told by: the estimates of random halves of the
+    tasks at each part, (p, halves, k). Options as in `estimate`.
+
+    Between subsets, the estimates at one checkpoint may differ many times as much as those at another, and would rule the
+    mean: each counts by one over its standard deviation. Where one has none, all count alike.
+    """
+    has_rows = np.all([part.train.counts > 0 for part in parts], axis=0)
+    draws = (
+        np.random.default_rng(0).random((_REFERENCE_HALVES, len(has_rows))) - has_rows
+    )  # those without rows come last
+    halves = (draws.argsort(axis=1).argsort(axis=1) < max(has_rows.sum() // 2, 1)) & has_rows
+    by_part = np.stack([estimate([part], halves, **options) for part in parts])
+    spreads = by_part.std(axis=1)
+    spreads = np.where((spreads > 1e-9 * abs(by_part).max(axis=1)).all(axis=0), spreads, 1.0)
+    return (1 / spreads) / (1 / spreads).sum(axis=0), by_part
 
 
 def solutions(part: Part, membership: np.ndarray, *, estimator: str = "ridge", rho: float = DEFAULT_RHO) -> np.ndarray:
     """x_S of an estimator for every subset, (m, d) float64; arguments and errors as in `estimate` and `solver_of`."""
-    return _over_chunks(part, membership, rho, solver_of(estimator))
+    found = _over_chunks(part, membership, rho, solver_of(estimator))
+    return found if part.basis is None else found @ part.basis.T
 
 
 def solver_of(estimator: str) -> Make:
@@ -165,6 +213,7 @@ def mixture_weights(
     targets: Sequence[int],
     *,
     rho: float = DEFAULT_RHO,
+    weights: np.ndarray | None = None,
     steps: int = 300,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -179,16 +228,17 @@ def mixture_weights(
     for part in parts:
         of_row, strength = _row_weights(part, np.ones((1, num_tasks)), rho)
         models.append((of_row, _tensor(part.train.weights), _ridge(part, strength)))
+    of_part = torch.full((len(parts), 1), 1 / len(parts)) if weights is None else _tensor(weights)
     logits = torch.zeros(1, num_tasks, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
     course: list[float] = []
     best = logits.detach()[0]
     for _ in progress(range(steps), desc="mixture weights", unit="step") if progress else range(steps):
-        weights = num_tasks * logits.softmax(1)
-        values = [estimates_of(_shares(weights * of_row, totals)).mean() for of_row, totals, estimates_of in models]
-        value = torch.stack(values).mean()
+        of_task = num_tasks * logits.softmax(1)
+        values = [estimates_of(_shares(of_task * of_row, totals))[0] for of_row, totals, estimates_of in models]
+        value = (of_part * torch.stack(values)).sum(0).mean()
         if not course or value < min(course):
-            best = weights.detach()[0]
+            best = of_task.detach()[0]
         course.append(float(value.detach()))
         optimizer.zero_grad()
         value.backward()
@@ -299,7 +349,11 @@ def _logistic_solver(part: Part, strength: float) -> OnSubsets:
 
 
 def _ridge(part: Part, strength: float) -> OnSubsets:
-    """L_val + b_val.x_S/N_val + x_S.H_val x_S/(2 N_val); without the last term for margins, which are no losses."""
+    """L_val + b_val.x_S/N_val + x_S.C_val x_S/2; without the last term for margins, which are no losses.
+
+    The curvature C_val is the covariance of the gradients of the target's rows: H_val/N_val, as of a target that is fitted,
+    would count the mean gradient of one that is not as curvature, in the very direction of the first term.
+    """
     if part.output_function != "loss":
         return _linear(part, strength)
     solve, (means, slopes), totals = _ridge_solver(part, strength), _target_means(part), _tensor(part.target.weights)
@@ -314,7 +368,8 @@ def _ridge(part: Part, strength: float) -> OnSubsets:
 
     def estimates(shares: Tensor) -> Tensor:
         x = solve(shares)
-        return means + x @ slopes.T + curvatures(x.float()).double() / totals / 2
+        change = x @ slopes.T
+        return means + change + (curvatures(x.float()).double() / totals - change.square()) / 2
 
     return estimates
 

@@ -20,7 +20,7 @@ from src.config import Config, EstimateConfig, EstimationConfig, TrainConfig, fr
 from src.console import command_typed, counted, progress, say_notices, spent, waiting_for
 from src.data import TaskData
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import ESTIMATORS, Part, estimate, solutions
+from src.estimation import ESTIMATORS, Part, estimate, part_weights, solutions
 from src.figures import comparison_figure
 from src.finetune import evaluate, target_metrics
 from src.models import displaced
@@ -60,6 +60,22 @@ def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> Ta
     pairs = zip(rows, cluster_of_row[training], strict=True)
     return load_data(config).with_tasks({int(row): names_of_clusters[c] for row, c in pairs})
 
+
+TRUST = (
+    (0.85, "trust is high", "where it was, estimates ranked halves at 0.92 to 0.97"),
+    (
+        0.6,
+        "trust is middling",
+        "where it was, estimates ranked halves at 0.62 to 0.83; a few fine-tuned subsets tell (--calibrate)",
+    ),
+    (
+        -1.0,
+        "trust is low",
+        "where it was, estimates ranked halves at 0.33 to 0.74; fine-tune some subsets first (--calibrate)",
+    ),
+)
+"""From what agreement of checkpoints on, what is said, and Spearman's correlation with fine-tuned values that was measured
+there (`docs/decisions.md`)."""
 
 # --- estimates -----------------------------------------------------------------------------------------------
 
@@ -138,6 +154,7 @@ class Estimator:
         self.levels = known_levels(self.stored, self.parts, self.meta_training) if of_losses else None
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
         self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
+        self._weights: dict[tuple[float, tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
         if self.levels is not None and not self.levels.whole:
             when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
             note = "the loss of all tasks is estimated: it was last measured"
@@ -164,8 +181,33 @@ class Estimator:
         return estimates
 
     def _raw(self, membership: np.ndarray, columns: Sequence[int], rho: float, bar: Any = None) -> np.ndarray:
-        name = self.config.estimator
-        return estimate(self.parts, membership, estimator=name, targets=columns, rho=rho, progress=bar)
+        options: dict[str, Any] = {"estimator": self.config.estimator, "targets": columns, "rho": rho}
+        return estimate(self.parts, membership, weights=self.part_weights(columns, rho), progress=bar, **options)
+
+    def part_weights(self, columns: Sequence[int], rho: float | None = None) -> np.ndarray:
+        """How much each checkpoint counts in the estimates of some targets, (p, k)."""
+        rho = self.config.rho if rho is None else rho
+        if (key := (rho, tuple(columns))) not in self._weights:
+            options: dict[str, Any] = {"estimator": self.config.estimator, "targets": columns, "rho": rho}
+            self._weights[key] = part_weights(self.parts, **options)
+        return self._weights[key][0]
+
+    def agreement(self, columns: Sequence[int]) -> float:
+        """How far single checkpoints rank random halves of the tasks alike, the mean rank correlation of two of them for the
+        mean over some targets; nan for one checkpoint."""
+        self.part_weights(columns)
+        weights, by_part = self._weights[self.config.rho, tuple(columns)]
+        return float(evaluation.mean_rank_correlation((weights[:, None] * by_part).mean(axis=2).T))
+
+    def trust(self, columns: Sequence[int]) -> str:
+        """In words, which checkpoints the estimates of some targets are from, and how far they can be trusted."""
+        steps = [part.manifest["step"] for part in self.stored]
+        names = map(str, steps) if min(steps) >= 0 else (part.folder.name for part in self.stored)
+        where = f"Estimates are from gradients at step {', '.join(names)} of meta-training, each counted alike"
+        if not np.isfinite(agreement := self.agreement(columns)):
+            return f"{where}; only several that tell subsets apart say how far they can be trusted."
+        level, known = next(words for least, *words in TRUST if agreement >= least)
+        return f"{where}. These rank random halves at {agreement:.2f} alike: {level}; {known}."
 
     def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
         """What is added to the estimates of some targets, (k,), so that those of all tasks are what is known."""
@@ -190,26 +232,29 @@ class Estimator:
 
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
-    ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs: these,
+        and the lower and upper ends of 90 % intervals, each (m, k). A subset that was fine-tuned is calibrated on the others.
 
-        Gives the ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and
-        upper ends, each (m, k). For a subset that was fine-tuned they come from a map fitted without it.
+        Refuses (ValueError) fewer than `MIN_SUBSETS` fine-tuned subsets.
         """
         subsets, values = tables.fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
-        known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
-        default = self.config.rho
-        by_rho = {rho: self(known, targets, rho) for rho in {*evaluation.CALIBRATION_RHOS, default}}
-        fine_tuned = values.mean(axis=2)
-        rho, calibration = evaluation.calibrate(by_rho, fine_tuned, default)
-        estimates = self(membership, targets, rho)
-        calibrated = calibration(estimates)
+        if len(subsets) < evaluation.MIN_SUBSETS:
+            needed = f"at least {evaluation.MIN_SUBSETS} fine-tuned subsets"
+            raise ValueError(f"--calibrate needs {needed}, found {len(subsets)}")
+        known, asked = (
+            membership_matrix([parse_subset(text) for text in subsets], len(self.tasks)),
+            np.asarray(membership),
+        )
+        fine_tuned, of_known, estimates = values.mean(axis=2), self(known, targets), self(membership, targets)
+        calibrated = evaluation.Calibration(of_known, known, fine_tuned)(estimates, asked)
         for left_out, subset in enumerate(known):
-            others, same = np.arange(len(known)) != left_out, (np.asarray(membership) == subset).all(axis=1)
-            without = evaluation.fit_calibration(by_rho[rho][others], fine_tuned[others])
-            for of_all, of_others in zip(calibrated, without(estimates[same]), strict=True):
-                of_all[same] = of_others
-        return rho, calibrated
+            others, same = np.arange(len(known)) != left_out, (asked == subset).all(axis=1)
+            if same.any():
+                without = evaluation.Calibration(of_known[others], known[others], fine_tuned[others])
+                for of_all, of_others in zip(calibrated, without(estimates[same], asked[same]), strict=True):
+                    of_all[same] = of_others
+        return calibrated
 
     @property
     def meta_training(self) -> dict[str, Any]:
@@ -289,11 +334,9 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
     membership = membership_matrix(subsets, num_tasks)
     values = {tables.SCORE if estimator.ranks_only else ESTIMATE: estimator(membership, columns)}
     if truth is not None:
-        rho, calibrated = estimator.calibrated(truth, membership, columns)
+        calibrated = estimator.calibrated(truth, membership, columns)
         values |= dict(zip((tables.CALIBRATED, tables.LOW, tables.HIGH), calibrated, strict=True))
-        calibration["rho_calibrated"] = rho
-        beside = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
-        print(f"Calibrated on {config.calibrate}, with rho {rho:g}{beside}.")
+        print(f"Calibrated on {config.calibrate}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in values for column in columns]
     frame = pd.DataFrame(np.concatenate(list(values.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])

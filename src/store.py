@@ -22,9 +22,9 @@ from typing import Any, cast
 import numpy as np
 
 from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
-from src.console import progress
+from src.console import progress, waiting_for
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import Part, Rows, TaskMoments, task_moments, token_weights
+from src.estimation import Part, Rows, TaskMoments, principal_basis, task_moments, token_weights
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -33,6 +33,10 @@ REPRESENTATIONS = "representations.npy"
 SAMPLES = "samples.npz"
 DONE = "done.npy"
 PROJECTION_SIGNS = "projection_signs.npz"
+BASIS = "principal_directions.npz"
+PRINCIPAL_DIM = 400
+"""Of more dimensions, so many principal ones are kept for estimates: with 4,000 projected to begin with, they are as good as
+all 4,000, where a projection to 400 loses a third of the score (`docs/decisions.md`)."""
 FINGERPRINT = "rows_fingerprint"
 FLUSH_SECONDS = 5.0
 """How much work a killed run loses at most."""
@@ -322,8 +326,21 @@ class StoredPart:
 
     @property
     def kernel_is_smaller(self) -> bool:
-        """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-        return self.manifest["num_rows"] <= self.manifest["dim"]
+        """Whether the rows' kernel is the smaller matrix, so that no outer products are kept."""
+        return self.manifest["num_rows"] <= min(self.manifest["dim"], PRINCIPAL_DIM)
+
+    @cached_property
+    def basis(self) -> np.ndarray | None:
+        """What estimates are computed in where d is above `PRINCIPAL_DIM`, (d, r): that many principal directions of the rows,
+        made on first use and kept beside them."""
+        if self.manifest["dim"] <= PRINCIPAL_DIM:
+            return None
+        made_from, kept = f"{self.manifest[FINGERPRINT]} {PRINCIPAL_DIM}", read_arrays(self.folder / BASIS) or {}
+        if kept.get("made_from") != made_from:
+            with waiting_for(f"principal directions of {self.manifest['num_rows']:,} rows"):
+                kept = {"basis": principal_basis(self.rows, self.samples["task"] >= 0, PRINCIPAL_DIM)}
+            write_arrays(self.folder / BASIS, kept | {"made_from": np.array(made_from)})
+        return kept["basis"]
 
     def estimation_part(
         self,
@@ -351,8 +368,12 @@ class StoredPart:
         outers = not (by_rows or represented)
         train = self.moments(name, tasks, num_tasks, weight_by, outers, represented)
         target = self.moments("targets", targets, len(self.targets), weight_by, outers, represented)
-        rows = Rows(self.rows, self.outputs, tasks, targets, self._row_weights(weight_by)) if by_rows else None
-        return Part(train, target, rows, self.manifest["output_function"], weight_by)
+        basis, rows = None if represented else self.basis, None
+        if by_rows:
+            values = self.representations if represented else self.rows
+            values = values if basis is None else np.asarray(values, np.float64) @ basis
+            rows = Rows(values, self.outputs, tasks, targets, self._row_weights(weight_by))
+        return Part(train, target, rows, self.manifest["output_function"], weight_by, basis)
 
     def _row_weights(self, weight_by: str) -> np.ndarray | None:
         """Weights of the rows (R,); None where all weigh the same."""
@@ -365,13 +386,14 @@ class StoredPart:
         """The moments of so many groups of rows, computed once and kept in a .npz beside the rows."""
         by_token = weight_by == "token"
         file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
-        made_from = self.manifest[FINGERPRINT]
+        made_from = self.manifest[FINGERPRINT] + f" {PRINCIPAL_DIM}" * (self.manifest["dim"] > PRINCIPAL_DIM)
         kept = read_arrays(self.folder / file) or {}
         same_groups = np.array_equal(kept.pop("group_of_row", ()), groups)
         if kept.pop("made_from", None) == made_from and same_groups:
             return TaskMoments(**{"outers": cast(Any, None), **kept})
         values, weights = self.representations if represented else self.rows, self._row_weights(weight_by)
-        moments = task_moments(values, self.outputs, groups, number, weights=weights, outers=outers, progress=progress)
+        options: dict[str, Any] = {"weights": weights, "outers": outers, "basis": None if represented else self.basis}
+        moments = task_moments(values, self.outputs, groups, number, progress=progress, **options)
         kept = {field: value for field, value in vars(moments).items() if value is not None}
         write_arrays(self.folder / file, {"group_of_row": groups, "made_from": np.array(made_from), **kept})
         return moments

@@ -9,7 +9,17 @@ from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
 
 from src import estimation as module
-from src.estimation import Part, Rows, estimate, mixture_weights, solutions, task_moments, token_weights
+from src.estimation import (
+    Part,
+    Rows,
+    estimate,
+    mixture_weights,
+    part_weights,
+    principal_basis,
+    solutions,
+    task_moments,
+    token_weights,
+)
 from tests.commands import refused
 
 NUM_TASKS, NUM_TARGETS, DIM = 6, 3, 8
@@ -83,9 +93,9 @@ def target_means(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quadratic_terms(rows: Rows, solutions: np.ndarray) -> np.ndarray:
-    """Half the mean squared change of each target's rows along each solution, (m, k)."""
+    """Half the variance of the change of each target's rows along each solution, (m, k)."""
     changes = rows.rows.astype(float) @ solutions.T
-    return np.array([(changes[rows.target_of_row == target] ** 2).mean(axis=0) / 2 for target in range(NUM_TARGETS)]).T
+    return np.array([changes[rows.target_of_row == target].var(axis=0) / 2 for target in range(NUM_TARGETS)]).T
 
 
 def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
@@ -204,6 +214,24 @@ def test_several_checkpoints_are_averaged(part, membership):
     np.testing.assert_allclose(estimate([part, other], membership), expected)
 
 
+def test_no_checkpoint_rules_the_mean_by_its_spread(part, rows, membership):
+    """Gradients and losses of ten times the size count a tenth; where one checkpoint tells no difference, all count alike;
+    random halves are of tasks with rows."""
+    louder = make_part(replace(rows, rows=10 * rows.rows, outputs=rows.outputs * 100))
+    weights, by_part = part_weights([part, louder], estimator="alignment")
+    np.testing.assert_allclose(weights, np.tile([[100 / 101], [1 / 101]], NUM_TARGETS), rtol=1e-4)
+    expected = (
+        100 * estimate([part], membership, estimator="alignment")
+        + estimate([louder], membership, estimator="alignment")
+    ) / 101
+    options = {"estimator": "alignment", "weights": weights}
+    np.testing.assert_allclose(estimate([part, louder], membership, **options), expected, rtol=1e-4)
+    assert by_part.shape[0::2] == (2, NUM_TARGETS) and (by_part.std(axis=1) > 0).all()
+    np.testing.assert_allclose(part_weights([part, part], estimator="constant", targets=[1])[0], [[0.5], [0.5]])
+    few = replace(part, train=replace(part.train, counts=part.train.counts * (np.arange(NUM_TASKS) < 2)))
+    assert np.isfinite(part_weights([few, few])[1]).all()
+
+
 @pytest.mark.parametrize("estimator", module.ESTIMATORS)
 def test_training_on_nothing_changes_nothing(rows, part, membership, estimator):
     """The empty subset is the target as it is, and so is any whose gradients are 0; "logistic" is in log(1 + exp(-margin))."""
@@ -307,3 +335,37 @@ def test_slopes_of_combined_moments_are_those_of_the_sums(shares):
     at = torch.tensor(shares, dtype=torch.float64, requires_grad=True)
     (module._combined(at, outers) * goal[: len(at)]).sum().backward()
     torch.testing.assert_close(at.grad, goal[: len(at)] @ outers.T)
+
+
+@pytest.mark.parametrize(("num_rows", "dim"), [(30, 40), (300, 20)])
+def test_principal_directions_are_those_of_a_decomposition(num_rows: int, dim: int) -> None:
+    """The same subspace as a full decomposition gives; all of the rows where there are few."""
+    rng = np.random.default_rng(0)
+    values = (
+        1e-6
+        * (rng.standard_normal((num_rows, 60)) * 0.9 ** np.arange(60))
+        @ np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    )
+    is_training = np.arange(num_rows) < num_rows * 0.9
+    basis = principal_basis(values, is_training, dim)
+    kept = min(dim, num_rows)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(kept), atol=1e-5)
+    balanced = values / np.sqrt(np.where(is_training, is_training.sum(), (~is_training).sum()))[:, None]
+    _, lengths, directions = np.linalg.svd(balanced)
+    held = np.square(balanced @ basis).sum()
+    assert held == pytest.approx(np.square(lengths[:kept]).sum(), rel=1e-4)
+    if num_rows > dim:
+        np.testing.assert_allclose(abs(np.linalg.det(basis.T[:5] @ directions[:5].T)), 1.0, atol=1e-3)
+
+
+def test_estimates_in_principal_directions_are_those_of_all(rows: Rows, membership: np.ndarray) -> None:
+    """Where these hold all of the rows: estimates, and solutions in the store's dimensions; by moments and by rows."""
+    turned = np.linalg.qr(np.random.default_rng(0).standard_normal((50, 50)))[0][: rows.rows.shape[1]]
+    wide = replace(rows, rows=rows.rows @ turned)
+    basis = principal_basis(wide.rows, rows.task_of_row >= 0, rows.rows.shape[1])
+    narrow = replace(make_part(replace(wide, rows=wide.rows @ basis)), basis=basis)
+    plain = make_part(wide)
+    np.testing.assert_allclose(estimate([narrow], membership), estimate([plain], membership), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(solutions(narrow, membership), solutions(plain, membership), rtol=1e-2, atol=1e-4)
+    of_coordinates = task_moments(wide.rows, rows.outputs, rows.task_of_row, NUM_TASKS, basis=basis)
+    np.testing.assert_allclose(of_coordinates.sums @ basis.T, plain.train.sums, rtol=1e-3, atol=1e-4)

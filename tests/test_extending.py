@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from src import config
-from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part
+from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part, part_weights
 from src.instruction import FORMATS, Record, _numbered, load_instruction
 from src.models import LORA_TARGETS, load_checkpoint, per_sample_loss
 from src.selection import METHODS, Estimate, Method, SelectionPath, Step
@@ -73,7 +73,7 @@ def one_step(part: Part, strength: float) -> OnSubsets:
 
 
 def test_an_estimator_is_an_entry_of_estimators(here, monkeypatch):
-    """Stage 3 takes it by its name and writes its estimates: the mean over the checkpoints of what the rows give."""
+    """Stage 3 takes it by its name and writes its estimates: the weighted mean over the checkpoints of what the rows give."""
     monkeypatch.setitem(ESTIMATORS, "one_step", EstimatorKind(one_step, "one step of gradient descent"))
     subsets = [(0,), (3,), (0, 2), (1, 2, 3)]
     Path("some.txt").write_text("\n".join(" ".join(map(str, subset)) for subset in subsets))
@@ -83,14 +83,16 @@ def test_an_estimator_is_an_entry_of_estimators(here, monkeypatch):
     (store,) = Path("gradients").glob("*_toy_dim_32_run_0")
     parts = open_store(store, None, MEASURE)
     assert len(parts) == 2 and found.shape == (4, 5)
-    expected = np.zeros(found.shape)
-    for part in parts:
+    expected, stored = np.zeros(found.shape), [part.estimation_part(weight_by="sample") for part in parts]
+    weights, _ = part_weights(stored, estimator="one_step", rho=0.02)
+    for part, of_part in zip(parts, weights, strict=True):
         rows, task = part.rows.astype(float), part.samples["task"]
         strength = 0.02 * np.square(rows[task >= 0]).sum(axis=1).mean()
         steps = np.stack([-rows[np.isin(task, subset)].mean(axis=0) / strength for subset in subsets])
         for j, column in enumerate(found):
-            own = part.samples["target"] == part.targets.index(column.removeprefix("estimate/"))
-            expected[:, j] += (part.outputs[own].mean() + steps @ rows[own].mean(axis=0)) / len(parts)
+            target = part.targets.index(column.removeprefix("estimate/"))
+            own = part.samples["target"] == target
+            expected[:, j] += of_part[target] * (part.outputs[own].mean() + steps @ rows[own].mean(axis=0))
     # levels are measured ones
     np.testing.assert_allclose(np.diff(found, axis=0), np.diff(expected, axis=0), rtol=1e-6, atol=1e-9)
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 from src import config
-from src.estimation import estimate
+from src.estimation import estimate, part_weights
 from src.selection import forward_selection
 from src.stage_estimate import Estimator, stored
 from src.stage_select import reference_estimates
@@ -70,10 +71,12 @@ def test_all_other_estimates_are_shifted_together(flags):
     estimator = estimator_of(*flags)
     members = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
     for rho in (1e-3, 0.1):
-        plain = estimate(estimator.parts, members, rho=rho)
+        plain = estimate(estimator.parts, members, rho=rho, weights=estimator.part_weights([0], rho))
         shifts, expected = estimator(members, rho=rho) - plain, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1))
         np.testing.assert_allclose(shifts, expected, rtol=1e-5, atol=1e-6)
-    values = (lambda tried: estimate(estimator.parts, tried).mean(axis=1), lambda tried: estimator(tried).mean(axis=1))
+    weights = estimator.part_weights([0])
+    values = (lambda tried: estimate(estimator.parts, tried, weights=weights).mean(axis=1),
+              lambda tried: estimator(tried).mean(axis=1))  # fmt: skip
     plain, shifted = (forward_selection(of, 4, past_best=5) for of in values)
     assert [step.task for step in plain.steps] == [step.task for step in shifted.steps]
     assert plain.selected == shifted.selected
@@ -145,3 +148,20 @@ def test_a_selection_that_is_not_below_the_base_model_is_named(flags, capsys):
     with training_says(lambda known: known["validation_losses"]["base"].update(goal=0.01)):
         run_script(SELECT, *named)
     assert "No selection is estimated to beat the base model: its measured loss, 0.01, " in capsys.readouterr().out
+
+
+def test_a_selection_says_how_far_its_checkpoints_agree(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Rank correlation over random halves; one checkpoint alone cannot say it."""
+    estimator = estimator_of(*flags)
+    _, by_part = part_weights(estimator.parts)
+    assert estimator.agreement([0]) == pytest.approx(spearmanr(*by_part[:, :, 0]).statistic)
+    run_script(SELECT, *flags, *DIM, "--results_name", "trusted")
+    said = capsys.readouterr().out
+    assert "gradients at step 0, 5 of meta-training" in said
+    assert f"rank random halves at {estimator.agreement([0]):.2f} alike: trust is " in said
+    estimator.parts[1] = estimator.parts[0]
+    estimator._weights.clear()
+    assert "at 1.00 alike: trust is high" in estimator.trust([0])
+    del estimator.parts[1], estimator.stored[1]
+    estimator._weights.clear()
+    assert "only several that tell subsets apart" in estimator.trust([0])

@@ -135,7 +135,7 @@ def test_sharded_training_is_whole_training(track, stages, tmp_path):
             assert printed.count("\nWrote") + printed.startswith("Wrote") == 1, printed
     whole, sharded = (next(workspace.glob(f"external_lightning_logs/*_{name}_run_0")) for name in ("ddp", "fsdp"))
     names = {path.name for path in whole.iterdir()}
-    assert names == {path.name for path in sharded.iterdir()} and "step_step=0" in names
+    assert names == {path.name for path in sharded.iterdir()} and any(name.startswith("step_step=") for name in names)
     for checkpoint in sorted(names - {"manifest.json"}):
         expected, found = (load_file(root / checkpoint / "adapter_model.safetensors") for root in (whole, sharded))
         assert expected.keys() == found.keys()

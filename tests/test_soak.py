@@ -15,9 +15,9 @@ import pytest
 from src import config
 from src.selection import forward_selection
 from src.stage_estimate import Estimator
-from tests.commands import load_script, run_script
+from tests.commands import ESTIMATE, SELECT, load_script, run_script
 from tests.faults import Stages
-from tests.test_faults import NAMED, STAGE_3, STAGE_4, World, world
+from tests.test_faults import NAMED, World, world
 
 __all__ = ["world"]
 
@@ -52,7 +52,7 @@ def test_long_use_grows_nothing(world: World, stages: Stages, monkeypatch: pytes
     """2,000 estimates and selections, 200 estimating and selecting stages, and 40 fine-tunings in one process."""
     folder = world.after(4, "soak")
     monkeypatch.chdir(folder)
-    typed = config.typed_flags(load_script(STAGE_3).parse_args(NAMED))
+    typed = config.typed_flags(load_script(ESTIMATE).parse_args(NAMED))
     estimating, store = config.from_store(config.EstimateConfig, typed)
     estimator = Estimator(estimating, store)
     rng, tasks = np.random.default_rng(0), len(estimator.tasks)
@@ -62,7 +62,7 @@ def test_long_use_grows_nothing(world: World, stages: Stages, monkeypatch: pytes
         forward_selection(lambda subsets: estimator(subsets, [0]).mean(axis=1), tasks)
 
     check_flat("estimates and selections", estimate_and_select, 2000, folder)
-    check_flat("stages 3 and 4", lambda number: run_script((STAGE_3, STAGE_4)[number % 2], *NAMED), 200, folder)
+    check_flat("stages 3 and 4", lambda number: run_script((ESTIMATE, SELECT)[number % 2], *NAMED), 200, folder)
 
     def fine_tune(_: int) -> None:
         run_script("custom_train_alpaca.py", *NAMED, "--task_idxes", "0", "--results_name", "soak")

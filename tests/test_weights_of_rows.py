@@ -10,7 +10,7 @@ import torch
 
 from src.data import Example, TaskData
 from src.datamodule import TaskDataModule
-from src.estimation import Part, estimate, task_moments
+from src.estimation import Part, estimate, part_weights, task_moments
 from src.finetune import FineTuning, TrainingPlan
 from src.gradients import outputs_of
 from src.models import LanguageModel, load_base_model
@@ -69,7 +69,7 @@ def test_stage_3_weighs_rows_as_the_training_did(here):
     for part in parts:
         groups = (part.samples["task"], 4), (part.samples["target"], len(part.targets))
         alike.append(Part(*(task_moments(part.rows, part.outputs, *group) for group in groups)))
-    differences = np.diff(estimate(alike, members), axis=0)  # levels are another matter
+    differences = np.diff(estimate(alike, members, weights=part_weights(alike)[0]), axis=0)  # levels are another matter
     found = tables["sample"].filter(like="estimate/").to_numpy()
     np.testing.assert_allclose(np.diff(found, axis=0), differences, rtol=1e-3, atol=1e-6)
     assert np.abs(np.diff(found - tables["token"].filter(like="estimate/").to_numpy(), axis=0)).max() > 1e-4
