@@ -21,7 +21,7 @@ from typing import Any
 from src import config, console
 
 SHOWN = (
-    config.CotData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig,
+    config.CotData, config.RowsConfig, config.ModelConfig, config.TrainingConfig,
     config.MetaTrainingConfig, config.ChosenTasks, config.RunsConfig, config.ClustersConfig, config.NameConfig,
     config.HardwareConfig,
 )  # fmt: skip
@@ -30,9 +30,8 @@ DEFAULTS: dict[str, Any] = {"model_key": "flan_t5_base", "lr": 3e-4, "batch_size
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The flags that were typed."""
-    return config.stage_parser(__doc__, SHOWN, also=(config.CotFiles, config.ProjectionConfig), **DEFAULTS).parse_args(
-        argv
-    )
+    also = config.CotFiles, config.StatesConfig, config.ProjectionConfig
+    return config.stage_parser(__doc__, SHOWN, also=also, **DEFAULTS).parse_args(argv)
 
 
 def main(args: Any) -> None:

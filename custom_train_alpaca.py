@@ -20,7 +20,7 @@ from src import config, console
 
 SHOWN = (
     config.InstructionData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.MetaTrainingConfig,
-    config.ChosenTasks, config.RunsConfig, config.NameConfig, config.HardwareConfig,
+    config.StatesConfig, config.ChosenTasks, config.RunsConfig, config.NameConfig, config.HardwareConfig,
 )  # fmt: skip
 
 

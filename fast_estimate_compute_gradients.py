@@ -20,7 +20,7 @@ SHOWN = (
     config.NameConfig, config.CheckpointsConfig, config.ProjectionConfig, config.GradientConfig, config.HardwareConfig,
 )  # fmt: skip
 INHERITED = (
-    config.CotData, config.CotFiles, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig,
+    config.CotData, config.CotFiles, config.RowsConfig, config.ModelConfig, config.TrainingConfig,
 )  # fmt: skip
 
 

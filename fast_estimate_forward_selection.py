@@ -19,7 +19,7 @@ SHOWN = (
     config.EstimatorConfig, config.SelectionConfig, config.KeepConfig, config.HardwareConfig,
 )  # fmt: skip
 INHERITED = (
-    config.DataConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig, config.GradientConfig,
+    config.DataConfig, config.ModelConfig, config.TrainingConfig, config.GradientConfig,
     config.RunsConfig,
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ SHOWN = (
     config.TargetConfig, config.EstimatorConfig, config.HardwareConfig,
 )  # fmt: skip
 INHERITED = (
-    config.CotData, config.CotFiles, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GenerationConfig, config.GradientConfig,
+    config.CotData, config.CotFiles, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.GradientConfig,
 )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
         found, values = fine_tuned_values(truth, VALIDATION_LOSS, targets)
         values = values[[found.index(text) for text in texts]]
         known = truth[truth["subset"].isin(texts[:first] or texts)]
-        _, (calibrated, low, high) = estimator.calibrated(known, membership[first:], columns)
+        calibrated, low, high = estimator.calibrated(known, membership[first:], columns)
         inclusion = own_inclusion(membership[first:], targets, estimator.tasks)
         judged = comparison({name: estimates[first:], "calibrated": calibrated}, values[first:], targets, inclusion)
         kind = AVERAGE if len(targets) > 1 else targets[0]

@@ -114,7 +114,8 @@ class Selecting:
     def mixture(self) -> dict[str, Any]:
         """The row of training on rows drawn in the shares that the estimates find best."""
         started = time.perf_counter()
-        shares, _ = mixture_weights(self.estimator.parts, self.columns, rho=self.estimator.config.rho)
+        rho, weights = self.estimator.config.rho, self.estimator.part_weights(self.columns)
+        shares, _ = mixture_weights(self.estimator.parts, self.columns, rho=rho, weights=weights)
         seconds = time.perf_counter() - started
         file = weights_file(self.name)
         write_task_weights(file, self.estimator.tasks, shares)

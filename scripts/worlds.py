@@ -193,7 +193,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        "(default: 4)")  # fmt: skip
     group.add_argument("--lr", type=config.POSITIVE, default=2e-3, help="learning rate (default: 0.002)")
     group.add_argument("--batch_size", type=config.COUNT, default=16, help="rows of a batch (default: 16)")
-    group.add_argument("--project_dim", type=config.COUNT, default=400, help="projection dimension d (default: 400)")
+    group.add_argument("--project_dim", type=config.COUNT, default=4000, help="projection dimension d (default: 4000)")
     config.add_flags(parser, config.HardwareConfig)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print only the lines of JSON (default: the commands and the "

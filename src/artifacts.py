@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +116,16 @@ def model_dir(results: Path, label: str, run: int) -> Path:
 def losses_file(results: Path, subset: Sequence[int], run: int) -> Path:
     """The loss of every validation row after fine-tuning on one subset, below its results."""
     return results / LOSSES / f"{tasks_label(subset)}_run_{run}.csv"
+
+
+def unfinished_file(results: Path, subset: Sequence[int], run: int) -> Path:
+    """What is known of a fine-tuning that is not finished, below its results."""
+    return results / f"{Path(UNFINISHED).stem}_{tasks_label(subset)}_run_{run}.json"
+
+
+def state_file(unfinished: Path) -> Path:
+    """The state of a training, beside what else is known of it."""
+    return unfinished.with_suffix(".ckpt")
 
 
 def export_dir(results: Path, trainer: str) -> Path:
@@ -249,12 +258,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) if path.is_dir() else None
-        if old:
+        old = temporary.with_name(f"{temporary.name}.old")
+        with contextlib.suppress(FileNotFoundError):
             os.replace(path, old)
         os.replace(temporary, path)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -324,6 +332,11 @@ def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
     return manifest
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact that may be another program's, or gone: empty then."""
+    return read_manifest(folder, "") if (folder / MANIFEST).is_file() else {}
+
+
 def finished(pattern: str) -> list[tuple[Path, dict[str, Any]]]:
     """Folders and manifests of the finished artifacts of this version that match a glob pattern, the oldest first."""
     found = []
@@ -337,13 +350,10 @@ def check_manifest(folder: Path, found: Mapping[str, Any], expected: Mapping[str
     """Refuse an artifact that was made from something else. ValueError: names every entry that differs with both values,
     and the repair."""
     expected = json.loads(json.dumps(expected, default=str))
-    differing = [
-        f"{key}: found {shorten(found.get(key))}, expected {shorten(value)}"
-        for key, value in expected.items()
-        if found.get(key) != value
-    ]
+    differing = [(key, found.get(key), value) for key, value in expected.items() if found.get(key) != value]
     if differing:
-        raise ValueError(f"{folder} does not fit what is asked for: {'; '.join(differing)}. {repair}")
+        named = "; ".join(f"{key}: found {shorten(ours)}, expected {shorten(asked)}" for key, ours, asked in differing)
+        raise ValueError(f"{folder} does not fit what is asked for: {named}. {repair}")
 
 
 def shorten(value: Any, length: int = 80) -> str:
@@ -357,8 +367,7 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

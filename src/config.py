@@ -79,7 +79,7 @@ class InstructionData:
         "the final test", metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
     train_instruction: bool = flag(False, "train on Alpaca, FLAN v2 and chain of thought", shown="--data_files")
     prompt_column: str | None = flag(None, "column of the prompts, in sources that have it", metavar="NAME",
-        shown="inputs, prompt, messages, conversations or instruction, whichever is there")  # fmt: skip
+        shown="inputs, prompt, messages, instruction, question …, whichever is there")  # fmt: skip
     completion_column: str | None = flag(None, "column of the completions, in sources that have it", metavar="NAME",
         shown="targets, completion, output or response, or the last of the messages")  # fmt: skip
     loss_on_prompt: bool = flag(False, "count a decoder's prompts in the loss, as published", shown="do not")
@@ -105,11 +105,13 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class CotData:
-    """data (chain of thought)"""
+    """data and generation (chain of thought)"""
 
     dataset_key: str | None = flag(None, "data set: strategy_qa, gsm8k, …", metavar="KEY", shown="instruction data")
     preset_key: str = flag("ft_cot", "rows: ft, ft_cot, ft_cot_t70_<k>aug with k of 1 2 4 8 16 32 64", metavar="KEY")
     keep_incorrect: bool = flag(False, "train on completions with a wrong answer too, as published", shown="do not")
+    inference_batch_size: int = flag(32, "rows of a generation batch", COUNT, free=True)
+    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, free=True)
 
 
 @dataclass(frozen=True)
@@ -163,18 +165,10 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
-    """generation (chain of thought)"""
-
-    inference_batch_size: int = flag(32, "rows of a generation batch", COUNT, free=True)
-    max_new_tokens: int = flag(256, "longest generated completion, in tokens", COUNT, free=True)
-
-
-@dataclass(frozen=True)
 class CheckpointShares:
     """meta-training"""
 
-    checkpoint_at: tuple[float, ...] = flag((0.0, 0.08, 0.33),
+    checkpoint_at: tuple[float, ...] = flag((0.08, 0.2, 0.5),
         "shares of the optimizer steps to keep checkpoints at, for gradients; 0: the start", SHARE, nargs="*")  # fmt: skip
 
 
@@ -184,6 +178,14 @@ class MetaTrainingConfig(CheckpointShares):
 
     stop_after_checkpoints: bool = flag(False, "stop after these: estimates need no more", free=True, shown="train on")
     load_model_dir: str | None = flag(None, "checkpoint to start from", metavar="RUN/CHECKPOINT", shown="base model")
+
+
+@dataclass(frozen=True)
+class StatesConfig:
+    """interruptions"""
+
+    save_every: float = flag(15.0, "minutes between states of a training, besides those at the end of each epoch; the same "
+        "command goes on from the last one", NOT_NEGATIVE, "MINUTES", free=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ class HardwareConfig:
 class ProjectionConfig:
     """projection"""
 
-    project_dim: int = flag(400, "dimension d of the projected gradients", COUNT, alias="--project_dimension")
+    project_dim: int = flag(4000, "dimension d of the projected gradients", COUNT, alias="--project_dimension")
     projection: str = flag("sketch", "kind; none keeps all p numbers", choices=("sketch", "two_sided", "dense", "none"))
     output_function: str = flag("loss", "what is differentiated: loss, or log-odds", choices=("loss", "margin"))
     project_gradients: bool = flag(False, "published; has no effect", free=True, shown="gradients are projected")
@@ -355,7 +357,7 @@ class KeepConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig(DataConfig, ModelConfig, TrainingConfig, GenerationConfig, NameConfig, HardwareConfig):
+class RunConfig(DataConfig, ModelConfig, TrainingConfig, NameConfig, HardwareConfig):
     """What every stage knows of its run: data, model, training, name; and where it runs itself."""
 
     @property
@@ -384,7 +386,7 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, GenerationConfig, NameC
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, MetaTrainingConfig, ChosenTasks, RunsConfig, ClustersConfig):
+class TrainConfig(RunConfig, MetaTrainingConfig, StatesConfig, ChosenTasks, RunsConfig, ClustersConfig):
     """Stages 1 and 5."""
 
 
@@ -423,7 +425,7 @@ class SelectConfig(EstimationConfig, SelectionConfig, KeepConfig, RunsConfig):
 # --- from flags and manifests to a configuration --------------------------------------------------------------
 
 Config = TypeVar("Config", bound=RunConfig)
-RECORDED = {f.name for group in (DataConfig, ModelConfig, TrainingConfig, GenerationConfig, ProjectionConfig, GradientConfig)
+RECORDED = {f.name for group in (DataConfig, ModelConfig, TrainingConfig, ProjectionConfig, GradientConfig)
             for f in fields(group)} | {"save_name", "run", "precision", "checkpoint_at"}  # fmt: skip
 """What a manifest records for the stages after it."""
 DATA_FLAGS = tuple(f.name for f in fields(DataConfig))

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None, positionals: str = "") -> None:
         prog = (_typed or sys.argv)[0]
         usage = " ".join(filter(None, ["python", prog, positionals, "[flags]"]))
-        layout = partial(_Help, max_help_position=32, width=110)
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
         super().__init__(prog=prog, usage=usage, description=doc, formatter_class=layout, allow_abbrev=False)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -55,18 +56,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.format_usage().strip()}   (all flags: --help)\nerror: {message}\n")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows a flag's values once, behind its last name."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        values = self._format_args(action, str(action.metavar or "TEXT"))
-        if action.nargs == "+" and not action.choices:
-            values = f"{action.metavar or 'TEXT'} ..."
-        return f"{', '.join(action.option_strings)} {values}"
 
 
 # --- telling -------------------------------------------------------------------------------------------------
@@ -277,8 +266,17 @@ def _line_about(error: Exception, flags: Iterable[str]) -> str | None:
     return str(error) if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)) else None
 
 
+def end_at_sigterm(where: str) -> NoReturn:
+    """Say in one line how to go on, and end the program."""
+    if is_first_process():
+        print(f"ended by SIGTERM{where}", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
+
+
 def run_stage(main: Callable[[Any], Any], args: Any) -> Any:
     """Run a script's `main`; an error that the user can mend is one line and exit status 1, not a traceback."""
+    where = "; the same command goes on, or starts again, where it was"
+    before = signal.signal(signal.SIGTERM, lambda *_: end_at_sigterm(where))
     try:
         with waiting_for("loading the libraries"):
             quiet_libraries()
@@ -291,3 +289,5 @@ def run_stage(main: Callable[[Any], Any], args: Any) -> Any:
         if line is None or os.environ.get("GRADEX_TRACEBACK"):
             raise
         sys.exit(f"error: {line}")
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import DATA, SAVED, shorten, write_json
-from src.data import Example, TaskData, require_file, stable_split, text_field
+from src.data import SPLITS, Example, TaskData, require_file, stable_split, text_field
 
 TEACHER = "text-davinci-002"
 
@@ -142,9 +142,8 @@ def load_cot(
         task_column: Field of the completion or the data-set record that names a training row's task, for example
             `teacher`; without it all training rows are one task, `dataset_key`.
 
-    Raises:
-        FileNotFoundError: the data set, split or completion file is missing.
-        ValueError: an unknown key, a file that does not fit the others, or no training row left.
+    FileNotFoundError: the data set, split or completion file is missing. ValueError: an unknown key, a file that does not
+    fit the others, or no training row left.
     """
     preset = parse_preset(preset_key)
     if dataset_key not in DATASET_KEYS:
@@ -159,37 +158,34 @@ def load_cot(
         made_for = {"completion_key": teacher_key, "dataset_key": dataset_key}
         completions, template = _read_teacher(path, dataset, split["train"], **made_for)
     sides = stable_split([dataset[i]["question"] for i in split["train"]], heldout_share, max_heldout, test_share=0)
-    side_of = dict(zip(split["train"], sides, strict=True))
-    train, validation = ([i for i, side in side_of.items() if side == wanted] for wanted in ("train", "validation"))
+    side_of = dict(zip(split["train"], sides, strict=True)) | dict.fromkeys(split["test"], "test")
     examples: list[Example] = []
     num_bare = num_there = 0
-    for side, indices, count, any_answer in (
-        ("train", train, preset.num_completions, keep_incorrect),
-        ("validation", validation, preset.num_completions, keep_incorrect),
-        ("test", split["test"], 1, False),
-    ):
-        for index in indices:
-            sample, records = dataset[index], completions.get(index, [])[:count] if teacher_key else [{}]
-            num_there += len(records) * (side == "train")
-            if teacher_key and not any_answer:
-                records = [r for r in records if judge(dataset_key, r["completion"], r["answer"], template)["correct"]]
-            if side != "train":
-                records = [*records, {"reasoning_completion": sample["rationale"]}][:1]
-            for record in records:
-                column = task_column if task_column and side == "train" else "dataset_key"
-                fields = {**sample, **record, "dataset_key": dataset_key}
-                task = text_field(fields, column, f"{path}, sample {index}, task_column")
-                prompt, label, reasoning = sample["question"], sample["answer"], record.get("reasoning_completion")
-                if reasoning or (side == "train" and reasoning is not None):
-                    label = f"{reasoning.strip()} --> {label}"
-                else:
-                    num_bare += side != "train"
-                if architecture == "decoder":
-                    prompt, label = f"{prompt} ###", f" {label}"
-                examples.append(Example(len(examples), task, side, prompt, label, index, sample["gold"]))
+    for index in sorted(side_of, key=lambda index: SPLITS.index(side_of[index])):  # else as the split has them
+        side, sample = side_of[index], dataset[index]
+        count = 1 if side == "test" else preset.num_completions
+        records = completions.get(index, [])[:count] if teacher_key else [{}]
+        num_there += len(records) * (side == "train")
+        if teacher_key and (side == "test" or not keep_incorrect):
+            records = [r for r in records if judge(dataset_key, r["completion"], r["answer"], template)["correct"]]
+        if side != "train":
+            records = [*records, {"reasoning_completion": sample["rationale"]}][:1]
+        for record in records:
+            column = task_column if task_column and side == "train" else "dataset_key"
+            fields = {**sample, **record, "dataset_key": dataset_key}
+            task = text_field(fields, column, f"{path}, sample {index}, task_column")
+            prompt, label, reasoning = sample["question"], sample["answer"], record.get("reasoning_completion")
+            if reasoning or (side == "train" and reasoning is not None):
+                label = f"{reasoning.strip()} --> {label}"
+            else:
+                num_bare += side != "train"
+            if architecture == "decoder":
+                prompt, label = f"{prompt} ###", f" {label}"
+            examples.append(Example(len(examples), task, side, prompt, label, index, sample["gold"]))
+    num_samples = sides.count("train")
     if not (num_train := sum(example.split == "train" for example in examples)):
-        raise ValueError(f"{path}: no training row is left of {len(train)} train samples with preset {preset_key}")
-    num_asked = preset.num_completions * len(train)
+        raise ValueError(f"{path}: no training row is left of {num_samples} train samples with preset {preset_key}")
+    num_asked = preset.num_completions * num_samples
     notices = (
         (num_asked - num_there, f"of {num_asked:,} completions that {preset_key} asks for are not there"),
         (num_there - num_train, f"of {num_there:,} completions are left out, as their answer is wrong"),
@@ -280,14 +276,8 @@ def save_predictions(
     records = {}
     for sample_index, completion in sorted(completions.items()):
         example = data.examples[sample_index]
-        records[str(example.record_index)] = [
-            {
-                "sample_index": example.record_index,
-                "completion_index": 0,
-                "question": example.prompt.removesuffix(" ###"),
-                "answer": example.completion.split("-->")[-1].strip(),
-                "prompt": example.prompt,
-                "completion": completion,
-            }
-        ]
+        answer = example.completion.split("-->")[-1].strip()
+        texts = {"question": example.prompt.removesuffix(" ###"), "answer": answer, "prompt": example.prompt}
+        numbers = {"sample_index": example.record_index, "completion_index": 0}
+        records[str(example.record_index)] = [{**numbers, **texts, "completion": completion}]
     write_json(Path(path), {"metadata": metadata, "data": records})

@@ -90,9 +90,8 @@ class TaskData:
     notices: tuple[str, ...] = ()  # one-line messages for the script to print
     answer_key: str | None = None  # chain of thought: the dataset_key that decides how answers are read
     judge: Callable[[str, str], dict[str, bool]] | None = None  # (completion, gold answer) -> its properties
-    messages: pa.ChunkedArray | None = (
-        None  # (N,) conversations that texts were made of, JSON; null where there was none
-    )
+    # (N,) conversations that texts were made of, JSON; null where there was none
+    messages: pa.ChunkedArray | None = None
     tasks: tuple[str, ...] = field(init=False)  # (n,) sorted names of tasks with training rows; a position is a task id
     targets: tuple[str, ...] = field(init=False)  # (k,) sorted names of tasks with held-out rows
     task_of_sample: np.ndarray = field(init=False)  # (N,) int32 task id of training rows, -1 elsewhere
@@ -102,15 +101,8 @@ class TaskData:
         if isinstance(self.examples, StoredExamples):
             self._table = self.examples.table
         else:
-            for position, example in enumerate(self.examples):
-                if example.sample_index != position or example.split not in (*SPLITS, LEFT_OUT):
-                    found = f"sample_index {example.sample_index} and split {example.split!r}"
-                    expected = f"its own position and one of {', '.join(SPLITS)}"
-                    raise ValueError(f"example {position} has {found}, expected {expected}")
-            schema = pa.schema(
-                [(f.name, pa.int64() if f.name == "record_index" else TEXT) for f in fields(Example)[1:]]
-            )
-            self._table = pa.Table.from_pylist([vars(example) for example in self.examples], schema)
+            kinds = [(f.name, pa.int64() if f.name == "record_index" else TEXT) for f in fields(Example)[1:]]
+            self._table = pa.Table.from_pylist([vars(example) for example in self.examples], pa.schema(kinds))
         self.tasks, self.task_of_sample = self._numbered("train")
         self.targets, self.target_of_sample = self._numbered(*HELD_OUT)
 

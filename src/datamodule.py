@@ -20,7 +20,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 from transformers import PreTrainedTokenizerBase
 
 from src.artifacts import atomic_write, whole_folder, write_json
@@ -77,13 +77,10 @@ def tokenize(
     token: the tokenizer's, or another special token that the completion ends with, such as a chat template's end of
     turn; white space and repetitions behind it are dropped.
 
-    A decoder's row longer than `max_length` loses the prompt's first tokens, except the beginning-of-text token, and
-    then the completion's last. An encoder-decoder's prompt is cut at `max_length`, before its last special tokens, its
-    completion at `max_target_length`. A notice counts the cut rows.
-
-    Raises:
-        ValueError: the tokenizer has no end token or cannot read a text, a completion has no token, or `max_length`
-            leaves no room for one.
+    A decoder's row longer than `max_length` loses the prompt's first tokens, except the beginning-of-text token, and then
+    the completion's last. An encoder-decoder's prompt is cut at `max_length`, before its last special tokens, its
+    completion at `max_target_length`. A notice counts the cut rows. ValueError: the tokenizer has no end token or cannot
+    read a text, a completion has no token, or `max_length` leaves no room for one.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token; add one to it")
@@ -245,6 +242,22 @@ def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Te
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left" if left else "right")
 
 
+class _Batches(BatchSampler):
+    """Batches of a sampler's rows: at first those from `epoch` and batch `start` on, where a training goes on there."""
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, epoch: int, start: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.start = start
+        for _ in range(
+            epoch
+        ):  # each draws the numbers after the last one's; one too many were drawn by a whole iteration
+            list(itertools.islice(super().__iter__(), len(self)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start, self.start = self.start, 0
+        return itertools.islice(super().__iter__(), start, None)
+
+
 class TaskDataModule(pl.LightningDataModule):
     """Batches of a `TaskData` for training, evaluation, generation and gradients.
 
@@ -359,9 +372,12 @@ class TaskDataModule(pl.LightningDataModule):
         return (self.collate(rows) for rows in self.budgeted(indices, max_tokens))
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled training rows; under several processes each sees its own share."""
+        """Shuffled training rows, from where the trainer's state stands; under several processes each sees its own share."""
         rows: Any = self.train_indices
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        world, rank, epoch, start = 1, 0, 0, 0
+        if (trainer := self.trainer) is not None:
+            world, rank, epoch = trainer.world_size, trainer.global_rank, trainer.current_epoch
+            start = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         sampler: Sampler[int]
         if self.shares is not None:
             count = max(1, round(1 / float(np.square(self.shares).sum()) / world))
@@ -371,7 +387,8 @@ class TaskDataModule(pl.LightningDataModule):
             sampler = DistributedSampler(rows, world, rank, shuffle=True, seed=self.seed)
         else:
             sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(self.seed))
-        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
+        batches = _Batches(sampler, self.batch_size, epoch, start)
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate)
 
     def _evaluation_dataloaders(self, split: str) -> list[DataLoader]:
         """Rows of a split by length for the losses, and prompts for generation where completions are judged. Under

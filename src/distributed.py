@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes for all: a launcher numbers the others in their environment."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    """Whether this process speaks and writes for all: a launcher numbers the others in their environment. torchrun's number
+    is of all processes, and need not go as srun's, which may have started torchrun on each node."""
+    names = ("RANK",) if os.environ.get("RANK") else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return not any(int(os.environ.get(name) or 0) for name in names)
 
 
 PRECISIONS = {"32-true": "32", "16-mixed": "16", "bf16-mixed": "bf16", "bf16-true": "bf16", "16-true": "bf16"}
@@ -42,7 +44,7 @@ class Hardware:
         if not isinstance(self.devices, list):
             return "cpu"
         local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0
-        return f"cuda:{self.devices[int(local)]}"
+        return f"cuda:{self.devices[int(local) % len(self.devices)]}"  # srun: each process has its own alone
 
     @property
     def num_processes(self) -> int:
@@ -72,13 +74,14 @@ def resolve_hardware(config: HardwareConfig, say: Callable[[str], None]) -> Hard
     if outside:
         per_node, num_nodes = outside
         devices = devices or list(range(per_node))
-        if config.devices is None and available:  # srun --gpus-per-task gives each process one GPU of its own
-            devices = [index % available for index in devices]
         if len(devices) != per_node:
             raise ValueError(
                 f"--devices {' '.join(map(str, devices))}: the launcher started {per_node} processes on this node, one "
                 "for each device; start as many as there are devices, or leave the flag out"
             )
+        if cluster():  # --gpus-per-task gives each process one GPU of its own, which it sees as number 0
+            local, num_nodes = int(os.environ["SLURM_LOCALID"]), int(os.environ["SLURM_NTASKS"])
+            devices = [local % max(1, available) if config.devices is None else devices[local % per_node]]
     bits = PRECISIONS.get(config.precision, config.precision)
     if config.accelerator == "cpu" or not available:
         processes = len(devices) if devices and (config.accelerator == "cpu" or outside) else 1
@@ -111,6 +114,20 @@ def started_from_outside() -> tuple[int, int] | None:
     return None
 
 
+def cluster() -> list[Any]:
+    """What Lightning is told as `plugins`: that a process of srun has one device, as if it were alone on its node. It would
+    otherwise want every process to see all the devices of its node, and each node to have as many processes."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    class OneDevice(SLURMEnvironment):
+        def local_rank(self) -> int:
+            return 0
+
+        def validate_settings(self, num_devices: int, num_nodes: int) -> None: ...
+
+    return [OneDevice(auto_requeue=False)] if started_from_outside() and not TorchElasticEnvironment.detect() else []
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among `world` of them; `wait` returns when all have called it, `from_first(value)` is the first's."""
@@ -138,9 +155,8 @@ def launch(hardware: Hardware) -> Processes:
 
     # each process has its own samples, so that no gradient is synchronised: "ddp" names the launcher only, which runs
     # this command again from its beginning in every other process
-    fabric = Fabric(
-        accelerator=hardware.accelerator, devices=hardware.devices, strategy="ddp", num_nodes=hardware.num_nodes
-    )
+    names = "accelerator", "devices", "num_nodes"
+    fabric = Fabric(strategy="ddp", plugins=cluster(), **{name: getattr(hardware, name) for name in names})
     fabric.launch()
     if fabric.global_rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 for the rest of the process

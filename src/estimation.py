@@ -17,9 +17,6 @@ from torch.nn.functional import one_hot, softplus
 
 WEIGHT_BY = ("token", "sample", "task")
 DEFAULT_RHO = 1e-3
-CURVATURE_POWER = 1
-"""A training row of n target tokens counts n to this power in H_S. Independent gradients of tokens would ask for 2; on two
-synthetic worlds (`data/make_synthetic.py --joined 4`) LDS was 0.92 and 0.83 with 1, 0.90 and 0.80 with 2."""
 
 OnSubsets = Callable[[Tensor], Tensor]
 """Shares (c, n), factors of the tasks' moments that make means of sums -> estimates (c, k), or solutions (c, d)."""
@@ -30,6 +27,8 @@ Progress = Callable[..., Any]
 
 # Memory for the work on a chunk of subsets; rows in memory at once.
 _CHUNK_BYTES, _BLOCK_ROWS = 1 << 28, 8192
+# Random halves of the tasks, over which the estimates of one checkpoint are compared with another's.
+_REFERENCE_HALVES = 64
 # Newton's method of "logistic": the gradient norm to reach, relative to the start, and when to give up.
 _NEWTON_TOLERANCE, _NEWTON_STEPS = 1e-5, 50
 
@@ -43,7 +42,7 @@ class TaskMoments:
     output_sums: np.ndarray  # of outputs, (n,) float64
     sums: np.ndarray  # b_t, of gradients, (n, d) float64
     squares: np.ndarray  # trace of H_t, (n,) float64
-    # H_t, of outer products with the weights of the curvature, (n, d, d); None where the rows are used instead.
+    # H_t, of outer products, (n, d, d); None where the rows are used instead.
     # Float32, since they are most of a run's memory; it changes estimates by less than 1e-6 of themselves.
     outers: np.ndarray | None
 
@@ -56,8 +55,7 @@ class Rows:
     outputs: np.ndarray  # (R,)
     task_of_row: np.ndarray  # (R,), -1 for none
     target_of_row: np.ndarray  # (R,), -1 for none
-    weights: np.ndarray | None = None  # of a row in sums of gradients (R,); None = 1
-    curvatures: np.ndarray | None = None  # of a row in sums of outer products (R,); None = 1
+    weights: np.ndarray | None = None  # of a row in all sums (R,); None = 1
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,17 @@ class Part:
     weight_by: str = (
         "sample"  # "token" for moments with `token_weights`; "task" where the tasks of a subset weigh the same
     )
+    basis: np.ndarray | None = None  # what moments and rows are coordinates in (d, r); None = the store's d dimensions
 
 
-def token_weights(target_tokens: np.ndarray, is_training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the rows (R,) in sums of gradients and of outer products, for training on the mean over tokens.
+def token_weights(target_tokens: np.ndarray, is_training: np.ndarray) -> np.ndarray:
+    """Weights of the rows (R,) in all sums, for training on the mean over tokens.
 
-    A training row of n target tokens counts n times in b_S and N_S, and n ** CURVATURE_POWER times in H_S; n (R,) is taken
-    relative to its mean where `is_training` (R,). The other rows are a target's, whose loss is a mean over rows; in its
-    curvature they have one power less, which keeps the unit of H_S.
+    A training row of n target tokens counts n times; n (R,) is taken relative to its mean where `is_training` (R,). The
+    other rows are a target's, whose loss is a mean over rows. In H_S independent gradients of tokens would ask for n squared;
+    on two synthetic worlds (`data/make_synthetic.py --joined 4`) LDS was 0.92 and 0.83 with n, 0.90 and 0.80 with n squared.
     """
-    relative = target_tokens / target_tokens[is_training].mean()
-    return np.where(is_training, relative, 1.0), relative ** np.where(is_training, CURVATURE_POWER, CURVATURE_POWER - 1)
+    return np.where(is_training, target_tokens / target_tokens[is_training].mean(), 1.0)
 
 
 def task_moments(
@@ -91,20 +89,21 @@ def task_moments(
     num_tasks: int,
     *,
     weights: np.ndarray | None = None,
-    curvatures: np.ndarray | None = None,
     outers: bool = True,
+    basis: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> TaskMoments:
-    """The moments of each task, read block by block; arguments as in `Rows`. `outers` are n d^2 numbers.
+    """The moments of each task, read block by block; arguments as in `Rows`. `outers` are n d^2 numbers; with a `basis` (d, r)
+    moments are of the rows' coordinates, in r dimensions.
 
     Raises:
         ValueError: a row is not finite.
     """
-    of_gradient, of_square = (np.ones(len(rows)) if of is None else of for of in (weights, curvatures))
-    dim, of_task = rows.shape[1], np.flatnonzero(task_of_sample >= 0)
+    of_row = np.ones(len(rows)) if weights is None else weights
+    dim, of_task = (rows if basis is None else basis).shape[1], np.flatnonzero(task_of_sample >= 0)
     counts, summed_weights, output_sums = (
         np.bincount(task_of_sample[of_task], values[of_task], num_tasks)
-        for values in (np.ones(len(rows)), of_gradient, of_gradient * outputs)
+        for values in (np.ones(len(rows)), of_row, of_row * outputs)
     )
     sums, squares = np.zeros((num_tasks, dim)), np.zeros(num_tasks)
     summed_outers = np.zeros((num_tasks, dim, dim), np.float32) if outers else None
@@ -115,14 +114,37 @@ def task_moments(
         for task in np.unique(tasks[tasks >= 0]):
             own = np.flatnonzero(tasks == task)
             gradients, samples = block[own].astype(np.float64), start + own
-            scaled = of_square[samples, None] * gradients
-            sums[task] += of_gradient[samples] @ gradients
+            gradients = gradients if basis is None else gradients @ basis
+            scaled = of_row[samples, None] * gradients
+            sums[task] += of_row[samples] @ gradients
             squares[task] += np.vdot(scaled, gradients)
             if summed_outers is not None:
                 summed_outers[task] += gradients.T @ scaled
     moments = TaskMoments(counts.astype(np.int64), summed_weights, output_sums, sums, squares, summed_outers)
     _check_finite(moments, "task")
     return moments
+
+
+def principal_basis(rows: np.ndarray, is_training: np.ndarray, dim: int) -> np.ndarray:
+    """An orthonormal basis (d, r) of the directions in which rows (R, d) are longest, r = `dim` or the number of rows.
+
+    Training rows (`is_training`, (R,)) and the others count half each. Exact where no more than `dim` rows are there; else
+    by subspace iteration on their second moments, d x d numbers.
+    """
+    if len(rows) <= dim:
+        return np.linalg.qr(np.asarray(rows, np.float64).T)[0]
+    weights = np.where(is_training, 1 / max(is_training.sum(), 1), 1 / max((~is_training).sum(), 1))
+    moments = np.zeros((rows.shape[1],) * 2, np.float32)
+    unit = np.abs(rows[:_BLOCK_ROWS]).max() or 1.0  # squares of small gradients would be lost in float32
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = np.asarray(rows[start : start + _BLOCK_ROWS], np.float32) / np.float32(unit)
+        moments += block.T @ (block * weights[start : start + _BLOCK_ROWS, None].astype(np.float32))
+    width = min(dim + 50, len(moments))
+    basis = np.random.default_rng(0).standard_normal((len(moments), width)).astype(np.float32)
+    for _ in range(4):
+        basis, _ = np.linalg.qr(moments @ basis)
+    _, within = np.linalg.eigh((basis.T @ moments @ basis).astype(np.float64))
+    return basis @ within[:, : -dim - 1 : -1]
 
 
 def estimate(
@@ -132,6 +154,7 @@ def estimate(
     estimator: str = "ridge",
     rho: float = DEFAULT_RHO,
     targets: Sequence[int] | None = None,
+    weights: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """The estimated output of every target after fine-tuning on every subset, (m, k) float64: the mean over the parts.
@@ -142,20 +165,39 @@ def estimate(
         estimator: one of `ESTIMATORS`.
         rho: ridge strength relative to the mean squared norm of a gradient: lambda = rho trace(H_all/N).
         targets: ids of the targets wanted; None = all k.
+        weights: of the parts in the mean, (p, k) as `part_weights` gives them; None = all alike.
 
     Raises:
         ValueError: a subset or target without rows, moments that are not finite, or another argument out of range.
     """
     chosen = range(len(parts[0].target.counts)) if targets is None else targets
-    parts = [_with_targets(part, chosen) for part in parts]
-    return np.mean(
-        [_over_chunks(part, membership, rho, ESTIMATORS[estimator].make, progress) for part in parts], axis=0
-    )
+    parts, make = [_with_targets(part, chosen) for part in parts], ESTIMATORS[estimator].make
+    by_part = np.stack([_over_chunks(part, membership, rho, make, progress) for part in parts])  # (p, m, k)
+    return by_part.mean(axis=0) if weights is None else (weights[:, None] * by_part).sum(axis=0)
+
+
+def part_weights(parts: Sequence[Part], **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How much each part is to count in the mean, (p, k), and what that is told by: the estimates of random halves of the
+    tasks at each part, (p, halves, k). Options as in `estimate`.
+
+    Between subsets, the estimates at one checkpoint may differ many times as much as those at another, and would rule the
+    mean: each counts by one over its standard deviation. Where one has none, all count alike.
+    """
+    has_rows = np.all([part.train.counts > 0 for part in parts], axis=0)
+    draws = (
+        np.random.default_rng(0).random((_REFERENCE_HALVES, len(has_rows))) - has_rows
+    )  # those without rows come last
+    halves = (draws.argsort(axis=1).argsort(axis=1) < max(has_rows.sum() // 2, 1)) & has_rows
+    by_part = np.stack([estimate([part], halves, **options) for part in parts])
+    spreads = by_part.std(axis=1)
+    spreads = np.where((spreads > 1e-9 * abs(by_part).max(axis=1)).all(axis=0), spreads, 1.0)
+    return (1 / spreads) / (1 / spreads).sum(axis=0), by_part
 
 
 def solutions(part: Part, membership: np.ndarray, *, estimator: str = "ridge", rho: float = DEFAULT_RHO) -> np.ndarray:
     """x_S of an estimator for every subset, (m, d) float64; arguments and errors as in `estimate` and `solver_of`."""
-    return _over_chunks(part, membership, rho, solver_of(estimator))
+    found = _over_chunks(part, membership, rho, solver_of(estimator))
+    return found if part.basis is None else found @ part.basis.T
 
 
 def solver_of(estimator: str) -> Make:
@@ -171,6 +213,7 @@ def mixture_weights(
     targets: Sequence[int],
     *,
     rho: float = DEFAULT_RHO,
+    weights: np.ndarray | None = None,
     steps: int = 300,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -185,16 +228,17 @@ def mixture_weights(
     for part in parts:
         of_row, strength = _row_weights(part, np.ones((1, num_tasks)), rho)
         models.append((of_row, _tensor(part.train.weights), _ridge(part, strength)))
+    of_part = torch.full((len(parts), 1), 1 / len(parts)) if weights is None else _tensor(weights)
     logits = torch.zeros(1, num_tasks, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
     course: list[float] = []
     best = logits.detach()[0]
     for _ in progress(range(steps), desc="mixture weights", unit="step") if progress else range(steps):
-        weights = num_tasks * logits.softmax(1)
-        values = [estimates_of(_shares(weights * of_row, totals)).mean() for of_row, totals, estimates_of in models]
-        value = torch.stack(values).mean()
+        of_task = num_tasks * logits.softmax(1)
+        values = [estimates_of(_shares(of_task * of_row, totals))[0] for of_row, totals, estimates_of in models]
+        value = (of_part * torch.stack(values)).sum(0).mean()
         if not course or value < min(course):
-            best = weights.detach()[0]
+            best = of_task.detach()[0]
         course.append(float(value.detach()))
         optimizer.zero_grad()
         value.backward()
@@ -251,26 +295,24 @@ def _combined(shares: Tensor, outers: Tensor) -> Tensor:
 
 
 def _kernel_solver(part: Part, strength: float) -> OnSubsets:
-    """x = -G' (G G' + lambda I)^-1 s/r with the rows of G times r, the roots of their shares in the curvature, and s their
-    shares in the gradient."""
-    gradients, _, task_of_row, of_row, in_curvature = _rows_of(part, "task_of_row")
+    """x = -G' (G G' + lambda I)^-1 r with the rows of G times r, the roots of their shares."""
+    gradients, _, task_of_row, of_row = _rows_of(part, "task_of_row")
     kernel = gradients @ gradients.T
 
     def on_subset(shares: Tensor) -> Tensor:
-        chosen = (shares * in_curvature).nonzero().squeeze(1)
-        roots = (shares * in_curvature)[chosen].sqrt()
-        goals, roots = ((shares * of_row)[chosen] / roots).float(), roots.float()
+        chosen = shares.nonzero().squeeze(1)
+        roots = shares[chosen].sqrt().float()
         gram = roots[:, None] * kernel[chosen][:, chosen] * roots
         gram.diagonal().add_(strength)
-        return -(roots * _solve(gram, goals)) @ gradients[chosen]
+        return -(roots * _solve(gram, roots)) @ gradients[chosen]
 
-    return lambda shares: torch.stack([on_subset(of_rows) for of_rows in shares[:, task_of_row]]).double()
+    return lambda shares: torch.stack([on_subset(of_rows) for of_rows in shares[:, task_of_row] * of_row]).double()
 
 
 def _logistic_solver(part: Part, strength: float) -> OnSubsets:
     """x_S that minimises the mean of log(1 + exp(o_i + g_i.x)) + lambda |x|^2, for outputs o = minus the margin: Newton's
     method for all subsets of a chunk at once, each step halved until the subset's objective does not rise."""
-    single, outputs, task_of_row, of_row, _ = _rows_of(part, "task_of_row")
+    single, outputs, task_of_row, of_row = _rows_of(part, "task_of_row")
     gradients = single.double()
 
     def hessian(curvatures: Tensor) -> Tensor:
@@ -307,22 +349,27 @@ def _logistic_solver(part: Part, strength: float) -> OnSubsets:
 
 
 def _ridge(part: Part, strength: float) -> OnSubsets:
-    """L_val + b_val.x_S/N_val + x_S.H_val x_S/(2 N_val); without the last term for margins, which are no losses."""
+    """L_val + b_val.x_S/N_val + x_S.C_val x_S/2; without the last term for margins, which are no losses.
+
+    The curvature C_val is the covariance of the gradients of the target's rows: H_val/N_val, as of a target that is fitted,
+    would count the mean gradient of one that is not as curvature, in the very direction of the first term.
+    """
     if part.output_function != "loss":
         return _linear(part, strength)
     solve, (means, slopes), totals = _ridge_solver(part, strength), _target_means(part), _tensor(part.target.weights)
     if part.target.outers is None:
-        gradients, _, target_of_row, _, in_curvature = _rows_of(part, "target_of_row")
+        gradients, _, target_of_row, of_row = _rows_of(part, "target_of_row")
 
     def curvatures(x: Tensor) -> Tensor:
         if part.target.outers is not None:
             return torch.stack([((x @ outer) * x).sum(1) for outer in torch.from_numpy(part.target.outers)], dim=1)
-        squares = in_curvature * (x @ gradients.T).double().square()
+        squares = of_row * (x @ gradients.T).double().square()
         return squares.new_zeros(len(x), len(totals)).index_add_(1, target_of_row, squares)
 
     def estimates(shares: Tensor) -> Tensor:
         x = solve(shares)
-        return means + x @ slopes.T + curvatures(x.float()).double() / totals / 2
+        change = x @ slopes.T
+        return means + change + (curvatures(x.float()).double() / totals - change.square()) / 2
 
     return estimates
 
@@ -335,7 +382,7 @@ def _linear(part: Part, strength: float) -> OnSubsets:
 
 def _logistic(part: Part, strength: float) -> OnSubsets:
     """The paper's (arXiv:2409.19458): the mean of log(1 + exp(o_i + g_i.x_S)) over the target's rows."""
-    solve, (gradients, outputs, target_of_row, _, _) = _logistic_solver(part, strength), _rows_of(part, "target_of_row")
+    solve, (gradients, outputs, target_of_row, _) = _logistic_solver(part, strength), _rows_of(part, "target_of_row")
     in_target = one_hot(target_of_row, len(part.target.counts)).double()
     in_target /= in_target.sum(0)  # (rows of targets, k)
     return lambda shares: softplus(outputs + solve(shares) @ gradients.double().T) @ in_target
@@ -439,15 +486,15 @@ def _with_targets(part: Part, targets: Sequence[int]) -> Part:
     return replace(part, target=replace(part.target, **chosen), rows=rows)
 
 
-def _rows_of(part: Part, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of the rows that have a task or a target (`group`): gradients (float32), outputs, group ids, weights, curvatures."""
+def _rows_of(part: Part, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the rows that have a task or a target (`group`): gradients (float32), outputs, group ids, weights."""
     if (rows := part.rows) is None:
         raise ValueError("this estimator would need the rows of a part, and this one has moments only")
     groups = np.asarray(getattr(rows, group))
     chosen = np.flatnonzero(groups >= 0)
-    ones, gradients = np.ones(len(groups)), torch.from_numpy(np.asarray(rows.rows[chosen], np.float32))
-    weights, curvatures = (_tensor((ones if of is None else of)[chosen]) for of in (rows.weights, rows.curvatures))
-    return gradients, _tensor(rows.outputs[chosen]), torch.from_numpy(groups[chosen]).long(), weights, curvatures
+    weights = np.ones(len(groups)) if rows.weights is None else rows.weights
+    gradients, ids = torch.from_numpy(np.asarray(rows.rows[chosen], np.float32)), torch.from_numpy(groups[chosen])
+    return gradients, _tensor(rows.outputs[chosen]), ids.long(), _tensor(weights[chosen])
 
 
 def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.special import logsumexp
+from scipy.stats import norm, pearsonr, rankdata, spearmanr
 from scipy.stats import t as student
 
 from src import tables
@@ -22,12 +23,15 @@ from src.artifacts import RESULTS_FILE, SELECTION_FILE, losses_file
 
 CONSTANT, INCLUSION = "constant", "own task in the subset"
 AVERAGE, MEAN = "(average)", "(mean over targets)"
-CALIBRATION_RHOS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-CLEARLY = 0.5
-"""Another ridge strength is taken where it at least halves the leave-one-out error. Taking the smallest error whatever the
-difference made calibrated estimates worse on all five worlds of the benchmark (mean relative error 0.156 against 0.143)."""
-MIN_SUBSETS = 4
-"""With fewer, a line through them says nothing about its own error."""
+_LEVELS = (0.0, 0.1, 0.25, 0.45, 0.65, 0.8, 0.9, 0.96, 0.99)
+SHARES = [(estimate, sources) for estimate in _LEVELS for sources in _LEVELS if estimate + sources < 0.995]
+"""Shares of the variance of fine-tuned values that the estimate and the sources may have; the rest is noise."""
+SPREADS = np.geomspace(0.6, 3.0, 7)
+"""Standard deviations that the values of a target may have, relative to that of the ones that were fine-tuned."""
+FREEDOM = 0.19
+"""The share of chance in the slope of the estimate. The slope is expected to be positive, 2 standard deviations above 0."""
+MIN_SUBSETS = 5
+"""Fewer fine-tuned subsets than these calibrate nothing: each of them is to be estimated by the others."""
 
 
 def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
@@ -37,20 +41,22 @@ def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> 
     return float(spearmanr(estimates, fine_tuned).statistic)
 
 
-def _rank_correlation(values: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of the columns of (..., m, r), the mean over their pairs: (...); nan where one does not vary."""
-    runs = values.shape[-1]
+def mean_rank_correlation(values: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of the columns of (..., m, r), the mean over their pairs: (...); nan where one does not vary, or
+    for a single one."""
+    if (runs := values.shape[-1]) < 2:
+        return np.full(values.shape[:-2], np.nan)
     ranks = rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2
     with np.errstate(invalid="ignore"):
         scaled = ranks / np.sqrt((ranks**2).sum(axis=-2, keepdims=True))
-    return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / (runs * (runs - 1))
+        return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / (runs * (runs - 1))
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     """Where the mean rank correlation of the columns of values (m, r) falls in 90 % of the draws of m subsets with
     replacement (percentile bootstrap)."""
     samples = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    scores = _rank_correlation(values[samples])
+    scores = mean_rank_correlation(values[samples])
     if np.isnan(scores).all():
         return float("nan"), float("nan")
     return tuple(np.nanquantile(scores, [0.05, 0.95]).tolist())
@@ -66,7 +72,7 @@ def attainable_maximum(fine_tuned_by_run: np.ndarray, draws: int = 1000) -> tupl
     runs = fine_tuned_by_run.shape[1]
     if runs < 2:
         return float("nan"), float("nan"), float("nan")
-    found = _rank_correlation(fine_tuned_by_run), *bootstrap_interval(fine_tuned_by_run, draws)
+    found = mean_rank_correlation(fine_tuned_by_run), *bootstrap_interval(fine_tuned_by_run, draws)
     q = np.maximum(np.array(found, float), 0.0)  # keeps nan
     return tuple(np.sqrt(runs * q / (1 + (runs - 1) * q)).tolist())
 
@@ -161,65 +167,86 @@ def comparison(
     return pd.concat([average, pd.DataFrame(means), frame], ignore_index=True)[frame.columns]
 
 
-@dataclass(frozen=True)
 class Calibration:
-    """An affine map for each target from estimates to fine-tuned values: estimates rank, their level is off."""
+    """A Gaussian process over subsets for each target, from estimates to fine-tuned values; call it for other subsets.
 
-    slopes: np.ndarray  # (k,), not negative: a map that turned the ranking round would be noise
-    centers: np.ndarray  # mean estimate (k,) of the fine-tuned subsets, where the map passes through
-    levels: np.ndarray  # their mean fine-tuned value (k,)
-    spreads: np.ndarray  # sum of squared deviations of the estimates from their center (k,)
-    errors: np.ndarray  # residual standard deviation (k,), c - 2 degrees of freedom
-    num_subsets: int  # c
-
-    def __call__(self, estimates: np.ndarray, share: float = 0.9) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Calibrated estimates (m, k), and the ends (m, k) of intervals that hold this share of fine-tuned values if
-        residuals are normal."""
-        deviations = np.asarray(estimates, float) - self.centers
-        values = self.levels + self.slopes * deviations
-        leverage = deviations**2 / np.where(self.spreads > 0, self.spreads, 1.0)
-        quantile = student.ppf((1 + share) / 2, self.num_subsets - 2)
-        half = quantile * self.errors * np.sqrt(1 + 1 / self.num_subsets + leverage)
-        return values, values - half, values + half
-
-
-def fit_calibration(estimates: np.ndarray, fine_tuned: np.ndarray) -> Calibration:
-    """Least squares for each target, of estimates (c, k) and fine-tuned values (c, k)."""
-    centers, levels = estimates.mean(axis=0), fine_tuned.mean(axis=0)
-    deviations = estimates - centers
-    spreads = (deviations**2).sum(axis=0)
-    slopes = (deviations * (fine_tuned - levels)).sum(axis=0) / np.where(spreads > 0, spreads, 1.0)
-    slopes = np.maximum(slopes, 0.0)
-    residuals = fine_tuned - levels - slopes * deviations
-    errors = np.sqrt((residuals**2).sum(axis=0) / (len(estimates) - 2))
-    return Calibration(slopes, centers, levels, spreads, errors, len(estimates))
-
-
-def leave_one_out_error(estimates: np.ndarray, fine_tuned: np.ndarray) -> float:
-    """Squared error of each fine-tuned value against the map fitted without it, relative to the values' variance; mean over
-    subsets and targets. Arguments as in `fit_calibration`."""
-    errors = np.zeros_like(fine_tuned)
-    for left_out in range(len(fine_tuned)):
-        others = np.arange(len(fine_tuned)) != left_out
-        values, _, _ = fit_calibration(estimates[others], fine_tuned[others])(estimates[left_out])
-        errors[left_out] = values - fine_tuned[left_out]
-    variances = fine_tuned.var(axis=0)
-    return float(((errors**2).mean(axis=0) / np.where(variances > 0, variances, 1.0)).mean())
-
-
-def calibrate(
-    estimates_by_rho: Mapping[float, np.ndarray], fine_tuned: np.ndarray, default: float
-) -> tuple[float, Calibration]:
-    """A ridge strength, the default or one that is better by `CLEARLY`, and the map fitted to its estimates (c, k).
-
-    Refuses (ValueError) fewer than `MIN_SUBSETS` + 1 subsets.
+    The logarithm of a value is a level, a slope times the estimate, the mean effect of the subset's sources, and noise. Which
+    shares of the variance these have (`SHARES`) is averaged over, weighted by how well they explain the fine-tuned values of
+    all targets: a few values leave the ranking to the estimate, many correct it. Estimates may have any unit; where values
+    are not all above 0, their logarithm is not taken.
     """
-    if len(fine_tuned) <= MIN_SUBSETS:
-        raise ValueError(f"--calibrate needs at least {MIN_SUBSETS + 1} fine-tuned subsets, found {len(fine_tuned)}")
-    errors = {rho: leave_one_out_error(estimates, fine_tuned) for rho, estimates in estimates_by_rho.items()}
-    best = min(errors, key=errors.__getitem__)
-    rho = best if errors[best] < CLEARLY * errors[default] else default
-    return rho, fit_calibration(estimates_by_rho[rho], fine_tuned)
+
+    def __init__(self, estimates: np.ndarray, membership: np.ndarray, fine_tuned: np.ndarray) -> None:
+        """Estimates (c, k), sources (c, n) and values (c, k) of the subsets that were fine-tuned."""
+        self._estimates, self._sources = estimates, _source_shares(membership)
+        self._known = self._scaled(estimates, membership)
+        self._logarithms = bool((fine_tuned > 0).all())
+        fine_tuned = np.log(fine_tuned) if self._logarithms else fine_tuned
+        self._center, deviation = fine_tuned.mean(axis=0), fine_tuned.std(axis=0, ddof=1)
+        self._unit = np.where(deviation > 0, deviation, np.finfo(float).tiny)
+        values, spreads = ((fine_tuned - self._center) / self._unit).T, SPREADS[:, None]
+        self._systems, likelihoods = [], []
+        for shares in SHARES:
+            slopes, covariance = self._prior(shares, self._known)
+            inverse = np.linalg.inv(covariance + (1 - sum(shares)) * np.eye(values.shape[1]))  # (k, c, c)
+            total = inverse.sum(axis=(1, 2))
+            level = (
+                inverse.sum(axis=1) / total[:, None]
+            )  # weights of the values in the level, which nothing is known of
+            inner = inverse - total[:, None, None] * level[:, :, None] * level[:, None]
+            data = np.stack([values, slopes], axis=2)  # (k, c, 2)
+            squares = np.einsum("kci,kcd,kdj->kij", data, inner, data)
+            errors = squares[:, 0, 0] / spreads**2 - 2 * squares[:, 0, 1] / spreads + squares[:, 1, 1]
+            constant = np.linalg.slogdet(inverse)[1] - np.log(total)
+            likelihoods.append((constant - errors) / 2 - (len(fine_tuned) - 1) * np.log(spreads))
+            self._systems.append((data, inner, level, total))
+        by_spread = np.array(likelihoods)  # (shares, spreads, k)
+        of_target = logsumexp(by_spread, axis=1)
+        together = of_target.sum(axis=1)
+        self._weights = np.exp(together - logsumexp(together))[:, None, None] * np.exp(by_spread - of_target[:, None])
+
+    def __call__(
+        self, estimates: np.ndarray, membership: np.ndarray, share: float = 0.9
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Calibrated estimates (m, k) of subsets with these estimates (m, k) and sources (m, n), and the ends (m, k) of
+        intervals that hold this share of fine-tuned values."""
+        asked, spreads = self._scaled(estimates, membership), SPREADS[:, None, None]
+        mean, square = np.zeros((2, *asked[0].T.shape))
+        for shares, system, weights in zip(SHARES, self._systems, self._weights[..., None], strict=True):
+            data, inner, level, total = system
+            slopes, across = self._prior(shares, asked)  # (k, m), (k, m, c)
+            gain = across @ inner
+            found = (gain + level[:, None]) @ data  # (k, m, 2)
+            own = shares[0] * FREEDOM * asked[0].T ** 2 + shares[1] * (asked[1] ** 2).sum(axis=1) + 1 - sum(shares)
+            variance = own - (gain * across).sum(axis=2) + 1 / total[:, None] - 2 * (across @ level[..., None])[..., 0]
+            values = found[..., 0] + spreads * (slopes - found[..., 1])  # (spreads, k, m)
+            mean += (weights * values).sum(axis=0)
+            square += (weights * (values**2 + spreads**2 * variance)).sum(axis=0)
+        values = self._center + self._unit * mean.T
+        half = norm.ppf((1 + share) / 2) * self._unit * np.sqrt(np.maximum(square - mean**2, 0.0)).T
+        found = values, values - half, values + half
+        return tuple(np.exp(found)) if self._logarithms else found
+
+    def _scaled(self, estimates: np.ndarray, membership: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Estimates (m, k) and shares of sources (m, n), of mean 0 and variance 1 over the fine-tuned subsets."""
+        deviation, known = self._estimates.std(axis=0), self._sources - (mean := self._sources.mean(axis=0))
+        length = np.sqrt((known**2).sum(axis=1).mean()) or 1.0
+        scaled = (estimates - self._estimates.mean(axis=0)) / np.where(deviation > 0, deviation, np.inf)
+        return scaled, (_source_shares(membership) - mean) / length
+
+    def _prior(
+        self, shares: tuple[float, float], asked: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of subsets as `_scaled` gives them: what the expected slope says of them (k, m), and their covariance with the
+        fine-tuned ones (k, m, c)."""
+        slopes = asked[0].T[:, :, None] * self._known[0].T[:, None]
+        covariance = shares[0] * FREEDOM * slopes + shares[1] * (asked[1] @ self._known[1].T)
+        return np.sqrt(shares[0] * (1 - FREEDOM)) * asked[0].T, covariance
+
+
+def _source_shares(membership: np.ndarray) -> np.ndarray:
+    """The share of each source in each subset, (m, n), all equal; 0 in an empty one."""
+    return membership / np.maximum(np.sum(membership, axis=1, keepdims=True), 1)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ def export(config: TrainConfig, data: TaskData | None = None, trainer: str | Non
     unknown, or does not take the rows."""
     check_trainer(trainer)
     data = load_data(config) if data is None else data
+    say_notices(data.notices)
     subsets, shares = chosen_subsets(config, data) or ([], None)
     if len(subsets) != 1 or not subsets[0]:
         raise ValueError(f"found {len(subsets)} subsets to export, expected one: name it with --subset_file, --task_weights or --task_idxes")  # fmt: skip

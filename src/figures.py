@@ -157,12 +157,8 @@ def scores_figure(
     sizes, correlations = convergence
     ticks = sizes[:: max(1, len(sizes) // 5)]
     right.plot(sizes, correlations, color=BLUE, marker="o", markersize=4)
-    right.set(
-        xscale="log",
-        xlabel="number of subsets",
-        ylabel="Spearman with the final ranking",
-        title="How soon the ranking settles",
-    )
+    right.set(xscale="log", xlabel="number of subsets", ylabel="Spearman with the final ranking")
+    right.set_title("How soon the ranking settles")
     right.xaxis.set_minor_locator(ticker.NullLocator())
     right.set_xticks(ticks, [f"{size:,}" for size in ticks])
     save_figure(figure, path)

@@ -6,9 +6,15 @@ Meta-training, final fine-tuning and fine-tuning for ground truth are the same c
 from __future__ import annotations
 
 import contextlib
+import json
+import pickle
+import random
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +22,16 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import artifacts
-from src.console import progress, say_once
+from src.console import end_at_sigterm, progress, say, say_once
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
-from src.distributed import Hardware
+from src.distributed import Hardware, cluster
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
 
 # Optimizer steps times learning rate below which training is noted: AdamW moves a weight by about the learning rate in a
@@ -58,6 +65,7 @@ class FineTuning(pl.LightningModule):
     def __init__(self, model: LanguageModel, data: TaskData, plan: TrainingPlan) -> None:
         super().__init__()
         self.model, self.data, self.plan = model, data, plan
+        self.strict_loading = False  # a state holds what trains alone
         self.shown: dict[str, Tensor | float] = {}
         self._unseen: list[tuple[Tensor, int, Tensor]] = []  # training losses with their step and samples
         self.on_validation_epoch_start()
@@ -89,6 +97,10 @@ class FineTuning(pl.LightningModule):
 
     def on_train_end(self) -> None:
         self.look_at_losses()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -157,9 +169,9 @@ class FitProgress(pl.Callback):
         """Text behind the fit's bar, evaluated when drawn: losses are read from the device only then."""
         return "".join(f", {name}={float(value):.3f}" for name, value in self.shown.items())
 
-    def _open(self, trainer: pl.Trainer, desc: str, total: float, leave: bool = False) -> None:
+    def _open(self, trainer: pl.Trainer, desc: str, total: float, leave: bool = False, initial: int = 0) -> None:
         if trainer.is_global_zero:
-            self.bars.append(progress(desc=desc, total=int(total), unit="step", leave=leave))
+            self.bars.append(progress(desc=desc, total=int(total), unit="step", leave=leave, initial=initial))
 
     def _close(self, *_: Any) -> None:
         if self.bars:
@@ -171,7 +183,7 @@ class FitProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
         self.shown = module.shown
-        self._open(trainer, self.desc, trainer.estimated_stepping_batches, self.leave)
+        self._open(trainer, self.desc, trainer.estimated_stepping_batches, self.leave, trainer.global_step)
         if self.bars:
             self.bars[0].postfix = self
 
@@ -192,35 +204,141 @@ class FitProgress(pl.Callback):
     on_validation_end = on_test_end = on_train_end = _close
 
 
-class Checkpoints(pl.Callback):
-    """Saves the model at `shares` of all optimizer steps and at the epoch of the best validation loss.
+class Resumable(pl.Callback):
+    """Keeps the state of a training, so that the same command goes on where it was cut off.
 
-    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last that says what `describe` does.
-    The names of those written so far stand in a file beside them, so that a training that was cut off can be told from what
-    others put there; `spent_before` is the seconds that such ones have taken. `stop_after` ends the training with the last
-    share. `validation_losses` says how good the model was before training ("base") and at the last validation ("last", by
-    target; "last_step"), and whether that was the end of the whole training.
+    The state is Lightning's checkpoint, of the weights that train alone. It is written at every epoch's end, every `minutes`
+    between two optimizer steps, and at SIGTERM, which ends the program. A file beside it, `note`, says what the training is
+    `made_from`, its seconds so far, and which checkpoints it has written, so that they can be told from what others put
+    there. ValueError: a state is there that is damaged, or of another training, with the `repair`.
     """
 
-    def __init__(
-        self, folder: Path, shares: Sequence[float], describe: dict, stop_after: bool = False, spent_before: float = 0.0
-    ) -> None:
-        self.folder, self.shares, self.describe, self.stop_after = folder, shares, describe, stop_after
+    def __init__(self, note: Path, made_from: Mapping[str, Any], repair: str, minutes: float) -> None:
+        self.note, self.state, self.made_from, self.minutes = note, artifacts.state_file(note), made_from, minutes
+        self.repair = repair
+        earlier = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        self.resumes, self.terminated = self.state.is_file(), False
+        self.written: list[str] = earlier.get("checkpoints", []) if self.resumes else []
+        self.started = time.perf_counter() - earlier.get("seconds", 0.0)
+        self._saved, self._random = time.monotonic(), dict[str, Any]()
+        if self.resumes:
+            artifacts.check_manifest(self.state, earlier.get("made_from", {}), made_from, repair)
+            if not zipfile.is_zipfile(self.state):
+                raise ValueError(f"{self.state} is damaged. {repair}")
+
+    def take_note(self) -> None:
+        """Write the file beside the state."""
+        spent = {"checkpoints": self.written, "seconds": time.perf_counter() - self.started}
+        artifacts.write_json(self.note, {"made_from": self.made_from, **spent})
+
+    def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        if self._random:
+            steps = f"{trainer.global_step:,} of {int(trainer.estimated_stepping_batches):,} optimizer steps"
+            say(f"Going on after {steps} ({self.state}).")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: FineTuning, batch: Batch, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # a state has no gradients
+        if self._random:
+            _set_random_state(self._random)
+            self._random = {}
+            return
+        due = self.terminated or time.monotonic() - self._saved >= 60 * self.minutes
+        if trainer.strategy.reduce_boolean_decision(due, all=False) or (batch_idx == 0 and trainer.current_epoch):
+            self._write(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        if not trainer.should_stop:
+            self._write(trainer, module)
+
+    def _write(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        module.look_at_losses()
+        if trainer.is_global_zero:
+            self.take_note()
+        trainer.save_checkpoint(self.state)
+        self._saved = time.monotonic()
+        if trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+            if not trainer.is_global_zero:
+                sys.exit(0)  # with an error its launcher would kill the first
+            end_at_sigterm(f" after {trainer.global_step:,} optimizer steps; the same command goes on there")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random"] = [_random_state()]
+        if trainer.world_size > 1:
+            checkpoint["random"] *= trainer.world_size
+            torch.distributed.all_gather_object(checkpoint["random"], _random_state())
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random = checkpoint["random"][trainer.global_rank]
+
+    @contextlib.contextmanager
+    def heeding_sigterm(self) -> Iterator[None]:
+        """Let SIGTERM wait for the end of an optimizer step."""
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _random_state() -> dict[str, Any]:
+    """This process's random numbers, as what can be read without running anything."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, np.array(keys).tolist(), *rest),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Checkpoints(Resumable):
+    """Saves the model too, besides its state: at `shares` of all optimizer steps and at the epoch of the best validation loss.
+
+    Each checkpoint is a folder that `load_checkpoint` opens, with a manifest written last that says what `describe` does.
+    `stop_after` ends the training with the last share. `validation_losses` says how good the model was before training
+    ("base") and at the last validation ("last", by target; "last_step"), and whether that was the end of the whole training.
+    """
+
+    def __init__(self, shares: Sequence[float], describe: dict, stop_after: bool, **of_state: Any) -> None:
+        super().__init__(**of_state)
+        self.folder, self.shares, self.describe, self.stop_after = self.note.parent, shares, describe, stop_after
         self.trajectory: list[str] = []
         self.best: str | None = None
         self.best_loss = float("inf")
-        self.written: list[str] = []
         self.validation_losses: dict[str, Any] = {}
-        self.started = time.perf_counter() - spent_before
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("trajectory", "best", "best_loss", "validation_losses")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if gone := [name for name in self.trajectory if not (self.folder / name / artifacts.MANIFEST).is_file()]:
+            raise ValueError(f"{self.folder / gone[0]} is gone, which was written before {self.state}. {self.repair}")
+        if self.best and not (self.folder / self.best / artifacts.MANIFEST).is_file():
+            self.best, self.best_loss = None, float("inf")  # replaced after the state, by one that comes again
 
     def on_train_start(self, trainer: pl.Trainer, module: FineTuning) -> None:
+        super().on_train_start(trainer, module)
         total = int(trainer.estimated_stepping_batches)
-        self.steps = {max(1, round(share * total)) if share else 0 for share in self.shares}
-        names = [artifacts.step_checkpoint_name(step) for step in self.steps]
+        steps = {max(1, round(share * total)) if share else 0 for share in self.shares}
+        self.steps = {step for step in steps if artifacts.step_checkpoint_name(step) not in self.trajectory}
+        names = [artifacts.step_checkpoint_name(step) for step in steps]
         names += [artifacts.epoch_checkpoint_name(epoch) for epoch in range(trainer.max_epochs or 0)]
-        if there := [name for name in sorted(names) if (self.folder / name / artifacts.MANIFEST).is_file()]:
-            found = f"{self.folder / there[0]} is not of this training, which may write a checkpoint there"
-            raise ValueError(f"{found}; move it elsewhere, or choose another --save_name")
+        for name in sorted({*names} - {*self.trajectory, self.best}):
+            if name in self.written and trainer.is_global_zero:
+                shutil.rmtree(self.folder / name, ignore_errors=True)  # after the state: it comes again
+            elif name not in self.written and (self.folder / name / artifacts.MANIFEST).is_file():
+                found = f"{self.folder / name} is not of this training, which may write a checkpoint there"
+                raise ValueError(f"{found}; move it elsewhere, or choose another --save_name")
         self._save_at(trainer, module, 0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: FineTuning, *_: Any) -> None:
@@ -237,7 +355,7 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: FineTuning) -> None:
         loss, by_target = float(np.nanmean(module.losses)), target_losses(module.data, module.losses)
         if trainer.sanity_checking:
-            self.validation_losses["base"] = by_target
+            self.validation_losses.setdefault("base", by_target)
             return
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
         self.validation_losses |= {"last": by_target, "last_step": step, "whole": step >= total}
@@ -256,8 +374,7 @@ class Checkpoints(pl.Callback):
         state = state_to_save(module.model) if module.device_mesh is not None else None
         if trainer.is_global_zero:
             self.written.append(name)
-            spent = {"checkpoints": self.written, "seconds": time.perf_counter() - self.started}
-            artifacts.write_json(self.folder / artifacts.UNFINISHED, spent)
+            self.take_note()
             save_checkpoint(module.model, self.folder / name, {**self.describe, **facts}, state)
         trainer.strategy.barrier()
 
@@ -284,6 +401,14 @@ def save_checkpoint(
     artifacts.write_manifest(folder, {"kind": "meta-initialization", "model_key": model.key, **facts, "files": files})
 
 
+class _Written(TorchCheckpointIO):
+    """A state takes the place of the last one when it is whole; Lightning makes a second copy in memory instead."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with artifacts.atomic_write(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
 @contextlib.contextmanager
 def _trainer(
     hardware: Hardware, plan: TrainingPlan | None = None, callbacks: Sequence[pl.Callback] = (), validate: bool = False
@@ -293,7 +418,8 @@ def _trainer(
     strategy: str | Strategy = hardware.strategy
     if strategy == "fsdp":  # as FSDP2, which also runs on the CPU
         backend = {"process_group_backend": "gloo"} if hardware.accelerator == "cpu" else {}
-        strategy = ModelParallelStrategy(data_parallel_size=hardware.num_processes, tensor_parallel_size=1, **backend)
+        sizes = {"data_parallel_size": hardware.num_processes, "tensor_parallel_size": 1}
+        strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=False, **backend)  # unpickled, if spread
     trainer = pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
@@ -310,11 +436,14 @@ def _trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        plugins=[_Written(), *cluster()],
     )
+    # its handlers communicate in the midst of whatever is going on
+    trainer._signal_connector.register_signal_handlers = lambda: None
     try:
         yield trainer
-    except SystemExit:  # with which it ends the program where it is interrupted
-        if trainer.interrupted:
+    except SystemExit as end:  # with 1 it ends the program where it is interrupted
+        if trainer.interrupted and end.code == 1:
             raise KeyboardInterrupt from None
         raise
 
@@ -328,9 +457,10 @@ def fit(
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
     validate: bool = False,
+    resumable: Resumable | None = None,
 ) -> None:
-    """Train the model's trainable parameters in place on the data module's training rows; a training that cannot teach an
-    adapter much is noted before it starts."""
+    """Train the model's trainable parameters in place on the data module's training rows, from the state on that
+    `resumable` has; a training that cannot teach an adapter much is noted before it starts. SystemExit: SIGTERM came."""
     rows_per_step = datamodule.batch_size * plan.accumulate * hardware.num_processes
     steps = plan.epochs * -(-len(datamodule.train_indices) // rows_per_step)
     if model.has_adapter and steps * plan.lr < LEAST_CHANGE:
@@ -340,8 +470,16 @@ def fit(
         )
     pl.seed_everything(seed, verbose=False)
     model.train()
-    with _trainer(hardware, plan, callbacks, validate) as trainer:
-        trainer.fit(FineTuning(model, datamodule.data, plan), datamodule=datamodule)
+    module, path = FineTuning(model, datamodule.data, plan), None
+    with contextlib.ExitStack() as entered:
+        if resumable is not None:
+            callbacks, path = [resumable, *callbacks], resumable.state if resumable.resumes else None
+            entered.enter_context(resumable.heeding_sigterm())
+        trainer = entered.enter_context(_trainer(hardware, plan, callbacks, validate))
+        try:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path} holds more than data and is not read; remove it to train again") from error
 
 
 Evaluation = tuple[np.ndarray, dict[int, str]]
@@ -393,6 +531,7 @@ def fine_tune_on_subset(
     seed: int,
     task_shares: np.ndarray | None = None,
     callbacks: Sequence[pl.Callback] = (),
+    resumable: Resumable | None = None,
 ) -> tuple[dict[str, float], np.ndarray]:
     """The fine-tuned value of a subset: train `model` from the trainable state `start` on its tasks' rows, then evaluate.
 
@@ -413,6 +552,6 @@ def fine_tune_on_subset(
             shares = (task_shares / np.maximum(np.bincount(task_of_row, minlength=len(task_shares)), 1))[task_of_row]
             shares = shares / shares.sum()
         datamodule.select_training_rows(rows, seed, shares)
-        fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks)
+        fit(model, datamodule, plan, hardware, seed=seed, callbacks=callbacks, resumable=resumable)
     evaluation = evaluate(model, datamodule, hardware, plan, splits := ("validation", "test"))
     return {"num_rows": len(rows), **target_metrics(datamodule.data, evaluation, splits)}, evaluation[0]

@@ -116,10 +116,8 @@ def _columns(frame: _Frame) -> pd.DataFrame:
 
 def read_pickle(path: str | Path) -> pd.DataFrame | dict[Any, list]:
     """Read a pickled DataFrame of texts and numbers (categories come back as values), or a dict of lists of index labels.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: compressed, damaged, or neither frame nor dict; names the file and what it asks for.
+    FileNotFoundError: no such file. ValueError: compressed, damaged, or neither frame nor dict; names the file and what it
+    asks for.
     """
     content = require_file(Path(path)).read_bytes()
     if not content.startswith(b"\x80"):

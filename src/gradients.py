@@ -180,11 +180,8 @@ def collect_gradients(
 
     A batch that does not fit into memory is halved, and all after it. With several processes each takes whole batches of
     its own into a shard beside the store, and the first takes the shards over: every sample is computed once, and what a
-    process that dies has finished is kept. Where they share one model's weights they go in step, and one that has a
-    batch less takes part in the last step with a row that it does not keep.
-
-    Raises:
-        ValueError: a single row does not fit.
+    process that dies has finished is kept. Where they share one model's weights they go in step, and one that has a batch
+    less takes part in the last step with a row that it does not keep. ValueError: a single row does not fit.
     """
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     wait = processes.wait if processes else lambda: None

@@ -28,7 +28,6 @@ from src.artifacts import MANIFEST, shorten, source_names
 from src.console import progress
 from src.data import (
     HELD_OUT,
-    LEFT_OUT,
     SPLITS,
     TEXT,
     StoredExamples,
@@ -167,6 +166,7 @@ class Chat:
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     *(("inputs", "targets"), ("prompt", "completion"), ("messages",), ("conversations",), ("conversation",)),
     *(("skill", "text"), ("instruction", "output"), ("instruction", "response")),
+    *(("question", "answer"), ("query", "response"), ("input", "output")),
 )
 """Columns that a source has, as `_texts` makes a prompt and a completion of them; the first that fits."""
 
@@ -295,10 +295,15 @@ def _pickle_records(source: str, use_dev_map: bool) -> Iterator[tuple[str, Recor
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
-    """`name` or `organisation/name` on the hub, with `:split` behind it where that is not train."""
+    """`name`, `organisation/name` or `organisation/name/configuration` on the hub, with `:split` behind it where that is not
+    train."""
     name, _, split = source.partition(":")
+    *organisation, name = name.split("/", 1)
+    name, *configuration = name.split("/", 1)
     try:
-        stream = datasets.load_dataset(name, split=split or "train", streaming=True)
+        stream = datasets.load_dataset(
+            "/".join([*organisation, name]), *configuration, split=split or "train", streaming=True
+        )
     except Exception as error:  # whatever the network, the hub or the data set's own files raise
         found = f"no such file or folder, and as a data set on the hub it cannot be opened ({_first_line(error)})"
         raise FileNotFoundError(f"{source}: {found}") from error
@@ -326,7 +331,7 @@ def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
             yield from _pickle_records(source, use_dev_map)
         elif reader := FORMATS.get(_format_of(source)):
             yield from reader(source)
-        elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+)?(:\w+)?", source):  # not named like a file
+        elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+){0,2}(:\w+)?", source):  # not named like a file
             yield from _hub_records(source)
         else:
             known = f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of save_to_disk, hub ids"
@@ -356,44 +361,38 @@ def files_of(source: str, without: Sequence[str] = (), notices: list[str] | None
     """
     if not Path(source).is_dir():
         return [source]
-    unread: list[str] = []
-    found = _files_below(Path(source), {Path(file).resolve() for file in without}, unread)
+    found = _files_below(Path(source), {Path(file).resolve() for file in without}, [] if notices is None else notices)
     if not found:
         expected = f"files that end in {', '.join(FORMATS)} or .pkl in it, or what the save_to_disk of datasets writes"
         raise ValueError(f"{source} is a folder without data files; expected {expected}")
-    if notices is not None and unread:
-        notices.append(f"in the folder {source} these are not read: {shorten(', '.join(unread), 300)}")
     return found
 
 
-def _files_below(folder: Path, without: set[Path], unread: list[str]) -> list[str]:
+def _files_below(folder: Path, without: set[Path], notices: list[str]) -> list[str]:
     if (folder / "dataset_info.json").is_file():
         return [str(folder)]
     there = [path for path in sorted(folder.iterdir()) if not re.fullmatch(_ABOUT_DATA, path.name)]
-    folders = [path for path in there if path.is_dir() and not (path / "config.json").is_file()]  # that is a model
-    files = [path for path in there if path.is_file() and _format_of(path.name) in (*FORMATS, ".pkl")]
-    others = {Path(path) for path in _other_splits(map(str, files + folders), in_folder=True)}
-    kept = [str(path) for path in files if path not in others and path.resolve() not in without]
-    folders = [path for path in folders if path not in others]
-    unknown = [path for path in there if path.is_file() and path not in files]
-    below = [path for path in folders if kept and _files_below(path, without, [])]
-    unread += [str(path) for path in [*unknown, *sorted(others), *below] if path.resolve() not in without]
-    return kept or [file for path in folders for file in _files_below(path, without, unread)]
+    there = [
+        path for path in there if path.resolve() not in without and not (path / "config.json").is_file()
+    ]  # a model
+    known = [str(path) for path in there if path.is_dir() or _format_of(path.name) in (*FORMATS, ".pkl")]
+    kept = [path for path in known if path not in _other_splits(known, in_folder=True)]
+    files = [path for path in kept if os.path.isfile(path)] or kept
+    if unread := [str(path) for path in there if str(path) not in files]:
+        notices.append(f"in the folder {folder} these are not read: {shorten(', '.join(unread), 300)}")
+    below = (_files_below(Path(path), without, notices) if os.path.isdir(path) else [path] for path in files)
+    return [*itertools.chain.from_iterable(below)]
 
 
 def _other_splits(paths: Iterable[str], in_folder: bool = False) -> list[str]:
     """Those of some files or folders that are test or validation splits of a data set whose training rows are among them;
     in a folder also `test` by itself, beside other files."""
     stems = {path: re.sub(r"-\d+-of-\d+.*|(\.\w+){1,2}$", "", os.path.abspath(path)).lower() for path in paths}
-    pattern = re.compile(r"(.*[-_./])(?:test|testing|validation|valid|val|dev|eval)([-_][^/]*)?")
-    named = {path: match for path, stem in stems.items() if (match := pattern.fullmatch(stem))}
-    rest = {stem for path, stem in stems.items() if path not in named}
-
-    def is_other(head: str, tail: str) -> bool:
-        is_alone = in_folder and head.endswith("/") and not tail and rest
-        return bool(is_alone or rest & {f"{head}train{tail}", head.rstrip("-_.") + tail})
-
-    return [path for path, match in named.items() if is_other(match[1], match[2] or "")]
+    pattern = re.compile(r"(.*[-_./])(?:test|testing|validation|valid|val|dev|eval)")
+    heads = {path: match[1] for path, stem in stems.items() if (match := pattern.fullmatch(stem))}
+    rest = {stem for path, stem in stems.items() if path not in heads}
+    is_alone = {head for head in heads.values() if in_folder and rest and head.endswith("/")}
+    return [path for path, head in heads.items() if head in is_alone or rest & {f"{head}train", head.rstrip("-_.")}]
 
 
 # --- all sources together ------------------------------------------------------------------------------------
@@ -427,6 +426,12 @@ class _Reader:
                 task_column = next((name for name in (self.columns.task, *TASK_COLUMNS) if name in record), None)
                 if layout == ("inputs", "targets"):  # published files name tasks in each row
                     task_column = task_column or TASK_COLUMNS[0]
+                if not Path(source).exists():  # of the hub: nobody has looked at its columns here
+                    of_task = f"tasks from {task_column}" if task_column else "one task"
+                    given = [name for name in ("input", "context") if name in record and layout[0] == "instruction"]
+                    self.notices.append(
+                        f"{source}: texts from {', '.join([layout[0], *given, *layout[1:]])}; {of_task}"
+                    )
             prompt, completion, key, messages = _texts(layout, record, where, self.chat)
             counts["all"] += 1
             if not completion.strip():
@@ -454,7 +459,7 @@ class _Reader:
                 self.notices.append(f"{source} is read as one task; {made}")
 
 
-def _split_rows(rows: pa.Table, quotas: Callable[[int], tuple[int, int]], most: int) -> list[str]:
+def _split_rows(rows: pa.Table, quotas: Callable[[int], tuple[int, int]]) -> list[str]:
     """A split for every row: its own, or the one of its key, which is the same in all tasks."""
     tasks, given, keys = (rows[name].to_pylist() for name in ("task", "split", "key"))
     where = {task: rows["where"][row] for row, task in reversed([*enumerate(tasks)]) if given[row]}
@@ -473,14 +478,7 @@ def _split_rows(rows: pa.Table, quotas: Callable[[int], tuple[int, int]], most: 
         raise ValueError(f"task {task!r} ({where[task]}) has test rows but no validation rows")
     decided = {key: split for key, split in zip(keys, splits, strict=True) if split in HELD_OUT}
     side_of = stable_sides(bare, quotas, decided)
-    # keys that other tasks hold out may be more than a task wants: the rest is neither trained on nor evaluated
-    kept: dict[str, set[bytes]] = {}
-    for task, own in bare.items():
-        of_side = {side: sorted(key for key in own if side_of[key] == side) for side in SPLITS}
-        wanted = (of_side[side][:most] for side in HELD_OUT if of_side["validation"])
-        kept[task] = {*of_side["train"], *itertools.chain(*wanted)}
-    rated = zip(tasks, keys, splits, strict=True)
-    return [split or (side_of[key] if key in kept[task] else LEFT_OUT) for task, key, split in rated]
+    return [split or side_of[key] for key, split in zip(keys, splits, strict=True)]
 
 
 def load_instruction(
@@ -494,14 +492,11 @@ def load_instruction(
     """Instruction data from files, folders and the hub.
 
     Of each task `heldout_share` of the prompts (by default 0.1; 0 with target files), at most `max_heldout`, validates and
-    as many test, as `stable_sides` chooses; or as rows say themselves: in a field `_split`, or by a dev split map beside
-    a pickle, whose rows are halved. Tasks of `target_files` are targets only: half validation, half test, or as `_split`
+    as many test, as `stable_sides` chooses; or as rows say themselves: in a field `_split`, or by a dev split map beside a
+    pickle, whose rows are halved. Tasks of `target_files` are targets only: half validation, half test, or as `_split`
     says. Without a column that names tasks, a source is a task by its name (`source_names`). The tokenizer's chat template
-    turns conversations into prompts.
-
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: with file and line or row, what was found and what was expected.
+    turns conversations into prompts. FileNotFoundError: a file does not exist. ValueError: with file and line or row, what
+    was found and what was expected.
     """
 
     def no_tokenizer() -> PreTrainedTokenizerBase:
@@ -528,7 +523,7 @@ def load_instruction(
             reason = "is a task of the training data too" if task in sources else "has _split train"
             cure = "tasks of target files are never trained on: leave its rows out of --data_files, or give them another task"
             raise ValueError(f"{target_rows['where'][row]}: target {task!r} {reason}; {cure}")
-    splits = [*_split_rows(rows, quotas, max_heldout), *_split_rows(target_rows, quotas, max_heldout)]
+    splits = [*_split_rows(rows, quotas), *_split_rows(target_rows, quotas)]
     if "train" not in splits:
         raise ValueError(f"no training rows in {', '.join(map(str, data_files)) or 'an empty list of data files'}")
     table = pa.concat_tables([rows, target_rows])
@@ -538,9 +533,6 @@ def load_instruction(
     if overlap := len(heldout & {key for _, key, split in found if split == "train"}):
         what = "held-out prompts are trained on too: losses on them say little of new ones"
         notices.append(f"{overlap:,} of {len(heldout):,} {what}")
-    if left_out := splits.count(LEFT_OUT):
-        what = "rows are left out: other tasks hold out their prompts, and their own task has enough of them"
-        notices.append(f"{left_out:,} {what}")
     if share and (bare := sorted(sources - {task for task, _, split in found if split == "validation"})):
         what = "tasks have no held-out rows (too few distinct prompts, or none in the dev split map) and are no targets"
         notices.append(f"{len(bare)} of {len(sources)} {what}: {shorten(', '.join(bare), 200)}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -46,7 +46,6 @@ class LoraShape:
 
     rank: int
     alpha: int
-    dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
 
 
@@ -107,9 +106,7 @@ class LanguageModel(nn.Module):
         """The trainable weights of linear layers; of an adapter, its LoRA matrices below the output layer.
 
         An output layer that shares its weight with the embedding is left out: its gradient is not a linear layer's alone.
-
-        Raises:
-            ValueError: there is none, so that gradients would be empty.
+        ValueError: there is none, so that gradients would be empty.
         """
         of_output = {id(weight) for weight in self.network.get_output_embeddings().parameters()}
         found = []
@@ -231,25 +228,15 @@ def _mean_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return values.new_zeros(num_rows).index_add(0, rows, values) / torch.bincount(rows, minlength=num_rows)
 
 
-@dataclass(frozen=True)
-class OutputFunction:
-    """What is differentiated: `function` maps `LanguageModel.target_logits` and the number of rows B to (B,) float32;
-    `is_loss` says whether that is a row's training loss, so that estimates have its level."""
+class OutputFunction(NamedTuple):
+    """What is differentiated: `function` maps `LanguageModel.target_logits` and the number of rows B to (B,) float32; a store,
+    where lower is better, holds it times `sign`."""
 
     function: Callable[[Tensor, Tensor, Tensor, int], Tensor]
-    lower_is_better: bool
-    is_loss: bool
-
-    @property
-    def sign(self) -> float:
-        """What outputs and gradients are multiplied by on their way into a store, where lower is better."""
-        return 1.0 if self.lower_is_better else -1.0
+    sign: float
 
 
-OUTPUT_FUNCTIONS = {
-    "loss": OutputFunction(per_sample_loss, lower_is_better=True, is_loss=True),
-    "margin": OutputFunction(per_sample_margin, lower_is_better=False, is_loss=False),
-}
+OUTPUT_FUNCTIONS = {"loss": OutputFunction(per_sample_loss, 1.0), "margin": OutputFunction(per_sample_margin, -1.0)}
 
 
 def resolve_model_key(model_key: str) -> str:
@@ -380,7 +367,6 @@ def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageMo
         task_type="SEQ_2_SEQ_LM" if model.kind == "encoder_decoder" else "CAUSAL_LM",
         r=shape.rank,
         lora_alpha=shape.alpha,
-        lora_dropout=shape.dropout,
         target_modules=named[0] if is_pattern else list(named),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.network.modules()),
     )

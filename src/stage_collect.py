@@ -109,12 +109,13 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
             for turn in (True, False):  # the first process makes what is missing, then the others join it
                 if processes.is_first == turn:
                     writer = store.StoreWriter(part, request, samples, projection.dim, repair, hidden, names,
-                                               lambda index: f"sample {index} ({data.where(index)})")  # fmt: skip
+                                               lambda index: f"sample {index} ({data.where(index)})",
+                                               joins=not turn)  # fmt: skip
                 processes.wait()
-            if processes.is_first and writer.reused:
-                there = f"{writer.reused:,} of {len(rows):,} rows were there already"
-                console.say(f"{part}: {there}; {len(writer.missing()):,} are new.")
             if not writer.complete:
+                if writer.reused:
+                    there = f"{writer.reused:,} of {len(rows):,} rows were there already"
+                    console.say(f"{part}: {there}; {len(writer.missing()):,} are new.")
                 if max_tokens == AUTO:  # all processes share it; the default on a CPU and of spread weights
                     max_tokens = datamodule.max_tokens_per_batch
                     if processes.is_first and model.device.type == "cuda" and not model.is_sharded:
@@ -129,10 +130,9 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                     autocast=hardware.autocast, desc=f"gradients at {name}", processes=processes,
                 )  # fmt: skip
             if processes.is_first and writer.complete:
-                print(f"{part} is there already and fits; nothing to compute.")
+                print(f"{part}: all {len(rows):,} rows are there already; nothing to compute.")
             elif processes.is_first:
-                ours = (folder / artifacts.MANIFEST).is_file()
-                trained = artifacts.read_manifest(folder, config.training_script) if ours else {}
+                trained = artifacts.manifest_of(folder)
                 facts = {
                     "step": 0 if is_base else step_of(folder, trained),
                     "loss_over": trained.get("loss_over", config.loss_over),
@@ -141,12 +141,9 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                     "config": recorded(config),
                 }
                 writer.finish(facts | console.spent(started) | {"command": console.command_typed()})
-            if processes.is_first:
-                signs = part / store.PROJECTION_SIGNS
-                if config.save_projection_matrix and not signs.is_file():
-                    store.save_projection_signs(signs, projection, model.layout.shapes)
-                stored = store.StoredPart(part, artifacts.read_manifest(part, writer.repair))
-                console.say_notices(stored.notices())
+            signs = part / store.PROJECTION_SIGNS
+            if processes.is_first and config.save_projection_matrix and not signs.is_file():
+                store.save_projection_signs(signs, projection, model.layout.shapes)
             processes.wait()
     stage_3 = "fast_estimate_linear_regression" + ("" if config.dataset_key else "_alpaca")
     print(
@@ -166,9 +163,8 @@ class ModelAtPart:
         self.part, self.hardware, self.data = part, config.hardware, load_data(config)
         manifest, checkpoint = part.manifest, Path(part.manifest["checkpoint_dir"])
         if not checkpoint.is_dir():
-            raise FileNotFoundError(
-                f"{part.folder} was taken at {checkpoint}, which is gone; train it again with {config.training_script}"
-            )
+            repair = f"train it again with {config.training_script}"
+            raise FileNotFoundError(f"{part.folder} was taken at {checkpoint}, which is gone; {repair}")
         untrained_seed = manifest["seed"] if part.folder.name == artifacts.BASE else None
         self.model = model_at(config, checkpoint, untrained_seed).to(self.hardware.device)
         self.datamodule = make_datamodule(config, self.data, self.model)

@@ -5,7 +5,6 @@ Letters: m subsets, n tasks, k targets.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from src.config import Config, EstimateConfig, EstimationConfig, TrainConfig, fr
 from src.console import command_typed, counted, progress, say_notices, spent, waiting_for
 from src.data import TaskData
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import ESTIMATORS, Part, estimate, solutions
+from src.estimation import ESTIMATORS, Part, estimate, part_weights, solutions
 from src.figures import comparison_figure
 from src.finetune import evaluate, target_metrics
 from src.models import displaced
@@ -62,6 +61,22 @@ def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> Ta
     return load_data(config).with_tasks({int(row): names_of_clusters[c] for row, c in pairs})
 
 
+TRUST = (
+    (0.85, "trust is high", "where it was, estimates ranked halves at 0.92 to 0.97"),
+    (
+        0.6,
+        "trust is middling",
+        "where it was, estimates ranked halves at 0.62 to 0.83; a few fine-tuned subsets tell (--calibrate)",
+    ),
+    (
+        -1.0,
+        "trust is low",
+        "where it was, estimates ranked halves at 0.33 to 0.74; fine-tune some subsets first (--calibrate)",
+    ),
+)
+"""From what agreement of checkpoints on, what is said, and Spearman's correlation with fine-tuned values that was measured
+there (`docs/decisions.md`)."""
+
 # --- estimates -----------------------------------------------------------------------------------------------
 
 
@@ -81,24 +96,23 @@ class Levels:
         return "base model (measured)", f"all tasks ({'measured' if self.whole else 'estimated'})"
 
 
-def known_levels(stored: Sequence[StoredPart], meta_training: Mapping[str, Any]) -> Levels | None:
+def known_levels(
+    stored: Sequence[StoredPart], parts: Sequence[Part], meta_training: Mapping[str, Any]
+) -> Levels | None:
     """The losses that meta-training measured, else those of the store's rows at its first and last checkpoint; None where
     neither has the base model's and a later one."""
-    targets, of_target = stored[0].targets, stored[0].rows_of("target") > 0
+    targets, counts = stored[0].targets, parts[0].target.counts
     losses = meta_training.get("validation_losses", {})
     known = [np.array([losses.get(when, {}).get(name, np.nan) for name in targets]) for when in ("base", "last")]
     same_data = meta_training.get("data_fingerprint") == stored[0].manifest["data_fingerprint"]
-    if same_data and np.isfinite(known)[:, of_target].all():
+    if same_data and np.isfinite(known)[:, counts > 0].all():
         return Levels(known[0], known[1], losses["last_step"], losses["whole"])
-    first, last = stored[0], stored[-1]  # in the order of training
-    if first.manifest["step"] != 0 or last.manifest["step"] == 0:
+    first, last = stored[0].manifest["step"], stored[-1].manifest["step"]  # in the order of training
+    if first != 0 or last == 0:
         return None
-    means = []
-    for part in (first, last):
-        target = part.samples["target"]
-        sums = np.bincount(target[target >= 0], part.outputs[target >= 0], len(targets))
-        means.append(np.where(of_target, sums / np.maximum(part.rows_of("target"), 1), np.nan))
-    return Levels(means[0], means[1], last.manifest["step"], whole=False)
+    sums = np.array([parts[0].target.output_sums, parts[-1].target.output_sums])
+    base, all_tasks = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return Levels(base, all_tasks, last, whole=False)
 
 
 def stored(cls: type[Config], typed: Mapping[str, Any]) -> tuple[Config, Path]:
@@ -115,7 +129,6 @@ class Estimator:
             raise ValueError(f"--estimator {config.estimator}: choose one of {', '.join(ESTIMATORS)}")
         self.config, self.store, kind = config, store, ESTIMATORS[config.estimator]
         self.stored: list[StoredPart] = open_store(store, config.load_model_dir, "stage 2")
-        say_notices(notice for part in self.stored for notice in part.notices())
         manifest = self.stored[0].manifest
         self.targets, self.tasks = self.stored[0].targets, list(manifest["tasks"])
         self.division: str | None = None  # names another division into tasks than the data's own
@@ -126,18 +139,22 @@ class Estimator:
         if kind.output_function not in (None, manifest["output_function"]):
             wanted = f"take the gradients with --output_function {kind.output_function} too"
             raise ValueError(f"--estimator {config.estimator} is of {kind.output_function}s; {wanted}")
-        weight_by = config.weight_by or self.stored[0].weight_by
         self.parts: list[Part] = []
         for part in self.stored:
             by_rows = kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers)
-            options: dict[str, Any] = {"weight_by": weight_by, "by_rows": by_rows, "represented": kind.represented}
+            options: dict[str, Any] = {
+                "weight_by": config.weight_by,
+                "by_rows": by_rows,
+                "represented": kind.represented,
+            }
             division = task_of_row, len(self.tasks), self.division or "tasks"
             self.parts.append(part.estimation_part(*division, **options))
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
-        self.levels = known_levels(self.stored, self.meta_training) if of_losses else None
-        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
+        self.levels = known_levels(self.stored, self.parts, self.meta_training) if of_losses else None
         self._shifts: dict[tuple[float, tuple[int, ...]], np.ndarray] = {}
+        self.ranks_only = self.levels is None  # no losses, or their levels are not known: only the order says something
+        self._weights: dict[tuple[float, tuple[int, ...]], tuple[np.ndarray, np.ndarray]] = {}
         if self.levels is not None and not self.levels.whole:
             when = f"after {self.levels.step} steps" if self.levels.step > 0 else "at the last checkpoint"
             note = "the loss of all tasks is estimated: it was last measured"
@@ -164,8 +181,33 @@ class Estimator:
         return estimates
 
     def _raw(self, membership: np.ndarray, columns: Sequence[int], rho: float, bar: Any = None) -> np.ndarray:
-        name = self.config.estimator
-        return estimate(self.parts, membership, estimator=name, targets=columns, rho=rho, progress=bar)
+        options: dict[str, Any] = {"estimator": self.config.estimator, "targets": columns, "rho": rho}
+        return estimate(self.parts, membership, weights=self.part_weights(columns, rho), progress=bar, **options)
+
+    def part_weights(self, columns: Sequence[int], rho: float | None = None) -> np.ndarray:
+        """How much each checkpoint counts in the estimates of some targets, (p, k)."""
+        rho = self.config.rho if rho is None else rho
+        if (key := (rho, tuple(columns))) not in self._weights:
+            options: dict[str, Any] = {"estimator": self.config.estimator, "targets": columns, "rho": rho}
+            self._weights[key] = part_weights(self.parts, **options)
+        return self._weights[key][0]
+
+    def agreement(self, columns: Sequence[int]) -> float:
+        """How far single checkpoints rank random halves of the tasks alike, the mean rank correlation of two of them for the
+        mean over some targets; nan for one checkpoint."""
+        self.part_weights(columns)
+        weights, by_part = self._weights[self.config.rho, tuple(columns)]
+        return float(evaluation.mean_rank_correlation((weights[:, None] * by_part).mean(axis=2).T))
+
+    def trust(self, columns: Sequence[int]) -> str:
+        """In words, which checkpoints the estimates of some targets are from, and how far they can be trusted."""
+        steps = [part.manifest["step"] for part in self.stored]
+        names = map(str, steps) if min(steps) >= 0 else (part.folder.name for part in self.stored)
+        where = f"Estimates are from gradients at step {', '.join(names)} of meta-training, each counted alike"
+        if not np.isfinite(agreement := self.agreement(columns)):
+            return f"{where}; only several that tell subsets apart say how far they can be trusted."
+        level, known = next(words for least, *words in TRUST if agreement >= least)
+        return f"{where}. These rank random halves at {agreement:.2f} alike: {level}; {known}."
 
     def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
         """Offsets of the estimates of some targets, (k,), that make those of all tasks the known losses."""
@@ -190,32 +232,34 @@ class Estimator:
 
     def calibrated(
         self, truth: pd.DataFrame, membership: np.ndarray, targets: Sequence[int]
-    ) -> tuple[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs: these,
+        and the lower and upper ends of 90 % intervals, each (m, k). A subset that was fine-tuned is calibrated on the others.
 
-        Gives the ridge strength, its own or one that is clearly better by leave-one-out; calibrated estimates, lower and
-        upper ends, each (m, k). For a subset that was fine-tuned they come from a map fitted without it.
+        Refuses (ValueError) fewer than `MIN_SUBSETS` fine-tuned subsets.
         """
         subsets, values = tables.fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
-        known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
-        default = self.config.rho
-        by_rho = {rho: self(known, targets, rho) for rho in {*evaluation.CALIBRATION_RHOS, default}}
-        fine_tuned = values.mean(axis=2)
-        rho, calibration = evaluation.calibrate(by_rho, fine_tuned, default)
-        estimates = self(membership, targets, rho)
-        calibrated = calibration(estimates)
+        if len(subsets) < evaluation.MIN_SUBSETS:
+            needed = f"at least {evaluation.MIN_SUBSETS} fine-tuned subsets"
+            raise ValueError(f"--calibrate needs {needed}, found {len(subsets)}")
+        known, asked = (
+            membership_matrix([parse_subset(text) for text in subsets], len(self.tasks)),
+            np.asarray(membership),
+        )
+        fine_tuned, of_known, estimates = values.mean(axis=2), self(known, targets), self(membership, targets)
+        calibrated = evaluation.Calibration(of_known, known, fine_tuned)(estimates, asked)
         for left_out, subset in enumerate(known):
-            others, same = np.arange(len(known)) != left_out, (np.asarray(membership) == subset).all(axis=1)
-            without = evaluation.fit_calibration(by_rho[rho][others], fine_tuned[others])
-            for of_all, of_others in zip(calibrated, without(estimates[same]), strict=True):
-                of_all[same] = of_others
-        return rho, calibrated
+            others, same = np.arange(len(known)) != left_out, (asked == subset).all(axis=1)
+            if same.any():
+                without = evaluation.Calibration(of_known[others], known[others], fine_tuned[others])
+                for of_all, of_others in zip(calibrated, without(estimates[same], asked[same]), strict=True):
+                    of_all[same] = of_others
+        return calibrated
 
     @property
     def meta_training(self) -> dict[str, Any]:
         """The manifest of the meta-training that the gradients were taken on; empty where it is not ours, or gone."""
-        folder = Path(self.stored[0].manifest["checkpoint_dir"]).parent
-        return artifacts.read_manifest(folder, "") if (folder / artifacts.MANIFEST).is_file() else {}
+        return artifacts.manifest_of(Path(self.stored[0].manifest["checkpoint_dir"]).parent)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -290,15 +334,9 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
     membership = membership_matrix(subsets, num_tasks)
     values = {tables.SCORE if estimator.ranks_only else ESTIMATE: estimator(membership, columns)}
     if truth is not None:
-        rho, calibrated = estimator.calibrated(truth, membership, columns)
+        calibrated = estimator.calibrated(truth, membership, columns)
         values |= dict(zip((tables.CALIBRATED, tables.LOW, tables.HIGH), calibrated, strict=True))
-        calibration["rho_calibrated"] = rho
-        beside = "" if rho == config.rho else f" (the columns {ESTIMATE}/ are at rho {config.rho:g})"
-        described = Path(str(config.calibrate)).with_suffix(".json")
-        facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-        trained = ", ".join(f"{name} {facts[name]}" for name in ("lr", "epochs", "rows_per_step") if name in facts)
-        how = f" (fine-tuned with {trained})" if trained else ""
-        print(f"Calibrated on {config.calibrate}{how}, with rho {rho:g}{beside}.")
+        print(f"Calibrated on {config.calibrate}.")
     names = [f"{prefix}/{estimator.targets[column]}" for prefix in values for column in columns]
     frame = pd.DataFrame(np.concatenate(list(values.values()), axis=1), columns=names)
     frame.insert(0, "subset", [subset_text(subset) for subset in subsets])
@@ -354,12 +392,11 @@ def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Se
     """
     started, path, truth = time.perf_counter(), estimates_file, tables.read_table(truth_file, of_subsets=True)
     estimates = tables.read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
-    manifest = artifacts.read_manifest(path.parent, "stage 3") if (path.parent / artifacts.MANIFEST).is_file() else {}
+    manifest = artifacts.manifest_of(path.parent)
     tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
     of_estimates = tables.estimate_prefix(estimates)
-    available = [
-        name for name in tables.columns_of(estimates, of_estimates) if name in tables.columns_of(truth, metric)
-    ]
+    in_truth = tables.columns_of(truth, metric)
+    available = [name for name in tables.columns_of(estimates, of_estimates) if name in in_truth]
     targets = target_task or tables.own_targets(available, tasks)
     if unknown := [name for name in targets if name not in available]:
         both = ", ".join(available) or "no target in common"

@@ -94,7 +94,8 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
         about: dict[str, Any] = {"title": title, "references": references[0], "ranks_only": estimator.ranks_only}
         figures.selection_figure(steps[0], estimator.tasks, written[-1], **about)
     if config.weights:
-        shares, course = mixture_weights(estimator.parts, columns, rho=config.rho, progress=progress)
+        weights = estimator.part_weights(columns)
+        shares, course = mixture_weights(estimator.parts, columns, rho=config.rho, weights=weights, progress=progress)
         written.append(artifacts.weights_file(config.results))
         write_task_weights(written[-1], estimator.tasks, shares)
         course += estimator.shift(columns, config.rho).mean()
@@ -104,6 +105,7 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
         say_selected(estimator, *of_group)
     if kept:
         say_kept(config, estimator, kept, selected, paths)
+    print(estimator.trust(columns))
     print(
         f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it: python {config.training_script}"
         f"{named(config)} --subset_file {chosen}"

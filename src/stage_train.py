@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -209,30 +208,32 @@ def training_plan(config: RunConfig) -> finetune.TrainingPlan:
 def meta_train(config: TrainConfig, data: TaskData, run: int) -> None:
     """Train on every task and keep checkpoints on the way and at the best validation loss."""
     folder = config.training_dir(run)
+    note, repair = folder / UNFINISHED, "Choose another --save_name, or remove it to train again."
     facts = {**training_facts(config, data), "checkpoint_at": config.checkpoint_at, "run": run}
     if (folder / MANIFEST).is_file():
         found = artifacts.read_manifest(folder, config.training_script)
-        repair = "Choose another --save_name, or remove the folder to train it again."
         artifacts.check_manifest(folder, found, facts, repair)
+        remove_state(note)  # where it was killed after its last line
         if config.stop_after_checkpoints or not found["stop_after_checkpoints"]:  # a whole one has the checkpoints too
-            (folder / UNFINISHED).unlink(missing_ok=True)  # where it was killed after its last line
             console.say(f"{folder} is there already and fits; nothing to train.")
             return
         console.say(f"{folder} ended with its last checkpoint; it is trained again, to the end.")
-    started, spent_before = time.perf_counter(), 0.0
+        if is_first_process():
+            write_json(note, {"checkpoints": [*found["trajectory"], found["best"]], "seconds": found["seconds"]})
+    described = {name: facts[name] for name in ("data_fingerprint", "base_fingerprint", "run", "loss_over")}
+    kept = finetune.Checkpoints(**resuming(config, note, facts, repair), shares=config.checkpoint_at, describe=described,
+                                stop_after=config.stop_after_checkpoints)  # fmt: skip
     model = starting_model(config, run)
-    if is_first_process():
+    if is_first_process() and not kept.resumes:
         start = artifacts.resolve_checkpoint(config.load_model_dir) if config.load_model_dir else None
-        spent_before = remove_checkpoints(folder, start)
+        remove_checkpoints(folder, start)
     datamodule = make_datamodule(config, data, model)
     datamodule.select_training_rows(None, run)
-    described = {name: facts[name] for name in ("data_fingerprint", "base_fingerprint", "run", "loss_over")}
-    kept = finetune.Checkpoints(folder, config.checkpoint_at, described, config.stop_after_checkpoints, spent_before)
-    callbacks = [kept, finetune.FitProgress(f"meta-training, run {run}")]
+    callbacks: list[Any] = [finetune.FitProgress(f"meta-training, run {run}")]
     if data.judge is not None:
         callbacks.append(finetune.SavePredictions(partial(write_predictions, config, data)))
     plan = training_plan(config)
-    finetune.fit(model, datamodule, plan, config.hardware, seed=run, callbacks=callbacks, validate=True)
+    finetune.fit(model, datamodule, plan, config.hardware, seed=run, callbacks=callbacks, validate=True, resumable=kept)
     if not is_first_process():
         return
     facts |= {
@@ -242,13 +243,27 @@ def meta_train(config: TrainConfig, data: TaskData, run: int) -> None:
         "tasks": list(data.tasks),
         "stop_after_checkpoints": config.stop_after_checkpoints,
     }
-    spent = console.spent(started - spent_before)
-    artifacts.write_manifest(folder, {**facts, **spent, "command": console.command_typed()})
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    artifacts.write_manifest(folder, {**facts, **console.spent(kept.started), "command": console.command_typed()})
+    remove_state(note)
     best = [f"{kept.best} (best validation loss {kept.best_loss:.3f})"] if kept.best else []
     on_instructions = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs"
     stage_2 = "fast_estimate_compute_gradients.py" if config.dataset_key else on_instructions
     print(f"Wrote {folder}: {', '.join([*kept.trajectory, *best])}. Next: python {stage_2}{named(config)}")
+
+
+def resuming(config: TrainConfig, note: Path, facts: Mapping[str, Any], repair: str) -> dict[str, Any]:
+    """What a `Resumable` takes: `facts` are what the outcome depends on, and a state on how rows make up a step too."""
+    hardware = config.hardware
+    parts = {"batch_size": config.batch_size, "accumulate": config.accumulate, "processes": hardware.num_processes}
+    made_from = {**facts, **parts, "fsdp": hardware.strategy == "fsdp"}
+    return {"note": note, "made_from": made_from, "repair": repair, "minutes": config.save_every}
+
+
+def remove_state(note: Path) -> None:
+    """Remove a training's state and the note beside it."""
+    if is_first_process():
+        for path in (artifacts.state_file(note), note):
+            path.unlink(missing_ok=True)
 
 
 def write_predictions(config: RunConfig, data: TaskData, epoch: int, completions: dict[int, str]) -> None:
@@ -265,18 +280,13 @@ def named(config: RunConfig) -> str:
     return f" --save_name {config.save_name}" if config.save_name else ""
 
 
-def remove_checkpoints(folder: Path, start: Path | None) -> float:
+def remove_checkpoints(folder: Path, start: Path | None) -> None:
     """Remove the checkpoints of an earlier training, cut off or whole, from a run's folder. What others put there stays,
-    and is named; so does the checkpoint to start from. Gives the seconds that the earlier training took, where known."""
-    manifest, unfinished = folder / MANIFEST, folder / UNFINISHED
-    earlier: dict[str, Any] = {"checkpoints": [], "seconds": 0.0}
-    if manifest.is_file():
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        earlier = {"checkpoints": [*found["trajectory"], found["best"]], "seconds": found["seconds"]}
-        write_json(unfinished, earlier)  # before the manifest goes: a kill in between must not leave them unknown
-        manifest.unlink()
-    elif unfinished.is_file():
+    and is named; so does the checkpoint to start from."""
+    unfinished, earlier = folder / UNFINISHED, {"checkpoints": list[str]()}
+    if unfinished.is_file():
         earlier = json.loads(unfinished.read_text(encoding="utf-8"))
+    (folder / MANIFEST).unlink(missing_ok=True)
     others = []
     for path in sorted(folder.glob("[!.]*")):
         if start is not None and path.resolve() == start.resolve():
@@ -289,7 +299,6 @@ def remove_checkpoints(folder: Path, start: Path | None) -> float:
     if others:
         there = artifacts.shorten(", ".join(others))
         console.say_notices([f"{folder} holds {there}, not written by this training; left as it is"])
-    return float(earlier["seconds"])
 
 
 def fine_tune_subsets(
@@ -297,8 +306,8 @@ def fine_tune_subsets(
     keep_model: bool = True,
 ) -> None:  # fmt: skip
     """Fine-tune once for each subset and seed, from the same state for every subset, and append a row of losses for each.
-    Rows that are there are not trained again, so that a killed run goes on at the next line; of a single subset the model
-    has to be there too."""
+    Rows that are there are not trained again, so that a killed run goes on in the line where it was; of a single subset
+    the model has to be there too."""
     folder, runs, plan = results_dir(config.results), range(config.runs), training_plan(config)
     shares = None if task_shares is None else task_shares.round(6).tolist()
     facts = {**training_facts(config, data), "task_shares": shares}
@@ -321,18 +330,19 @@ def fine_tune_subsets(
             start = model.trainable_state()
             datamodule = datamodule or make_datamodule(config, data, model)
             for _, subset in of_run:
-                started = time.perf_counter()
+                note = artifacts.unfinished_file(folder, subset, run)
+                state = finetune.Resumable(**resuming(config, note, facts, repair))
                 callbacks = [finetune.FitProgress(f"subset {bar.n + 1} of {bar.total}", leave=False)]
                 values, losses = finetune.fine_tune_on_subset(
                     model, start, datamodule, subset, plan, config.hardware, seed=run, task_shares=task_shares,
-                    callbacks=callbacks,
+                    callbacks=callbacks, resumable=state,
                 )  # fmt: skip
-                values["seconds"] = round(time.perf_counter() - started, 3)
-                state = models.state_to_save(model) if kept and model.is_sharded else None
+                values["seconds"] = round(console.spent(state.started)["seconds"], 3)
+                weights = models.state_to_save(model) if kept and model.is_sharded else None
                 if is_first_process():
                     if kept:
-                        of_model = {**described[run], **console.spent(started), "command": console.command_typed()}
-                        finetune.save_checkpoint(model, kept[run], of_model, state)
+                        spent = {**console.spent(state.started), "command": console.command_typed()}
+                        finetune.save_checkpoint(model, kept[run], {**described[run], **spent}, weights)
                     if len(subsets) == 1:  # of many subsets the means are enough
                         rows = data.indices("validation")
                         targets = [data.targets[target] for target in data.target_of_sample[rows]]
@@ -340,8 +350,11 @@ def fine_tune_subsets(
                         tables.write_table(artifacts.losses_file(folder, subset, run), frame)
                     if not table.has(subset, run):
                         table.append(subset, run, values)
+                    remove_state(note)
                 bar.update(1)
     if is_first_process():
+        for left in folder.glob(f"{Path(UNFINISHED).stem}_*"):  # where it was killed while it removed a state
+            left.unlink()
         say_fine_tuned(table, data, subsets, kept)
 
 

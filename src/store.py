@@ -5,7 +5,6 @@ Letters: R rows (training and validation), B batch, d projection dimension, H hi
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
@@ -23,9 +22,9 @@ from typing import Any, cast
 import numpy as np
 
 from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
-from src.console import progress
+from src.console import progress, waiting_for
 from src.datamodule import read_arrays, write_arrays
-from src.estimation import CURVATURE_POWER, Part, Rows, TaskMoments, task_moments, token_weights
+from src.estimation import Part, Rows, TaskMoments, principal_basis, task_moments, token_weights
 from src.projection import Projection
 
 PROJECTED = "projected.npy"
@@ -34,9 +33,14 @@ REPRESENTATIONS = "representations.npy"
 SAMPLES = "samples.npz"
 DONE = "done.npy"
 PROJECTION_SIGNS = "projection_signs.npz"
+BASIS = "principal_directions.npz"
+PRINCIPAL_DIM = 400
+"""Of more dimensions, so many principal ones are kept for estimates: with 4,000 projected to begin with, they are as good as
+all 4,000, where a projection to 400 loses a third of the score (`docs/decisions.md`)."""
 FINGERPRINT = "rows_fingerprint"
 FLUSH_SECONDS = 5.0
 """How much work a killed run loses at most."""
+JOIN_SECONDS = 120.0
 
 
 class StoreWriter:
@@ -56,15 +60,15 @@ class StoreWriter:
         representation_size: H, where representations are kept too.
         names: "tasks" and "targets" -> their names.
         describe: A sample's index -> its name, for messages.
+        joins: Another process has made the part: wait until it is seen here too, which may take a shared file system long.
 
     Attributes:
         complete: The finished folder has just these rows.
         reused: How many of the R rows were taken over.
         to_compute: Sample indices of the others, done or not: batches are cut from these, wherever a run was killed.
 
-    Raises:
-        ValueError: the folder is of another request.
-        OSError: there is no room for the rows. All is taken at once: a write through a map would end the process.
+    ValueError: the folder is of another request. OSError: there is no room for the rows. All is taken at once: a write
+    through a map would end the process.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class StoreWriter:
         representation_size: int | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
         describe: Callable[[int], str] = "sample {}".format,
+        joins: bool = False,
     ) -> None:
         self.folder, self.request, self.repair, self.describe = folder, dict(request), repair, describe
         self.samples = {name: np.asarray(values) for name, values in samples.items()}
@@ -90,6 +95,14 @@ class StoreWriter:
         self._first = first[group]  # (R,) position of the first row with the same key
         self._is_first = self._first == np.arange(len(self._first))
         self.reused = len(self._first)
+        waited_until = time.monotonic() + JOIN_SECONDS
+        while joins and self.fingerprint not in (self._found(folder), self._found(self.partial)):
+            if time.monotonic() > waited_until:
+                unseen = (
+                    f"{self.partial}, which the first process made, is not seen here after {JOIN_SECONDS:.0f} seconds"
+                )
+                raise ValueError(f"{unseen}; give all processes the same folder, on a file system that they share")
+            time.sleep(0.1)
         self.complete = self._found(folder) == self.fingerprint
         if self.complete:
             if not self.partial.is_dir():  # else other rows were begun, which are kept
@@ -182,9 +195,7 @@ class StoreWriter:
         self, sample_index: np.ndarray, rows: np.ndarray, outputs: np.ndarray, representations: np.ndarray | None = None
     ) -> None:
         """Store the rows (B, d), outputs (B,) and, where they are kept, representations (B, H) of these samples.
-
-        Raises:
-            ValueError: a value is not finite; names the sample.
+        ValueError: a value is not finite; names the sample.
         """
         finite = {"output": np.isfinite(outputs), "gradient": np.isfinite(rows).all(axis=1)}
         if (bad := ~(finite["output"] & finite["gradient"])).any():
@@ -241,10 +252,11 @@ class StoreWriter:
         self.flush()
         manifest = {**self.request, **self.names, FINGERPRINT: self.fingerprint, "num_rows": len(self._first), **facts}
         manifest["files"] = file_sizes(self.partial, [*self._arrays, SAMPLES])
-        part, outers = StoredPart(self.partial, manifest), not kernel_is_smaller(*self.rows.shape)
+        part = StoredPart(self.partial, manifest)
         for kind, names in self.names.items():
             if names:
-                part.moments(kind, self.samples[kind.removesuffix("s")], len(names), part.weight_by, outers)
+                groups = self.samples[kind.removesuffix("s")]
+                part.moments(kind, groups, len(names), part.weight_by, not part.kernel_is_smaller)
         if (signs := self.folder / PROJECTION_SIGNS).is_file():  # of the same request
             os.replace(signs, self.partial / PROJECTION_SIGNS)
         write_manifest(self.partial, manifest)
@@ -272,11 +284,6 @@ def _copy_rows(to: np.ndarray, ours: np.ndarray, source: np.ndarray, theirs: np.
         to[ours[start : start + block]] = source[theirs[start : start + block]]
 
 
-def kernel_is_smaller(num_rows: int, dim: int) -> bool:
-    """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-    return num_rows <= dim
-
-
 @dataclass(frozen=True)
 class StoredPart:
     """The finished rows of one checkpoint, memory-mapped."""
@@ -298,9 +305,7 @@ class StoredPart:
     def representations(self) -> np.ndarray:
         """Representations (R, H); FileNotFoundError where the store was made without."""
         if REPRESENTATIONS not in self.manifest["files"]:
-            raise FileNotFoundError(
-                f"{self.folder} holds no representations; take its gradients with --representations"
-            )
+            raise FileNotFoundError(f"{self.folder} has no representations; take gradients with --representations")
         return np.load(self.folder / REPRESENTATIONS, mmap_mode="r")
 
     @cached_property
@@ -319,20 +324,23 @@ class StoredPart:
         """Names of the targets, in the order of their ids."""
         return self.manifest["targets"]
 
-    def rows_of(self, kind: str) -> np.ndarray:
-        """How many rows each of the "task"s, or "target"s, has."""
-        groups = self.samples[kind]
-        return np.bincount(groups[groups >= 0], minlength=len(self.manifest[f"{kind}s"]))
-
     @property
     def kernel_is_smaller(self) -> bool:
-        """Whether the rows' kernel is the smaller matrix, so that no d x d outer products are kept."""
-        return kernel_is_smaller(self.manifest["num_rows"], self.manifest["dim"])
+        """Whether the rows' kernel is the smaller matrix, so that no outer products are kept."""
+        return self.manifest["num_rows"] <= min(self.manifest["dim"], PRINCIPAL_DIM)
 
-    def notices(self) -> list[str]:
-        """Targets without rows (every task has some)."""
-        empty = [name for name, count in zip(self.targets, self.rows_of("target"), strict=True) if not count]
-        return [f"{self.folder}: target {name} has no rows, so that nothing is estimated of it" for name in empty]
+    @cached_property
+    def basis(self) -> np.ndarray | None:
+        """What estimates are computed in where d is above `PRINCIPAL_DIM`, (d, r): that many principal directions of the rows,
+        made on first use and kept beside them."""
+        if self.manifest["dim"] <= PRINCIPAL_DIM:
+            return None
+        made_from, kept = f"{self.manifest[FINGERPRINT]} {PRINCIPAL_DIM}", read_arrays(self.folder / BASIS) or {}
+        if kept.get("made_from") != made_from:
+            with waiting_for(f"principal directions of {self.manifest['num_rows']:,} rows"):
+                kept = {"basis": principal_basis(self.rows, self.samples["task"] >= 0, PRINCIPAL_DIM)}
+            write_arrays(self.folder / BASIS, kept | {"made_from": np.array(made_from)})
+        return kept["basis"]
 
     def estimation_part(
         self,
@@ -360,17 +368,17 @@ class StoredPart:
         outers = not (by_rows or represented)
         train = self.moments(name, tasks, num_tasks, weight_by, outers, represented)
         target = self.moments("targets", targets, len(self.targets), weight_by, outers, represented)
-        rows = None
+        basis, rows = None if represented else self.basis, None
         if by_rows:
             values = self.representations if represented else self.rows
-            rows = Rows(values, self.outputs, tasks, targets, *self._row_weights(weight_by))
-        return Part(train, target, rows, self.manifest["output_function"], weight_by)
+            values = values if basis is None else np.asarray(values, np.float64) @ basis
+            rows = Rows(values, self.outputs, tasks, targets, self._row_weights(weight_by))
+        return Part(train, target, rows, self.manifest["output_function"], weight_by, basis)
 
-    def _row_weights(self, weight_by: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Weights of the rows in sums of gradients (R,) and of outer products (R,); None where all weigh the same."""
-        if weight_by != "token":
-            return None, None
-        return token_weights(self.samples["target_tokens"], self.samples["task"] >= 0)
+    def _row_weights(self, weight_by: str) -> np.ndarray | None:
+        """Weights of the rows (R,); None where all weigh the same."""
+        tokens, is_training = self.samples["target_tokens"], self.samples["task"] >= 0
+        return token_weights(tokens, is_training) if weight_by == "token" else None
 
     def moments(
         self, name: str, groups: np.ndarray, number: int, weight_by: str, outers: bool, represented: bool = False
@@ -378,14 +386,14 @@ class StoredPart:
         """The moments of so many groups of rows, computed once and kept in a .npz beside the rows."""
         by_token = weight_by == "token"
         file = f"moments_{name}{'_represented' * represented}{'_by_row' * (not by_token)}{'_sums' * (not outers)}.npz"
-        made_from = self.manifest[FINGERPRINT] + f"^{CURVATURE_POWER}" * by_token
+        made_from = self.manifest[FINGERPRINT] + f" {PRINCIPAL_DIM}" * (self.manifest["dim"] > PRINCIPAL_DIM)
         kept = read_arrays(self.folder / file) or {}
         same_groups = np.array_equal(kept.pop("group_of_row", ()), groups)
         if kept.pop("made_from", None) == made_from and same_groups:
             return TaskMoments(**{"outers": cast(Any, None), **kept})
-        values, (weights, curvatures) = self.representations if represented else self.rows, self._row_weights(weight_by)
-        options = {"weights": weights, "curvatures": curvatures, "outers": outers, "progress": progress}
-        moments = task_moments(values, self.outputs, groups, number, **cast(Any, options))
+        values, weights = self.representations if represented else self.rows, self._row_weights(weight_by)
+        options: dict[str, Any] = {"weights": weights, "outers": outers, "basis": None if represented else self.basis}
+        moments = task_moments(values, self.outputs, groups, number, progress=progress, **options)
         kept = {field: value for field, value in vars(moments).items() if value is not None}
         write_arrays(self.folder / file, {"group_of_row": groups, "made_from": np.array(made_from), **kept})
         return moments
@@ -407,26 +415,21 @@ def open_store(folder: Path, checkpoints: Sequence[str] | None, made_by: str) ->
         checkpoints: Names of the checkpoints wanted; None = all that are there.
         made_by: The script that makes the store, for messages.
 
-    Raises:
-        FileNotFoundError: there is no store, or not for a checkpoint, or a file of it is gone.
-        ValueError: parts do not belong together, or a file has another size than when it was made.
+    FileNotFoundError: there is no store, or not for a checkpoint, or a file of it is gone. ValueError: parts do not belong
+    together, or a file has another size than when it was made.
     """
     if checkpoints is None:
         found = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
         if not found:
-            like = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*")], cutoff=0.8)
-            there = f" (there are {', '.join(like)}: other model, adapter, projection or --save_name)" if like else ""
-            raise FileNotFoundError(f"no projected gradients in {folder}{there}; make them with: python {made_by}")
+            raise FileNotFoundError(f"no projected gradients in {folder}; make them with: python {made_by}")
     else:
         found = [folder / Path(name.removesuffix("/")).name.removesuffix(".ckpt") for name in checkpoints]
     parts = [StoredPart(path, read_manifest(path, made_by)) for path in found]
     parts.sort(key=lambda part: (part.manifest["step"], part.folder.name))
     trainings = sorted({str(Path(part.manifest.get("checkpoint_dir", "")).parent.resolve()) for part in parts})
     if checkpoints is None and len(trainings) > 1:
-        raise ValueError(
-            f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)}); name those to be "
-            "used with --load_model_dir"
-        )
+        of_several = f"{folder} has gradients at checkpoints of several meta-trainings ({', '.join(trainings)})"
+        raise ValueError(f"{of_several}; name those to be used with --load_model_dir")
     expected = {key: parts[0].manifest[key] for key in ("tasks", "targets", FINGERPRINT, "output_function", "dim")}
     for part in parts:
         check_files(part.folder, part.manifest, f"Remove {part.folder} and take the gradients again.")

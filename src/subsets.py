@@ -17,7 +17,7 @@ import pandas as pd
 from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans
 
 from src.artifacts import atomic_write
-from src.data import key_digest
+from src.data import key_digest, require_file
 
 Subset = tuple[int, ...]
 
@@ -94,15 +94,11 @@ def read_subsets(path: Path, num_tasks: int, tasks: Sequence[str] = ()) -> list[
     """The subsets of a text file, one a line: task ids separated by spaces, or names of tasks separated by commas.
 
     What follows a `#` is a comment. Where comments name the tasks, as `write_subsets` does, they are compared with `tasks`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line holds something else, comments name other tasks, or there is no subset at all.
+    FileNotFoundError: there is no such file. ValueError: a line holds something else, comments name other tasks, or there
+    is no subset at all.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; expected a file of task ids, one subset a line")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = require_file(path, "expected a file of task ids, one subset a line").read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     names, subsets = _on_one_line(tasks), []
@@ -150,14 +146,10 @@ def write_task_weights(path: Path, tasks: Sequence[str], shares: np.ndarray) -> 
 
 def read_task_weights(path: Path, tasks: Sequence[str]) -> np.ndarray:
     """The share of the rows to draw from each task (n,), summing to 1; a task that the file does not name has none.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or it holds something else.
+    FileNotFoundError, ValueError: no such file, or it holds something else.
     """
-    if not path.is_file():
-        made_by = "fast_estimate_forward_selection.py --weights"
-        raise FileNotFoundError(f"--task_weights {path}: no such file; {made_by} writes one")
-    frame = pd.read_csv(path, dtype={"name": str}, keep_default_na=False)
+    made_by = "fast_estimate_forward_selection.py --weights writes one, for --task_weights"
+    frame = pd.read_csv(require_file(path, made_by), dtype={"name": str}, keep_default_na=False)
     if missing := {"name", "share"} - set(frame.columns):
         raise ValueError(f"{path}: no column {min(missing)!r}; expected columns name and share")
     names, shares = frame["name"].tolist(), np.zeros(len(tasks))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from src.artifacts import atomic_write, check_manifest, shorten, write_json
+from src.data import require_file
 
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
 # what takes the place of ESTIMATE in columns, and in tables and figures, where estimates are not losses
@@ -79,8 +80,7 @@ def read_table(path: Path, of_subsets: bool = False) -> pd.DataFrame:
 
     ValueError: it is no table, or, with `of_subsets`, one of `subset` and `run` is missing or a cell is wrong.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no table {path}; the stage that writes it has not run yet")
+    require_file(path, "the stage that writes it has not run yet")
     # the parser's default is off by a last digit, so that a table that goes on would not be what one run writes
     options = {"keep_default_na": False, "na_values": ["nan"], "float_precision": "round_trip", "encoding": "utf-8-sig"}
     try:
@@ -91,10 +91,8 @@ def read_table(path: Path, of_subsets: bool = False) -> pd.DataFrame:
     if not of_subsets:
         return table
     if missing := [name for name in ("subset", "run") if name not in table.columns]:
-        line = shorten(",".join(table.columns))
-        raise ValueError(
-            f"{path}: no column {missing[0]!r}; expected commas between columns (its first line is {line!r})"
-        )
+        found = f"(its first line is {shorten(','.join(table.columns))!r})"
+        raise ValueError(f"{path}: no column {missing[0]!r}; expected commas between columns {found}")
     for name in ("subset", *(name for name in table.columns if name == "run" or "/" in name)):
         if name == "subset":
             wrong, expected = ~table[name].str.fullmatch(r"\s*(\d+(\s+\d+)*)?\s*"), "task ids separated by spaces"

@@ -1,11 +1,9 @@
 """Tiny real components: a character tokenizer, two-layer models built from a config, ten-row data."""
 
-from __future__ import annotations
-
-import json
 import os
+import shutil
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from src.console import quiet_libraries
+from tests.commands import COLLECT, TRAIN, run_script, write_jsonl
 from tests.faults import Stages
 
 quiet_libraries()
@@ -41,14 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def stages() -> Iterator[Stages]:
+def stages():
     """Runs stages in processes of their own that need no imports."""
     with Stages() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def shared_data():
     """Real data beside the project; tests that need it skip where it is not there."""
     if not SHARED.is_dir():
         pytest.skip("no ../shared/data")
@@ -63,9 +62,8 @@ def character_tokenizer(end_appended: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     if end_appended:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-        )
+        ends = {"single": "$A </s>", "pair": "$A </s> $B </s>", "special_tokens": [("</s>", 1)]}
+        tokenizer.post_processor = processors.TemplateProcessing(**ends)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -109,56 +107,58 @@ class _Folders(dict[str, str]):
 
 
 @pytest.fixture(scope="session")
-def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def model_folders(tmp_path_factory):
     """Architecture -> folder of a tiny model."""
     root = tmp_path_factory.mktemp("models")
     return _Folders(lambda kind: str(build_model_folder(kind, root / kind)))
 
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "omicron",
-    "pi",
-    "rho",
-    "sigma",
-    "tau",
-]
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron",
+         "pi", "rho", "sigma", "tau"]  # fmt: skip
 
 
-def write_sources(path: Path, tasks: dict[str, int], **extra: str) -> Path:
+def write_sources(path: Path | str, tasks: dict[str, int]) -> Path:
     """A FLAN-layout jsonl with so many rows for each task; rows differ in length."""
-    with open(path, "w", encoding="utf-8") as file:
-        for position, (task, count) in enumerate(tasks.items()):
-            for row in range(count):
-                word = " ".join(WORDS[(row * 7 + position + k) % len(WORDS)] for k in range(1 + row % 3))
-                line = {
-                    "inputs": f"{task} {row}: {word}",
-                    "targets": word[::-1] if position % 2 else word.upper(),
-                    "_task_name": task,
-                    "_task_source": "test",
-                    "_template_idx": None,
-                    "_template_type": "zs_noopt",
-                    **extra,
-                }
-                file.write(json.dumps(line) + "\n")
-    return path
+    rows, alike = [], {"_task_source": "test", "_template_idx": None, "_template_type": "zs_noopt"}
+    for position, (task, count) in enumerate(tasks.items()):
+        for row in range(count):
+            word = " ".join(WORDS[(row * 7 + position + k) % len(WORDS)] for k in range(1 + row % 3))
+            answer = word[::-1] if position % 2 else word.upper()
+            rows.append({"inputs": f"{task} {row}: {word}", "targets": answer, "_task_name": task, **alike})
+    return write_jsonl(path, rows)
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path, monkeypatch):
     """An empty current folder, so that stages write below it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def track(tmp_path_factory, model_folders):
+    """A workspace in which stages 1 and 2 of the run "toy" have run, and the flags that were typed for stage 1."""
+    folder = tmp_path_factory.mktemp("track")
+    write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
+    write_sources(folder / "target.jsonl", {"goal": 20})
+    flags = f"--data_files sources.jsonl --target_files target.jsonl --heldout_share 0.1 --model_key {model_folders['llama']}"
+    flags = f"{flags} --train_lora --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_script(TRAIN, *flags, "--save_name", "toy", "--checkpoint_at", "0.5", "1.0")
+        run_script(*COLLECT, "--save_name", "toy", "--project_dim", "32")
+    return folder, flags
+
+
+@pytest.fixture
+def here(track, monkeypatch):
+    """The flags of `track`, in its workspace."""
+    monkeypatch.chdir(track[0])
+    return track[1]
+
+
+@pytest.fixture
+def copy(track, tmp_path, monkeypatch):
+    """The flags of `track`, in a workspace of its own, to change."""
+    monkeypatch.chdir(shutil.copytree(track[0], tmp_path / "copy"))
+    return track[1]

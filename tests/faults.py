@@ -44,84 +44,71 @@ class Stages:
 
     def __enter__(self) -> Stages:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen([sys.executable, "-m", "tests.faults"], env=environment, cwd=ROOT, **pipes)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.server.stdin.close()
         self.server.wait(timeout=60)
 
-    def run(
-        self,
-        folder: Path,
-        command: Sequence[str],
-        *,
-        kill_after: float | None = None,
-        kill_at: int | None = None,
-        largest_file: int | None = None,
-        memory: int | None = None,
-        stop_at: str | None = None,
-        unprivileged: bool = False,
-    ) -> Outcome:
+    def run(self, folder: Path, command: Sequence[str], **faults: Any) -> Outcome:
         """`python <command>` in a folder.
 
         Args:
             folder: Where.
             command: The script and its arguments.
-            kill_after: Kill it with SIGKILL after so many seconds.
-            kill_at: It kills itself so, just before its k-th change of a folder.
-            largest_file: Bytes beyond which no file can grow.
-            memory: Bytes of address space that it may take besides what it has.
-            stop_at: It stops (SIGSTOP) before a change of a folder that names this, and is left so; the answer comes as
-                soon as it has stopped.
-            unprivileged: Give up the right of root to write in spite of file modes.
+            faults: `kill_after`: kill it with SIGKILL after so many seconds. `kill_at`: it kills itself so, or with the
+                signal `kill_with`, just before its k-th change of a folder. `stop_at`: it stops (SIGSTOP) before a change
+                of a folder that names this, and is left so; the answer comes as soon as it has stopped. `largest_file`:
+                bytes beyond which no file can grow. `memory`: bytes of address space that it may take besides what it
+                has. `unprivileged`: give up the right of root to write in spite of file modes. `offline`: it ends with
+                status 99 where it makes a socket of a network, or asks for the address of a name.
         """
-        (outcome,) = self._ask(
-            folder,
-            command,
-            kill_after=kill_after,
-            kill_at=kill_at,
-            largest_file=largest_file,
-            memory=memory,
-            stop_at=stop_at,
-            unprivileged=unprivileged,
-        )
+        (outcome,) = self.run_together(folder, command, [{}], **faults)
         return outcome
 
-    def run_together(
-        self, folder: Path, command: Sequence[str], environments: Sequence[dict[str, str]]
-    ) -> list[Outcome]:
-        """`python <command>` in a folder, as many processes at once as there are environments, each with its own."""
-        return self._ask(folder, command, environments=list(environments))
-
-    def _ask(self, folder: Path, command: Sequence[str], **options: Any) -> list[Outcome]:
-        request = {"folder": str(folder), "command": [str(word) for word in command], **options}
-        print(json.dumps(request), file=self.server.stdin, flush=True)
+    def run_together(self, folder: Path, command: Sequence[str], environments: list, **faults: Any) -> list[Outcome]:
+        """`python <command>` in a folder, as many processes at once as there are environments, each with its
+        own; `kill_at` and `kill_with` are for the first, and when it is killed the others are, as a launcher does it."""
+        request = {"folder": str(folder), "command": [str(word) for word in command], "environments": environments}
+        print(json.dumps(request | faults), file=self.server.stdin, flush=True)
         return [Outcome(**outcome) for outcome in json.loads(self.server.stdout.readline())]
 
 
-def torchrun_environments(count: int) -> list[dict[str, str]]:
-    """What torchrun tells the processes that it starts on one node."""
+def meeting_point() -> dict[str, str]:
+    """Where processes find each other on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    job |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
-    return [{**job, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(count))]
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
-def srun_environments(count: int) -> list[dict[str, str]]:
-    """What srun tells the processes that it starts on one node."""
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost"}
-    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NTASKS": str(count), "SLURM_NTASKS_PER_NODE": str(count)}
-    return [{**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in map(str, range(count))]
+def torchrun_environments(count: int, nodes: int = 1) -> list[dict[str, str]]:
+    """What torchrun tells the processes that it starts, as many on each node."""
+    job = {**meeting_point(), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count // nodes)}
+    places = [divmod(rank, count // nodes) for rank in range(count)]
+    return [{**job, "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(node),
+             "SLURM_PROCID": str(nodes - 1 - node)} for rank, (node, local) in enumerate(places)]  # fmt: skip
+
+
+def srun_environments(count: int, nodes: int = 1) -> list[dict[str, str]]:
+    """What srun tells the processes that it starts; the last node has fewer where it does not come out even."""
+    per_node = -(-count // nodes)
+    job = {
+        **meeting_point(),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost",
+    }
+    job |= {"SLURM_NNODES": str(nodes), "SLURM_NTASKS": str(count), "SLURM_NTASKS_PER_NODE": str(per_node)}
+    places = [divmod(rank, per_node) for rank in range(count)]
+    return [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+            for rank, (node, local) in enumerate(places)]  # fmt: skip
+
+
+def node_environments(nodes: int) -> list[dict[str, str]]:
+    """What a user sets on each node where the same command is started by hand."""
+    return [{**job, "NODE_RANK": str(node)} for job in [meeting_point()] for node in range(nodes)]
 
 
 def give_up_override() -> None:
@@ -131,6 +118,13 @@ def give_up_override() -> None:
     if libc.capget(header, sets) == 0:
         sets[0] &= ~(1 << 1)
         libc.capset(header, sets)
+
+
+def end_on_network(event: str, details: tuple) -> None:
+    """An audit hook; an exception could be caught by a library that goes on without."""
+    if event == "socket.getaddrinfo" or (event == "socket.__new__" and details[1] != socket.AF_UNIX):
+        print(f"{event}: {details}", file=sys.stderr, flush=True)
+        os._exit(99)
 
 
 def child(request: dict, output: int, environment: dict[str, str]) -> None:
@@ -152,6 +146,8 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (taken + request["memory"],) * 2)
     if request.get("unprivileged"):
         give_up_override()
+    if request.get("offline"):
+        sys.addaudithook(end_on_network)
     changes, stop_at, kill_at = 0, request.get("stop_at"), request.get("kill_at")
 
     def watch(event: str, details: tuple) -> None:
@@ -159,7 +155,7 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
         if event in CHANGES:
             changes += 1
             if changes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), request.get("kill_with", signal.SIGKILL))
             if stop_at and stop_at in str(details):
                 os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -169,8 +165,9 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
     run_stage(module.main, module.parse_args(arguments))
 
 
-def fork(request: dict, environment: dict[str, str]) -> tuple[int, int]:
+def fork(request: dict, number: int, environment: dict[str, str]) -> tuple[int, int]:
     """Start a child; its process id, and where its output can be read."""
+    request = request | ({"kill_at": None} if number else {})
     reading, output = os.pipe()  # a file would be bound by a limit on file sizes
     process = os.fork()
     if not process:
@@ -179,7 +176,8 @@ def fork(request: dict, environment: dict[str, str]) -> tuple[int, int]:
             child(request, output, environment)
             status = 0
         except SystemExit as error:
-            print(error, file=sys.stderr)
+            status = error.code if isinstance(error.code, int) else 1
+            print("" if isinstance(error.code, int) else error, file=sys.stderr)
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
@@ -200,12 +198,14 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         started = time.perf_counter()
-        children = [fork(request, environment) for environment in request.get("environments", [{}])]
+        children = [fork(request, *place) for place in enumerate(request["environments"])]
         if request.get("kill_after") is not None:
             time.sleep(request["kill_after"])
             os.kill(children[0][0], signal.SIGKILL)  # not yet waited for, so the number is still its own
         outcomes = []
         for process, reading in children:
+            if outcomes and outcomes[0]["status"] == -signal.SIGKILL:
+                os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, os.WUNTRACED if request.get("stop_at") else 0)
             text = os.read(reading, 1 << 20).decode(errors="replace")
             os.close(reading)

@@ -1,6 +1,4 @@
-"""Of everything that was fine-tuned the best on validation rows, and how sure that is, in words."""
-
-from __future__ import annotations
+"""Of everything that was fine-tuned the best on validation rows, and how sure that is, in words; tables that people edit."""
 
 import re
 from pathlib import Path
@@ -12,7 +10,8 @@ from scipy.stats import ttest_rel
 
 from src.artifacts import losses_file
 from src.evaluation import best_fine_tuned
-from src.tables import parse_subset
+from src.tables import ResultsTable, parse_subset, read_table
+from tests.commands import refused
 
 TASKS = ["law", "medicine", "poetry"]
 
@@ -36,7 +35,7 @@ def noise(seed: int, size: int = 40, scale: float = 0.02) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, size)
 
 
-def test_the_base_model_may_be_best(tmp_path: Path) -> None:
+def test_the_base_model_may_be_best(tmp_path):
     """Then nothing helps, whatever the selections say; of equal losses too."""
     base = 1 + noise(0, scale=0.5)
     fine_tuned(tmp_path, {"0 1 2": [base + 2], "1": [base + 1 + noise(1)], "": [base]})
@@ -47,7 +46,7 @@ def test_the_base_model_may_be_best(tmp_path: Path) -> None:
     assert best_fine_tuned(tmp_path, TASKS).subset == ()
 
 
-def test_rows_are_compared_in_pairs(tmp_path: Path) -> None:
+def test_rows_are_compared_in_pairs(tmp_path):
     """Losses differ more from row to row than from subset to subset: the pairs tell. The interval is that of a paired t."""
     base = 3 + noise(0, scale=2.0)
     losses = {"": [base], "0 1 2": [base - 0.5 + noise(1)], "0 2": [base - 0.501 + noise(2)], "1": [base + 1]}
@@ -60,7 +59,7 @@ def test_rows_are_compared_in_pairs(tmp_path: Path) -> None:
     assert basis.startswith("Intervals are over 40 validation rows; what another seed would change is not in them ")
 
 
-def test_seeds_count(tmp_path: Path) -> None:
+def test_seeds_count(tmp_path):
     """Two seeds that disagree take the certainty that rows seem to give, with or without the losses of rows."""
     base = 3 + noise(0)
     losses = {"": [base, base], "1": [base - 0.9 + noise(1), base + 0.5 + noise(2)]}
@@ -72,7 +71,7 @@ def test_seeds_count(tmp_path: Path) -> None:
         assert answer.lines[2] == f"Intervals are over {'40 validation rows and ' if keep_rows else ''}2 seeds."
 
 
-def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+def test_what_is_not_known_is_said(tmp_path):
     """One seed and no losses of rows; and no base model in the table."""
     fine_tuned(tmp_path, {"0 1 2": [np.array([2.0])], "1": [np.array([1.0])]}, keep_rows=False)
     _, found, basis = best_fine_tuned(tmp_path, TASKS).lines
@@ -80,7 +79,7 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert re.match("How sure this is cannot be said of one seed", basis)
 
 
-def test_targets_count_the_same(tmp_path: Path) -> None:
+def test_targets_count_the_same(tmp_path):
     """Of two targets the mean is compared, with the variance of both."""
     base, losses = noise(0, 60, 1.0), noise(1, 60, 0.3) - 0.05
     target, rows = np.where(np.arange(60) % 2, "a", "b"), []
@@ -95,3 +94,36 @@ def test_targets_count_the_same(tmp_path: Path) -> None:
     low, high = map(float, re.findall(r"interval (\S+) to (\S+)\)", best_fine_tuned(tmp_path, TASKS).lines[1])[0])
     variance = np.mean([losses[target == name].var(ddof=1) for name in "ab"]) / 60
     assert (high - low) / 2 == pytest.approx(1.67 * np.sqrt(variance), rel=0.02)
+
+
+GOOD = "subset,run,validation_loss/goal,seconds\n0 1,0,0.5,3\n,0,0.75,1\n"
+BAD_TABLES = [
+    (GOOD.replace(",", ";"), r"no column 'subset'; .* commas between columns \(its first line is 'subset;run"),
+    (GOOD.replace("run,", "seed,"), r"no column 'run'"),
+    (GOOD.replace("0 1", "0-1"), r"line 2: subset is '0-1', expected task ids separated by spaces"),
+    (GOOD.replace("0.75", "0.7O"), r"line 3: validation_loss/goal is '0\.7O', expected a number"),
+    (GOOD.replace("0.75", ""), r"line 3: validation_loss/goal is '', expected a number"),
+    ("\udcff" + GOOD, r"cannot be read as a table"),
+]
+
+
+def test_tables_that_another_editor_saves_are_read_and_bad_cells_named(tmp_path):
+    """Byte order mark, line ends, ids in another order, no columns that nobody needs."""
+    path = tmp_path / "results.csv"
+    path.write_bytes(b"\xef\xbb\xbfsubset,run,validation_loss/goal\r\n 1  0,0,0.5\r\n,0,nan\r\n")
+    table = read_table(path, of_subsets=True)
+    assert table["subset"].tolist() == ["0 1", ""] and table["validation_loss/goal"].isna().tolist() == [False, True]
+    for text, message in BAD_TABLES:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        refused(rf"results\.csv.*{message}", read_table, path, of_subsets=True)
+
+
+@pytest.mark.parametrize("facts", [None, "{half"])
+def test_a_table_that_goes_on_needs_its_facts(facts, tmp_path):
+    """What its rows were made from stands beside it; without, no row is added."""
+    path = tmp_path / "results.csv"
+    path.write_text(GOOD)
+    if facts:
+        path.with_suffix(".json").write_text(facts)
+    message = r"results\.json, which says what the rows .* cannot be read .* Choose another"
+    refused(message, ResultsTable, path, {"lr": 1}, "Choose another name.")

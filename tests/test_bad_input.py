@@ -1,7 +1,5 @@
 """Bad input: one line that names the culprit and the cure, a status that is not 0, and a folder left as it was."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -15,19 +13,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from src.console import run_stage
-from tests.commands import ROOT, load_script
-from tests.test_stages import track
+from tests import commands
+from tests.commands import COLLECT, ENSEMBLE, ESTIMATE, EXPORT, ROOT, SELECT, TRAIN, load_script
 
-__all__ = ["track"]  # the fixture: a workspace in which stages 1 and 2 have run
-
-TRAIN, SELECT = "custom_train_alpaca.py", "fast_estimate_forward_selection.py"
-GRADIENTS = "fast_estimate_eval_approximation_alpaca.py --compute_pretrained_outputs"
-ESTIMATE = "fast_estimate_linear_regression_alpaca.py"
-EXPORT, COMPARE = "scripts/export_selection.py", "notebook/compare_estimates.py"
-ENSEMBLE, BASE_MODEL = "notebook/select_random_ensemble.py", "data/make_base_model.py"
-COT, COT_ESTIMATE = "custom_train.py", "fast_estimate_linear_regression.py"
-
-ROW = {"inputs": "x", "targets": "y", "_task_name": "t"}
+GRADIENTS, BASE_MODEL = " ".join(COLLECT), "data/make_base_model.py"
+COMPARE, COT, COT_ESTIMATE = commands.COMPARE, commands.COT, commands.COT_ESTIMATE
 
 
 class Executes:
@@ -39,62 +29,59 @@ class Executes:
 
 def rows(count: int = 6, **change: object) -> str:
     """Lines of FLAN layout."""
-    return "".join(json.dumps({**ROW, "inputs": f"x{i}", **change}) + "\n" for i in range(count))
+    alike = {"targets": "y", "_task_name": "t"} | change
+    return "".join(json.dumps({"inputs": f"x{i}", **alike}) + "\n" for i in range(count))
 
 
 def prepare(folder: Path, model: Path) -> None:
     """Everything bad that the cases name, below `bad/`."""
     bad = folder / "bad"
     bad.mkdir()
-    texts = {
+    configuration = json.loads((model / "config.json").read_text())
+    changed = "no_config cut_weights no_end pickled_weights no_tokenizer broken_tokenizer shapes code tokens"
+    for name in changed.split():
+        shutil.copytree(model, bad / name)
+    for name in ("folder.jsonl", "folder.txt", "gguf", "adapter"):
+        (bad / name).mkdir()
+    ending = json.loads((model / "tokenizer_config.json").read_text())
+    ending.pop("eos_token")
+    contents = {
+        "file": "",
         "empty.jsonl": "",
         "cut.jsonl": rows() + '{"inputs": "x", "tar',
         "long.jsonl": rows(targets="y" * 400),
         "goal.jsonl": rows(_task_name="up a"),
         "arrow.jsonl": rows(targets="→"),
         "columns.csv": "q,a\n1,2\n",
+        "latin.csv": "prompt,completion\nx,\xe9\n".encode("latin-1"),
         "empty.txt": "",
         "word.txt": "0 one\n",
         "range.txt": "0 1\n2 99\n",
         "weights.csv": "name,share\nup a,1\nnobody,1\n",
         "zero.csv": "name,share\nup a,0\n",
+        "names.csv": "name\nup a\n",
         "estimates.csv": "subset,other\n0 1,2\n",
         "results.csv": "subset,run\n0 1,0\n",
         "not.csv": "\x00\x01\n",
         "plain.pkl": "no pickle",
+        "code.pkl": pickle.dumps(Executes()),
+        "broken_tokenizer/tokenizer.json": "{}",
+        "shapes/config.json": json.dumps({**configuration, "hidden_size": 64}),
+        "code/config.json": json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "code.Configuration"}}),
+        "gguf/model.gguf": b"GGUF",
+        "adapter/adapter_config.json": "{}",
+        "cut_weights/model.safetensors": (model / "model.safetensors").read_bytes()[:-100],
+        "no_end/tokenizer_config.json": json.dumps(ending),
     }
-    for name, text in texts.items():
-        (bad / name).write_text(text)
-    (bad / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
-    (bad / "code.pkl").write_bytes(pickle.dumps(Executes()))
-    (bad / "folder.jsonl").mkdir()
-    (bad / "folder.txt").mkdir()
-    (bad / "file").write_text("")
-    changed = "no_config cut_weights no_end pickled_weights no_tokenizer broken_tokenizer shapes code tokens"
-    for name in changed.split():
-        shutil.copytree(model, bad / name)
-    (bad / "no_config" / "config.json").unlink()
-    for file in (bad / "no_tokenizer").glob("tokenizer*"):
-        file.unlink()
-    (bad / "broken_tokenizer" / "tokenizer.json").write_text("{}")
-    configuration = json.loads((model / "config.json").read_text())
-    (bad / "shapes" / "config.json").write_text(json.dumps({**configuration, "hidden_size": 64}))
-    own_code = {"model_type": "new", "auto_map": {"AutoConfig": "code.Configuration"}}
-    (bad / "code" / "config.json").write_text(json.dumps(own_code))
+    for name, content in contents.items():
+        (bad / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for path in (bad / "no_config" / "config.json", *(bad / "no_tokenizer").glob("tokenizer*")):
+        path.unlink()
     shutil.copytree(next(folder.glob("external_lightning_logs/*/step_step=8")), bad / "checkpoint")
     smaller = AutoModelForCausalLM.from_pretrained(model)
     smaller.resize_token_embeddings(configuration["vocab_size"] - 1)
     smaller.save_pretrained(bad / "tokens")
-    (bad / "gguf").mkdir()
-    (bad / "gguf" / "model.gguf").write_bytes(b"GGUF")
-    (bad / "adapter").mkdir()
-    (bad / "adapter" / "adapter_config.json").write_text("{}")
-    weights = bad / "cut_weights" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
     (bad / "pickled_weights" / "model.safetensors").rename(bad / "pickled_weights" / "pytorch_model.bin")
-    configuration = json.loads((bad / "no_end" / "tokenizer_config.json").read_text())
-    configuration.pop("eos_token")
-    (bad / "no_end" / "tokenizer_config.json").write_text(json.dumps(configuration))
 
 
 def data(file: str) -> list[str]:
@@ -144,6 +131,9 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "no learning rate": (TRAIN, ["--lr", "nan"], r"--lr.*nan"),
     "share above one": (TRAIN, ["--checkpoint_at", "2"], r"--checkpoint_at.*expected a number from 0 to 1"),
     "unknown strategy": (TRAIN, ["--strategy", "magic"], r"--strategy.*invalid choice"),
+    "half precision without an adapter": (TRAIN, ["--base_dtype", "bfloat16", "-no-lora"], r"--train_lora"),
+    "share of more than all": (TRAIN, ["--heldout_share", "2"], r"--heldout_share"),
+    "one and a half tasks": (ESTIMATE, ["--subset_size", "1.5"], r"--subset_size"),
     "no GPU": (TRAIN, ["--accelerator", "cuda"], r"--accelerator cuda: this machine has no CUDA GPU"),
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
@@ -156,12 +146,13 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "task out of range": (TRAIN, ["--task_idxes", "0", "9"], r"--task_idxes 9: this data has tasks 0 to 3"),
     "negative task": (TRAIN, ["--task_idxes", "-3"], r"--task_idxes"),
     "task twice": (TRAIN, ["--task_idxes", "1", "1"], r"--task_idxes 1 1: a task is named twice"),
-    "no subset file": (TRAIN, ["--subset_file", "bad/none.txt"], r"bad/none\.txt is not there"),
+    "no subset file": (TRAIN, ["--subset_file", "bad/none.txt"], r"bad/none\.txt does not exist"),
     "empty subset file": (TRAIN, ["--subset_file", "bad/empty.txt"], r"bad/empty\.txt holds no subset"),
     "a word": (TRAIN, ["--subset_file", "bad/word.txt"], r"bad/word\.txt, line 1: 'one' is no task id; expected numbers from 0 to 3"),
     "out of range": (TRAIN, ["--subset_file", "bad/range.txt"], r"bad/range\.txt, line 2: '99' is no task id"),
     "a folder of subsets": (TRAIN, ["--subset_file", "bad/folder.txt"], r"bad/folder\.txt"),
     "weights of a stranger": (TRAIN, ["--task_weights", "bad/weights.csv"], r"task 'nobody' is not among the data's 4 tasks"),
+    "weights without shares": (TRAIN, ["--task_weights", "bad/names.csv"], r"no column 'share'"),
     "no weight at all": (TRAIN, ["--task_weights", "bad/zero.csv"], r"shares must be numbers, not negative and not all 0"),
     # gradients
     "other rank": (GRADIENTS, ["--lora_rank", "8"], r"does not exist|rank"),
@@ -183,6 +174,12 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "estimates without columns": (COMPARE, ["bad/estimates.csv", "bad/results.csv"], r"bad/estimates\.csv"),
     "no table": (COMPARE, ["bad/not.csv", "bad/results.csv"], r"bad/not\.csv"),
     "nothing to export": (EXPORT, [], r"found 0 subsets to export, expected one"),
+    "nothing trains by that name": (EXPORT, ["--task_idxes", "0", "--for", "axolotle"], r"--for axolotle: expected one of axolotl, llamafactory, trl,"),
+    "a seed for no rows": (EXPORT, ["--task_idxes", "0", "--seed", "1"], r"--seed has no effect without --for"),
+    "samples for no trainer": (EXPORT, ["--task_idxes", "0", "--trainer_samples"], r"--trainer_samples has no effect without --for"),
+    "half a row": (EXPORT, ["--max_repeat", "0.5"], r"argument --max_repeat: 0\.5: expected a"),
+    "no rows at all": (EXPORT, ["--total_rows", "0"], r"argument --total_rows: 0: expected a"),
+    "a seed below 0": (EXPORT, ["--for", "trl", "--seed", "-1"], r"argument --seed: -1: expected a"),
     # chain of thought
     "unknown data set": (COT, ["--dataset_key", "nothing", "--model_key", "-llama"], r"nothing"),
     "data set that climbs": (COT, ["--dataset_key", "../../etc/passwd", "--model_key", "-llama"], r"\.\./\.\./etc/passwd"),
@@ -192,15 +189,13 @@ CASES: dict[str, tuple[str, list[str], str]] = {
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder, with size and time."""
-    return {
-        str(path): (path.stat().st_size if path.is_file() else 0, path.stat().st_mtime_ns if path.is_file() else 0)
-        for path in folder.rglob("*")
-        if "cache" not in path.relative_to(folder).parts[:1]
-    }
+    found = (path for path in folder.rglob("*") if "cache" not in path.relative_to(folder).parts[:1])
+    times = ((str(path), path.stat(), path.is_file()) for path in found)
+    return {path: (stat.st_size, stat.st_mtime_ns) if is_file else (0, 0) for path, stat, is_file in times}
 
 
 @pytest.fixture(scope="module")
-def place(track: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def place(track, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad_input") / "workspace"
     shutil.copytree(track[0], folder)
     flags = track[1]
@@ -225,9 +220,7 @@ def arguments_of(script: str, own: list[str], flags: list[str]) -> tuple[str, li
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_written(
-    case: str, place: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_one_line_and_nothing_written(case, place, monkeypatch, capsys):
     script, own, pattern = CASES[case]
     folder, flags = place
     monkeypatch.chdir(folder)
@@ -244,7 +237,7 @@ def test_one_line_and_nothing_written(
     assert not (folder / "bad" / "executed").exists()
 
 
-def test_a_script_says_it_on_the_terminal(place: tuple[Path, list[str]]) -> None:
+def test_a_script_says_it_on_the_terminal(place):
     """The same from a shell: one line on the error stream, status 1."""
     folder, flags = place
     command = [sys.executable, str(ROOT / TRAIN), *flags, "--subset_file", "bad/word.txt"]
@@ -254,30 +247,24 @@ def test_a_script_says_it_on_the_terminal(place: tuple[Path, list[str]]) -> None
     assert "Traceback" not in ended.stderr
 
 
-def test_odd_names_of_tasks_work(
-    model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_names_of_tasks_work(model_folders, tmp_path, monkeypatch):
     """From training to a selection and its export; nothing is written outside of the workspace."""
     folder = tmp_path / "deep" / "workspace"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     names = ["../../a", "/b é漢🙂\nsecond/", '="c",#']
-    lines = [{"inputs": f"{n} {i}", "targets": "yes", "_task_name": n} for n in names for i in range(6)]
-    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ["--data_files", "rows.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "2"]
-
-    def run(script: str, *more: str) -> None:
-        name, *own = script.split()
-        module = load_script(name)
-        run_stage(module.main, module.parse_args([*own, *flags, *more]))
-
-    odd = ["--save_name", "odd"]
-    run(TRAIN, *odd, "--epochs", "1", "--checkpoint_at", "1.0")
-    run(GRADIENTS, *odd, "--project_dim", "8")
-    run(ESTIMATE, *odd, "--number_of_subsets", "3")
-    run(SELECT, *odd, "--per_target", "--weights")
-    run(EXPORT, *odd, "--task_idxes", "0", "2")
-    run(TRAIN, *odd, "--task_weights", "sampled_tasks/odd_weights.csv")
-    exported = [json.loads(line)["task"] for line in Path("results/odd/selected.jsonl").read_text().splitlines()]
+    rows = ({"inputs": f"{n} {i}", "targets": "yes", "_task_name": n} for n in names for i in range(6))
+    commands.write_jsonl("rows.jsonl", rows)
+    odd = f"--data_files rows.jsonl --model_key {model_folders['llama']} --train_lora --lora_rank 2 --save_name odd"
+    for command in (
+        f"{TRAIN} --epochs 1 --checkpoint_at 1.0",
+        f"{GRADIENTS} --project_dim 8",
+        f"{ESTIMATE} --number_of_subsets 3",
+        f"{SELECT} --per_target --weights",
+        f"{EXPORT} --task_idxes 0 2",
+        f"{TRAIN} --task_weights sampled_tasks/odd_weights.csv",
+    ):
+        commands.run_script(f"{command} {odd}")
+    exported = [row["task"] for row in commands.read_jsonl("results/odd/selected.jsonl")]
     assert sorted(set(exported)) == sorted({sorted(names)[0], sorted(names)[2]})
     assert [path.name for path in [*tmp_path.iterdir(), *(tmp_path / "deep").iterdir()]] == ["deep", "workspace"]

@@ -1,7 +1,5 @@
 """The benchmarks on a world of minutes made seconds: every row, every file, and going on where a run ended."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -11,15 +9,13 @@ import pytest
 
 from src.console import load_script
 from src.estimation import ESTIMATORS
-from tests.commands import run_script
+from tests.commands import refused, run_script
 
 WORLD = "synthetic:9,num_tasks=6,pretrain_steps=30,rows_per_task=12,target_rows=12"
 TINY = ["--world", WORLD, "--epochs", "1", "--runs", "2", "--project_dim", "32", "--json"]
 
 
-def test_every_estimator_and_every_method_is_judged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_every_estimator_and_every_method_is_judged(tmp_path, monkeypatch, capsys):
     """With --json nothing else is printed; the second benchmark goes on with the world of the first."""
     monkeypatch.chdir(tmp_path)
     run_script("scripts/benchmark_estimates.py", *TINY, "--subsets", "6", "--calibration_subsets", "5")
@@ -31,9 +27,8 @@ def test_every_estimator_and_every_method_is_judged(
     assert len(truth) == 2 * (6 + 5) and (truth["subset"].str.split().str.len() == 3).all()
     values = truth.groupby(["run", "subset"], sort=False)["validation_loss/target"].first().unstack(0).iloc[5:]
     r = max(np.corrcoef(values.rank().T)[0, 1], 0)
-    assert [record["attainable"] for record in records] == pytest.approx(
-        [np.sqrt(2 * r / (1 + r))] * len(records), abs=1e-4
-    )
+    expected = [np.sqrt(2 * r / (1 + r))] * len(records)
+    assert [record["attainable"] for record in records] == pytest.approx(expected, abs=1e-4)
     assert len(pd.read_csv("results/benchmark_estimates/table.csv")) == len(ESTIMATORS)
 
     run_script("scripts/benchmark_selection.py", *TINY)
@@ -51,7 +46,7 @@ def test_every_estimator_and_every_method_is_judged(
     assert len(list(Path("results").glob("benchmark_*/figure.png"))) == 2
 
 
-def test_worlds_are_named_by_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worlds_are_named_by_what_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     worlds, script = load_script("scripts/worlds.py"), load_script("scripts/benchmark_estimates.py")
     args = script.parse_args(["--epochs", "3"])
@@ -64,16 +59,13 @@ def test_worlds_are_named_by_what_they_are(tmp_path: Path, monkeypatch: pytest.M
     world = worlds.parse_world("rows.jsonl", args)
     kept = [json.loads(line) for line in (world.folder / "flan.jsonl").read_text().splitlines()]
     assert [(row["_task_name"], len(row["inputs"])) for row in kept] == [("a", 5), ("a", 10), ("b", 5), ("b", 10)]
-    for name, flags, message in (
-        ("martian:0", args, "expected synthetic:SEED"),
-        ("none.jsonl", args, "no such file"),
-        ("rows.jsonl", more, "0 tasks have 4 rows"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            worlds.parse_world(name, flags)
+    worlds_that_are_none = {"martian:0": "expected synthetic:SEED", "none.jsonl": "no such file"}
+    for name, message in worlds_that_are_none.items():
+        refused(message, worlds.parse_world, name, args, error=(ValueError, FileNotFoundError))
+    refused("0 tasks have 4 rows", worlds.parse_world, "rows.jsonl", more)
 
 
-def test_a_store_of_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_store_of_many_rows(tmp_path, monkeypatch, capsys):
     """The script at a small size: all rows are written, summed and estimated from, and nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     flags = "--rows 5000 --dim 16 --tasks 20 --targets 3 --subsets 7"

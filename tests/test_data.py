@@ -1,14 +1,12 @@
 """Rows of a run: splits that never move, pickles that never run, chain-of-thought files, errors with file and line."""
 
-from __future__ import annotations
-
+import gzip
 import hashlib
 import json
 import os
 import pickle
 import random
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,27 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.cot import (
-    DATASET_KEYS,
-    clean_answer,
-    extract_answers,
-    judge,
-    load_cot,
-    parse_preset,
-    save_predictions,
-)
+from src.cot import DATASET_KEYS, clean_answer, extract_answers, judge, load_cot, parse_preset, save_predictions
 from src.data import Example, TaskData, stable_split
 from src.frames import read_pickle
 from src.instruction import load_instruction
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.commands import refused, write_jsonl
 
 
 def texts_of(data: TaskData, split: str) -> list[tuple[str, str, str]]:
     return [(e.task, e.prompt, e.completion) for e in data.examples if e.split == split]
-
-
-# --- records ------------------------------------------------------------------------------------------------
 
 
 def toy_data() -> TaskData:
@@ -61,12 +47,6 @@ def test_task_and_target_ids():
     assert [e.prompt for e in clusters.examples] == [e.prompt for e in data.examples]
 
 
-@pytest.mark.parametrize("split, tasks", [("dev", None), ("test", [0]), ("train", [2]), ("train", [-1])])
-def test_indices_refuses(split, tasks):
-    with pytest.raises(ValueError, match="expected"):
-        toy_data().indices(split, tasks)
-
-
 def test_fingerprint_sees_every_field():
     example = Example(0, "a", "train", "p", "c", 7, "yes")
     changes = [{"task": "b"}, {"split": "test"}, {"prompt": "pc"}, {"completion": ""}, {"record_index": 8}]
@@ -74,15 +54,12 @@ def test_fingerprint_sees_every_field():
     assert len({data.fingerprint for data in variants}) == len(variants) == 7
 
 
-@pytest.mark.parametrize("example", [Example(1, "a", "train", "p", "c"), Example(0, "a", "dev", "p", "c")])
-def test_examples_know_their_place(example):
-    with pytest.raises(ValueError, match="expected its own position"):
-        TaskData((example,))
-
-
-# --- stable splits ------------------------------------------------------------------------------------------
-
-KEYS = [f"question {i}" for i in range(100)] + ["question 3", "naïve ключ", "\ud800"]
+def test_what_cannot_be_is_refused():
+    for action, arguments, message in [
+        *[(toy_data().indices, split, "expected") for split in (("dev", None), ("test", [0]), ("train", [2]), ("train", [-1]))],
+        *[(stable_split, (["a"], *shares), "must add up") for shares in ((-0.1, 5), (0.5, 5), (0.6, 5, 0.4))],
+    ]:  # fmt: skip
+        refused(message, action, *arguments)
 
 
 @settings(max_examples=50, deadline=None)
@@ -104,24 +81,12 @@ def test_stable_split_rules(keys, share, cap, rng):
     assert counts["train"] >= bool(keys)
 
 
-def test_stable_split_is_the_ranking_by_sha256_in_every_process():
-    ranked = sorted(KEYS[:100], key=lambda key: hashlib.sha256(key.encode()).hexdigest())
-    expected = dict.fromkeys(ranked, "train") | dict.fromkeys(ranked[:10], "validation")
-    expected |= dict.fromkeys(ranked[10:15], "test")
-    assert stable_split(KEYS[:100], 0.1, 50, test_share=0.05) == [expected[key] for key in KEYS[:100]]
-    code = f"import json; from src.data import stable_split; print(json.dumps(stable_split({KEYS!r}, 0.1, 50)))"
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
-    assert json.loads(run.stdout) == stable_split(KEYS, 0.1, 50)
+def test_stable_split_is_the_ranking_by_sha256():
+    keys = [f"question {i}" for i in range(97)] + ["naïve ключ", "\ud800", ""]
+    ranked = sorted(keys, key=lambda key: hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest())
+    sides = dict(zip(ranked, ["validation"] * 10 + ["test"] * 5 + ["train"] * 85, strict=True))
+    assert stable_split(keys, 0.1, 50, test_share=0.05) == [sides[key] for key in keys]
 
-
-@pytest.mark.parametrize("share, cap, test_share", [(-0.1, 5, None), (0.5, 5, None), (0.1, -1, None), (0.6, 5, 0.4)])
-def test_stable_split_refuses(share, cap, test_share):
-    with pytest.raises(ValueError, match="must add up"):
-        stable_split(["a"], share, cap, test_share)
-
-
-# --- pickles ------------------------------------------------------------------------------------------------
 
 BASE = pd.DataFrame({"skill": ["a", "b", "ä"], "text": ["x", "line\nbreak", "日本"]}, index=[4, 2, 9])
 FRAMES = {
@@ -161,19 +126,10 @@ def test_frames_read_as_pandas_reads_them(tmp_path, name, protocol):
     assert frame.index.tolist() == expected.index.tolist()
 
 
-@pytest.mark.parametrize("name", ["alpaca_mini", "dolly_mini"])
-def test_real_pickles_read_as_pandas_reads_them(shared_data, name):
-    path = shared_data / "instruction" / f"{name}.pkl"
-    assert plain(read_pickle(path)) == plain(pd.read_pickle(path))
-    path = shared_data / "instruction" / f"{name}_dev_split_map.pkl"
-    assert read_pickle(path) == {skill: labels.tolist() for skill, labels in pd.read_pickle(path).items()}
-
-
 def test_label_maps(tmp_path):
-    path = tmp_path / "map.pkl"
     content = {"a": np.array([1, 2]), "b": ["x"], "c": pd.Index([3]), "d": [np.int64(5)], "e": pd.RangeIndex(2)}
-    path.write_bytes(pickle.dumps(content))
-    assert read_pickle(path) == {"a": [1, 2], "b": ["x"], "c": [3], "d": [5], "e": [0, 1]}
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps(content))
+    assert read_pickle(tmp_path / "map.pkl") == {"a": [1, 2], "b": ["x"], "c": [3], "d": [5], "e": [0, 1]}
 
 
 class Calls:
@@ -194,9 +150,12 @@ def named(module: str, name: str, arguments: bytes = b")") -> bytes:
 
 def attacks(victim: Path) -> dict[str, bytes]:
     touch = f"touch {victim}"
+    build = b"c<>)\x81}(X\x01\0\0\0xK\x01ub"
+    ways = {"obj": b"(c<>o", "newobj": b"c<>)\x81", "newobj ex": b"c<>)}\x92", "build": build, "list": b"](c<>)Re"}
     line = b"\x8c" + bytes([len(touch)]) + touch.encode()
     return {
         "os.system": pickle.dumps(Calls(os.system, touch)),
+        **{name: b"\x80\x04" + way.replace(b"<>", b"os\nsystem\n") + b"." for name, way in ways.items()},
         "subprocess": pickle.dumps(Calls(subprocess.check_call, ["touch", str(victim)])),
         "builtins.eval": pickle.dumps(Calls(eval, f"open({str(victim)!r}, 'w')")),
         "builtins.getattr": pickle.dumps(Calls(getattr, "x", "upper")),
@@ -225,32 +184,38 @@ def test_nothing_a_pickle_asks_for_is_run(tmp_path, name):
     with pytest.raises(ValueError, match=r"bad\.pkl cannot be read") as caught:
         read_pickle(path)
     assert not victim.exists() and dict(vars(pd.DataFrame)) == before
+    assert "of a class" not in name or "it sets the state of a type" in str(caught.value)
     if "." in name or "_" in name:
         assert f"{name.rpartition('.')[2]}, which no frame needs" in str(caught.value)
 
 
-def lies() -> dict[str, bytes]:
-    """Pickles whose claims numpy, Arrow or pandas would follow past the end of memory."""
+def lies() -> list[tuple[bytes, str]]:
+    """Pickles whose claims numpy, Arrow or pandas would follow past the end of memory, and pickles of other things."""
     numbers, texts = pickle.dumps(pd.DataFrame({"a": [1, 2]}), 4), pickle.dumps(pd.DataFrame({"a": ["x" * 99]}), 4)
     codes = pd.Categorical(["x", "y"])
     codes._ndarray[:] = 120
     array = (np._core.multiarray._reconstruct, np.ndarray, (0,), b"b")
-    return {
-        "bytes for pointers": numbers.replace(b"\x8c\x02i8", b"\x8c\x02O8"),
-        "offsets of texts": texts.replace(b"\x00\x63\x00\x00", b"\x00\x63\x00\x7f"),
-        "codes": pickle.dumps(pd.DataFrame({"a": codes})),
-        "values of a list": pickle.dumps({"a": Calls(*array, state=(1, (10**6,), np.dtype("O"), False, ["x"]))}),
-        "length": pickle.dumps({"a": Calls(*array, state=(1, (2**40,), np.dtype("i8"), False, b"x" * 8))}),
-        "length of bytes": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.",
-    }
+    table = datasets.Dataset.from_dict({"skill": ["a"], "text": ["b"]})
+    return [
+        (numbers.replace(b"\x8c\x02i8", b"\x8c\x02O8"), ""),  # bytes for pointers
+        (texts.replace(b"\x00\x63\x00\x00", b"\x00\x63\x00\x7f"), ""),  # offsets of texts
+        (pickle.dumps(pd.DataFrame({"a": codes})), ""),
+        (pickle.dumps({"a": Calls(*array, state=(1, (10**6,), np.dtype("O"), False, ["x"]))}), ""),
+        (pickle.dumps({"a": Calls(*array, state=(1, (2**40,), np.dtype("i8"), False, b"x" * 8))}), ""),
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.", ""),  # length of bytes
+        (gzip.compress(pickle.dumps(BASE)), "compressed"),
+        (pickle.dumps(pd.Series([1])), "Series"),
+        (pickle.dumps(BASE.assign(when=pd.Timestamp(0))), "DatetimeArray"),
+        (pickle.dumps([1, 2]), "holds a list"),
+        (pickle.dumps({"a": [1, 1]}), "repeat"),
+        (pickle.dumps(table), r"convert it with \.to_pandas\(\)"),
+    ]
 
 
-@pytest.mark.parametrize("name", lies())
-def test_what_memory_depends_on_is_not_believed(tmp_path, name):
-    path = tmp_path / "bad.pkl"
-    path.write_bytes(lies()[name])
-    with pytest.raises(ValueError, match=r"bad\.pkl cannot be read"):
-        read_pickle(path)
+def test_what_memory_depends_on_is_not_believed_and_other_pickles_are_refused(tmp_path):
+    for content, message in lies():
+        (tmp_path / "bad.pkl").write_bytes(content)
+        refused(rf"bad\.pkl .*{message}", read_pickle, tmp_path / "bad.pkl")
 
 
 def test_damaged_pickles_fail_with_one_kind_of_error(tmp_path):
@@ -270,60 +235,39 @@ def test_damaged_pickles_fail_with_one_kind_of_error(tmp_path):
             assert str(path) in str(error)
 
 
-def test_other_pickles_are_refused(tmp_path):
-    path = tmp_path / "x.pkl"
-    BASE.to_pickle(path, compression="gzip")
-    with pytest.raises(ValueError, match="compressed"):
-        read_pickle(path)
-    pd.Series([1]).to_pickle(path)
-    with pytest.raises(ValueError, match="Series"):
-        read_pickle(path)
-    BASE.assign(when=pd.Timestamp(0)).to_pickle(path)
-    with pytest.raises(ValueError, match="DatetimeArray"):
-        read_pickle(path)
-    path.write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(ValueError, match="holds a list"):
-        read_pickle(path)
-    path.write_bytes(pickle.dumps({"a": [1, 1]}))
-    with pytest.raises(ValueError, match="repeat"):
-        read_pickle(path)
-    path.write_bytes(pickle.dumps(datasets.Dataset.from_dict({"skill": ["a"], "text": ["b"]})))
-    with pytest.raises(ValueError, match=r"convert it with \.to_pandas\(\)"):
-        read_pickle(path)
-
-
-# --- instruction track --------------------------------------------------------------------------------------
-
-
 def flan(task: str, inputs: str, targets: str = "out", **more) -> dict:
     return {"inputs": inputs, "targets": targets, "_task_name": task, **more}
 
 
-def write_jsonl(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def write_pickle(path: Path, records: list[dict], index=None) -> Path:
-    pd.DataFrame(records, index=index).to_pickle(path)
-    return path
+def loaded(folder: Path, records: list[dict], name: str = "a.jsonl", index=None, **options) -> TaskData:
+    """The rows of a file with these records."""
+    if name.endswith("jsonl"):
+        write_jsonl(folder / name, records)
+    else:
+        pd.DataFrame(records, index=index).to_pickle(folder / name)
+    return load_instruction([folder / name], **options)
 
 
 def alpaca(skill: str, number: int, output: str | None = None) -> dict:
-    output = f"answer {number}" if output is None else output
-    prompt = f"Instruction: do {number}\n"
-    return {"skill": skill, "text": prompt + output, "instruction": f"do {number}", "input": "", "output": output}
+    output, task = f"answer {number}" if output is None else output, f"do {number}"
+    text = f"Instruction: {task}\n{output}"
+    return {"skill": skill, "text": text, "instruction": task, "input": "", "output": output}
 
 
-@pytest.mark.parametrize(
-    "inputs, prompt",
-    [("a", "a\n"), ("a\n", "a\n"), ("a:", "a:"), ("a: ", "a: "), ("a:\n \n", "a:\n \n"), ("a ", "a \n"), ("", "\n")],
-)
-def test_flan_prompts_end_as_in_the_recipe(tmp_path, inputs, prompt):
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", inputs)])])
-    assert texts_of(data, "train") == [("t", prompt, "out")]
-    frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
-    assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
+def test_flan_prompts_end_as_in_the_recipe(tmp_path):
+    for inputs, prompt in {
+        "a": "a\n",
+        "a\n": "a\n",
+        "a:": "a:",
+        "a: ": "a: ",
+        "a:\n \n": "a:\n \n",
+        "a ": "a \n",
+        "": "\n",
+    }.items():
+        data = loaded(tmp_path, [flan("t", inputs)])
+        assert texts_of(data, "train") == [("t", prompt, "out")]
+        frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
+        assert list(loaded(tmp_path, frame, "a.pkl").examples) == list(data.examples)
 
 
 def slow_sides(keys_of_task: dict[str, set[str]], share: float, most: int) -> dict[str, str]:
@@ -343,23 +287,23 @@ def slow_sides(keys_of_task: dict[str, set[str]], share: float, most: int) -> di
 def test_equal_prompts_are_on_one_side_in_all_tasks(tmp_path, most):
     sizes = {"a": range(10), "b": range(100), "c": range(5, 45), "d": range(200, 203)}
     records = [flan(task, f"q{i}", task) for task, numbers in sizes.items() for i in numbers]
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)], max_heldout=most)
+    data = loaded(tmp_path, records, max_heldout=most)
     expected = slow_sides({task: {f"q{i}\n" for i in numbers} for task, numbers in sizes.items()}, 0.1, most)
     counts = Counter((e.task, e.split) for e in data.examples)
     assert [e.prompt for e in data.examples] == [f"{record['inputs']}\n" for record in records]
     for example in data.examples:
-        assert example.split in (expected[example.prompt], "left out")
+        assert example.split == expected[example.prompt]
     for task, numbers in sizes.items():
-        assert counts[task, "validation"] == min(max(1, len(numbers) // 10), most) == counts[task, "test"]
-    left_out = sum(example.split == "left out" for example in data.examples)
-    assert (left_out > 0) == (most == 2) == any(f"{left_out} rows are left out" in notice for notice in data.notices)
+        quota = min(max(1, len(numbers) // 10), most)
+        assert min(counts[task, "validation"], counts[task, "test"]) >= quota
+        assert most == 2 or counts[task, "validation"] == counts[task, "test"] == quota
 
 
 def test_rows_without_inputs_split_by_their_answer_and_few_prompts_hold_nothing_out(tmp_path):
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", [flan("t", "", f"a{i}") for i in range(10)])])
+    data = loaded(tmp_path, [flan("t", "", f"a{i}") for i in range(10)])
     assert Counter(e.split for e in data.examples) == {"train": 8, "validation": 1, "test": 1}
     records = [flan("tiny", "same") for _ in range(9)] + [flan("t", f"q{i}") for i in range(3)]
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
+    data = loaded(tmp_path, records)
     assert data.targets == ("t",) and data.tasks == ("t", "tiny")
     assert len(data.notices) == 1 and "1 of 2 tasks have no held-out rows" in data.notices[0]
 
@@ -367,48 +311,39 @@ def test_rows_without_inputs_split_by_their_answer_and_few_prompts_hold_nothing_
 def test_split_field_decides(tmp_path):
     sides = ["train", "validation", "test", "train"]
     records = [flan("t", "same", _split=side) for side in sides] + [flan("u", f"q{i}") for i in range(5)]
-    data = load_instruction([write_jsonl(tmp_path / "a.jsonl", records)])
+    data = loaded(tmp_path, records)
     assert [e.split for e in data.examples[:4]] == sides
     frame = [{"skill": r["_task_name"], "text": "x", "_split": None, **r} for r in records]
-    assert list(load_instruction([write_pickle(tmp_path / "a.pkl", frame)]).examples) == list(data.examples)
+    assert list(loaded(tmp_path, frame, "a.pkl").examples) == list(data.examples)
 
 
 def test_alpaca_prompt_is_told_from_output(tmp_path):
     records = [alpaca("s", i) for i in range(5)] + [alpaca("s", 5, output="")]
     records.append({**alpaca("s", 6), "text": "something else"})
-    data = load_instruction([write_pickle(tmp_path / "a.pkl", records)], heldout_share=0)
+    data = loaded(tmp_path, records, "a.pkl", heldout_share=0)
     assert texts_of(data, "train")[0] == ("s", "Instruction: do 0\n", "answer 0")
     assert texts_of(data, "train")[-1] == ("s", "", "something else") and len(data) == 6
     assert "1 of 7 rows have no prompt apart from the answer" in data.notices[0]
     assert "1 of 7 rows have an empty output and are left out" in data.notices[1]
 
 
-@pytest.mark.parametrize("file, map_file", [("x.pkl", "x_dev_split_map.pkl"), ("x_final.pkl", "x_dev_split_map.pkl")])
-def test_dev_split_map_holds_out_its_rows(tmp_path, file, map_file):
-    labels = list(range(100, 130))
-    path = write_pickle(tmp_path / file, [alpaca("st"[i % 2], i) for i in range(30)], labels)
-    (tmp_path / map_file).write_bytes(pickle.dumps({"s": np.array([100, 106, 110, 112]), "t": np.array([103])}))
-    data = load_instruction([path])
+@pytest.mark.parametrize("name", ["x.pkl", "x_final.pkl"])
+def test_dev_split_map_holds_out_its_rows(tmp_path, name):
+    dev_map = {"s": np.array([100, 106, 110, 112]), "t": np.array([103])}
+    (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(dev_map))
+    data = loaded(tmp_path, [alpaca("st"[i % 2], i) for i in range(30)], name, range(100, 130))
     heldout = {e.sample_index + 100: e.split for e in data.examples if e.split != "train"}
     assert set(heldout) == {100, 106, 110, 112, 103} and heldout[103] == "validation"
     ranked = sorted((0, 6, 10, 12), key=lambda i: hashlib.sha256(f"Instruction: do {i}\n".encode()).digest())
     assert [heldout[100 + i] for i in ranked] == ["validation", "validation", "test", "test"]
-
-
-@pytest.mark.parametrize(
-    "dev_map, index, message",
-    [
+    for other, index, message in (
         ({"s": [99]}, range(5), "holds out row 99 of skill 's'"),
         ({"t": [0]}, range(5), "no such row of that skill"),
         (BASE, range(5), "must hold a dict"),
         ({"s": [0]}, [0, 1, 1, 2, 3], "labels that do not repeat"),
-    ],
-)
-def test_dev_split_map_of_another_file_is_refused(tmp_path, dev_map, index, message):
-    path = write_pickle(tmp_path / "x.pkl", [alpaca("s", i) for i in range(5)], index)
-    (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(dev_map))
-    with pytest.raises(ValueError, match=message):
-        load_instruction([path])
+    ):
+        (tmp_path / "x_dev_split_map.pkl").write_bytes(pickle.dumps(other))
+        refused(message, loaded, tmp_path, [alpaca("s", i) for i in range(5)], name, index)
 
 
 def test_target_files_are_never_trained_on(tmp_path):
@@ -423,113 +358,91 @@ def test_target_files_are_never_trained_on(tmp_path):
     assert all(sides[e.prompt] == e.split for e in data.examples if e.task == "u")
 
 
-LINES = [
-    (b"{", "line 2 is not JSON"),
-    (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
-    (b"[1]", "line 2 holds"),
-    (b"null", "line 2 holds None"),
-    (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
-    (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
-    (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
-    (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
-    (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
-    (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
-    (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x"]}', "line 2: _split is"),
-    (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": "test"}', "line 1 has no split .* line 2 has one"),
-]
-
-
-@pytest.mark.parametrize("line, message", LINES)
-def test_bad_lines_are_named(tmp_path, line, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
-    with pytest.raises(ValueError, match=message) as caught:
-        load_instruction([path])
-    assert str(path) in str(caught.value)
+def test_bad_lines_are_named(tmp_path):
+    for line, message in [
+        (b"{", "line 2 is not JSON"),
+        (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
+        (b"[1]", "line 2 holds"),
+        (b"null", "line 2 holds None"),
+        (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
+        (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
+        (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
+        (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
+        (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
+        (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
+        (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x"]}', "line 2: _split is"),
+        (
+            b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": "test"}',
+            "line 1 has no split .* line 2 has one",
+        ),
+    ]:
+        (tmp_path / "a.jsonl").write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
+        refused(rf"{tmp_path}/a\.jsonl.* {message}", load_instruction, [tmp_path / "a.jsonl"])
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="empty list of data files"):
-        load_instruction([])
-    with pytest.raises(ValueError, match=r"row 2 \(index label 7\): skill is nan"):
-        load_instruction([write_pickle(tmp_path / "a.pkl", [alpaca("s", 0), alpaca(None, 1)], [5, 7])])
-    with pytest.raises(ValueError, match="no training rows"):
-        load_instruction([write_jsonl(tmp_path / "c.jsonl", [flan("t", "q", _split="validation")])])
+    refused("empty list of data files", load_instruction, [])
+    rows = [alpaca("s", 0), alpaca(None, 1)]
+    refused(r"row 2 \(index label 7\): skill is nan", loaded, tmp_path, rows, "a.pkl", [5, 7])
+    refused("no training rows", loaded, tmp_path, [flan("t", "q", _split="validation")])
 
 
-@pytest.mark.parametrize(
-    "file, rows, tasks, heldout",
-    [("flan_mini.jsonl", 6480, 44, None), ("alpaca_mini.pkl", 3039, 34, 763), ("dolly_mini.pkl", 1070, 8, 269)],
-)
+REAL = [("flan_mini.jsonl", 6480, 44, None), ("alpaca_mini.pkl", 3039, 34, 763), ("dolly_mini.pkl", 1070, 8, 269)]
+
+
+@pytest.mark.parametrize("file, rows, tasks, heldout", REAL)
 def test_real_instruction_files(shared_data, file, rows, tasks, heldout):
-    data = load_instruction([shared_data / "instruction" / file])
+    source = shared_data / "instruction" / file
+    data = load_instruction([source])
     assert (len(data), len(data.tasks), len(data.targets)) == (rows, tasks, tasks)
-    assert heldout is None or rows - len(data.indices("train")) == heldout
-    prompts = {split: {e[:2] for e in texts_of(data, split)} for split in ("train", "validation", "test")}
-    if file.endswith("jsonl"):
-        assert not prompts["train"] & (prompts["validation"] | prompts["test"])
-        assert not prompts["validation"] & prompts["test"]
+    if file.endswith("pkl"):
+        frame, labels = source, source.with_name(file.replace(".pkl", "_dev_split_map.pkl"))
+        assert rows - len(data.indices("train")) == heldout
+        assert plain(read_pickle(frame)) == plain(pd.read_pickle(frame))
+        assert read_pickle(labels) == {skill: found.tolist() for skill, found in pd.read_pickle(labels).items()}
+    sides = [{e[:2] for e in texts_of(data, split)} for split in ("train", "validation", "test")]
+    assert not file.endswith("jsonl") or len(set.union(*sides)) == sum(map(len, sides))  # no prompt on two sides
     assert len(data.notices) == (file == "dolly_mini.pkl")  # its map holds out a prompt that is trained on too
 
 
-# --- chain of thought: answers ------------------------------------------------------------------------------
+def test_extract_answers():
+    for dataset_key, answers in {
+        "strategy_qa": {" no.": ["no"], " that it is not common.": [], " Yes, but\tNO": ["yes", "no"], "no-one nope yes! (yes)": []},
+        "coin_flip": {"'Yes':no": ["yes", "no"]},
+        "gsm8k": {"1,234.50 - 7 and -3. x2": ["1234.50", "7", "-3", "2"]},
+        "multiarith": {"none": []},
+        "svamp": {"$1,000.5": [1000.5]},
+        "last_letter_concatenation": {' "ab c".\n': ["abc"], " . ": []},
+        "commonsense_qa": {" (B) enforce.": ["B"], " Answer: C": ["C"], "A dog is an Animal. B.": ["B"], "It is (A). A bank has E": ["A", "E"],
+                           "the answer is A because": ["A"], "A) ignore": ["A"], "U.S.A. B&B D-Day C's F": []},
+        "aqua": {"[E], D: or\nB": ["E", "D", "B"]},
+        "date_understanding": {"F G": ["F"]},
+    }.items():  # fmt: skip
+        assert {text: extract_answers(dataset_key, text) for text in answers} == answers
 
-ANSWERS = [
-    ("strategy_qa", " no.", ["no"]),
-    ("strategy_qa", " that it is not common.", []),
-    ("strategy_qa", " Yes, but\tNO", ["yes", "no"]),
-    ("strategy_qa", "no-one nope yes! (yes)", []),
-    ("coin_flip", "'Yes':no", ["yes", "no"]),
-    ("gsm8k", "1,234.50 - 7 and -3. x2", ["1234.50", "7", "-3", "2"]),
-    ("multiarith", "none", []),
-    ("svamp", "$1,000.5", [1000.5]),
-    ("last_letter_concatenation", ' "ab c".\n', ["abc"]),
-    ("last_letter_concatenation", " . ", []),
-    ("commonsense_qa", " (B) enforce.", ["B"]),
-    ("commonsense_qa", " Answer: C", ["C"]),
-    ("commonsense_qa", "A dog is an Animal. B.", ["B"]),
-    ("commonsense_qa", "It is (A). A bank has E", ["A", "E"]),
-    ("commonsense_qa", "the answer is A because", ["A"]),
-    ("commonsense_qa", "A) ignore", ["A"]),
-    ("commonsense_qa", "U.S.A. B&B D-Day C's F", []),
-    ("aqua", "[E], D: or\nB", ["E", "D", "B"]),
-    ("date_understanding", "F G", ["F"]),
+
+RIGHT = [
+    ("strategy_qa", "yes --> no yes", "ft_cot_token", "no"),  # the answer stands behind the marker
+    ("strategy_qa", "yes or no", "ft_cot_token", "no"),  # no marker: the last one
+    ("strategy_qa", "yes or no", "ft_token", "yes"),
+    ("gsm8k", "1 The answer is 2. The answer is 3", "fs_cot", "2"),
+    ("gsm8k", "5, so 6", None, "5"),
+    ("svamp", "3.0000001", None, "3"),
+    ("gsm8k", "1000", None, "1,000"),
 ]
-
-
-@pytest.mark.parametrize("dataset_key, text, expected", ANSWERS)
-def test_extract_answers(dataset_key, text, expected):
-    assert extract_answers(dataset_key, text) == expected
-
-
-@pytest.mark.parametrize(
-    ("dataset_key", "text", "template", "answer"),
-    [
-        ("strategy_qa", "yes --> no yes", "ft_cot_token", "no"),
-        ("strategy_qa", "yes or no", "ft_cot_token", "no"),  # no marker: the last one
-        ("strategy_qa", "yes or no", "ft_token", "yes"),
-        ("gsm8k", "1 The answer is 2. The answer is 3", "fs_cot", "2"),
-        ("gsm8k", "5, so 6", None, "5"),
-    ],
-)
-def test_the_answer_stands_behind_the_marker(dataset_key, text, template, answer):
-    assert judge(dataset_key, text, answer, template)["correct"]
-    assert not judge("strategy_qa", "no --> maybe", "no", "ft_cot_token")["correct"]
+WRONG = [("strategy_qa", "no --> maybe", "ft_cot_token", "no"), ("svamp", "3.1", None, "3"), ("gsm8k", "18.0", None, "18")]  # fmt: skip
 
 
 def test_completions_are_judged():
+    for key, text, template, answer in RIGHT + WRONG:
+        assert judge(key, text, answer, template)["correct"] == ((key, text, template, answer) in RIGHT), text
     right = {"correct": True, "contains_answer": True, "correct_format": True}
     assert judge("strategy_qa", "a --> maybe no", "No", "ft_cot_token") == right
     wrong = judge("strategy_qa", "no, then yes", "no", "ft_cot_token")
     assert wrong == {"correct": False, "contains_answer": True, "correct_format": False}
-    assert judge("svamp", "3.0000001", "3", None)["correct"] and not judge("svamp", "3.1", "3", None)["correct"]
-    assert judge("gsm8k", "1000", "1,000", None)["correct"] and not judge("gsm8k", "18.0", "18", None)["correct"]
     for key in DATASET_KEYS:  # cleaning twice changes nothing
         once = clean_answer(key, "1,234")
         assert clean_answer(key, str(once)) == once
-
-
-# --- chain of thought: files --------------------------------------------------------------------------------
 
 
 class Project:
@@ -551,21 +464,22 @@ class Project:
         texts = {"reasoning_completion": f"\n r{i} ", "completion": f" {said}."}
         return {**sample, "completion_index": 0, **texts, **more}
 
-    def write(self) -> None:
-        path, metadata = self.data_dir / "dataset" / "strategy_qa.json", {"dataset_key": "strategy_qa"}
-        self.dump(path, {"metadata": metadata}, self.samples)
-        self.dump(self.data_dir / "split" / "strategy_qa__default.json", self.split)
-        self.dump(self.completion_file, {"metadata": self.metadata}, self.completions)
-
     @property
     def completion_file(self) -> Path:
         folder = f"B_text-davinci-002__C_{self.metadata['completion_key']}"
         return self.saved_dir / "completion_data" / folder / "D_strategy_qa.json"
 
-    @staticmethod
-    def dump(path: Path, content: dict, data=None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content if data is None else {**content, "data": data}), encoding="utf-8")
+    def write(self) -> None:
+        for path, content in (
+            (
+                self.data_dir / "dataset" / "strategy_qa.json",
+                {"metadata": {"dataset_key": "strategy_qa"}, "data": self.samples},
+            ),
+            (self.data_dir / "split" / "strategy_qa__default.json", self.split),
+            (self.completion_file, {"metadata": self.metadata, "data": self.completions}),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content), encoding="utf-8")
 
     def load(self, preset_key: str = "ft_cot", **options) -> TaskData:
         options = {"architecture": "encoder_decoder", "heldout_share": 0, **options}
@@ -573,29 +487,29 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path) -> Project:
+def project(tmp_path):
     return Project(tmp_path)
 
 
-def test_cot_templates(project):
-    rows = project.load("ft").examples
-    assert (rows[1].prompt, rows[1].completion, rows[1].record_index, rows[1].answer) == ("q1?", "Yes", 1, "yes")
-    rows = project.load("ft", architecture="decoder").examples
-    assert (rows[1].prompt, rows[1].completion) == ("q1? ###", " Yes")
-    rows = project.load("ft_cot").examples
-    assert (rows[1].prompt, rows[1].completion, rows[1].record_index) == ("q2?", "r2 --> Yes", 2)
-    rows = project.load("ft_cot", architecture="decoder").examples
-    assert (rows[1].prompt, rows[1].completion) == ("q2? ###", " r2 --> Yes")
+TEMPLATES = [
+    ("ft", "encoder_decoder", 1, "q1?", "Yes"),
+    ("ft", "decoder", 1, "q1? ###", " Yes"),
+    ("ft_cot", "encoder_decoder", 2, "q2?", "r2 --> Yes"),
+    ("ft_cot", "decoder", 2, "q2? ###", " r2 --> Yes"),
+]
+
+
+@pytest.mark.parametrize("preset, architecture, record, prompt, completion", TEMPLATES)
+def test_cot_templates(project, preset, architecture, record, prompt, completion):
+    row = project.load(preset, architecture=architecture).examples[1]
+    assert (row.record_index, row.prompt, row.completion, row.answer) == (record, prompt, completion, "yes")
     assert project.load("zs_cot").examples == project.load("ft_cot").examples
 
 
 def test_cot_keeps_correct_completions_and_labels_test_rows(project):
     data = project.load("ft_cot")
     assert [e.record_index for e in data.examples] == [0, 2, 4, 6, 8, 10, 11]
-    assert texts_of(data, "test") == [
-        ("strategy_qa", "q10?", "r10 --> Yes"),
-        ("strategy_qa", "q11?", "because. --> Yes"),
-    ]
+    assert [row[1:] for row in texts_of(data, "test")] == [("q10?", "r10 --> Yes"), ("q11?", "because. --> Yes")]
     assert len(data.notices) == 1 and "5 of 10 completions are left out" in data.notices[0]
     assert (data.answer_key, data.tasks, data.targets) == ("strategy_qa", ("strategy_qa",), ("strategy_qa",))
     everything = project.load("ft_cot", keep_incorrect=True)
@@ -604,11 +518,10 @@ def test_cot_keeps_correct_completions_and_labels_test_rows(project):
 
 
 def test_cot_validation_part_is_the_same_for_every_preset(project):
-    options = {"heldout_share": 0.2}
     sides = stable_split([f"q{i}?" for i in range(10)], 0.2, 500, test_share=0)
     expected = [i for i, side in enumerate(sides) if side == "validation"]
     for preset in ("ft", "ft_cot"):
-        data = project.load(preset, **options)
+        data = project.load(preset, heldout_share=0.2)
         assert [data.examples[i].record_index for i in data.indices("validation")] == expected
         assert not {data.examples[i].record_index for i in data.indices("train")} & set(expected)
         assert [data.examples[i].record_index for i in data.indices("test")] == [10, 11]
@@ -637,11 +550,9 @@ def test_cot_task_column(project):
     project.write()
     data = project.load("ft_cot", task_column="teacher", heldout_share=0.2)
     assert data.tasks == ("a", "b") and data.targets == ("strategy_qa",)
-    with pytest.raises(ValueError, match=r"sample 0, task_column: there is no field 'school'"):
-        project.load("ft_cot", task_column="school")
+    refused(r"sample 0, task_column: there is no field 'school'", project.load, "ft_cot", task_column="school")
 
 
-# What to break, and what the message must say.
 BREAKAGES = {
     "no question": (lambda p: p.samples[3].pop("question"), r"qa\.json, data\[3\]: there is no field 'question'"),
     "sample index": (lambda p: p.samples[3].update(sample_index=4), r"data\[3\]: sample_index is 4, expected 3"),
@@ -664,28 +575,19 @@ def test_cot_errors_name_file_and_cure(project, name):
     damage, message = BREAKAGES[name]
     damage(project)
     project.write()
-    with pytest.raises(ValueError, match=message):
-        project.load("ft_cot")
+    refused(message, project.load, "ft_cot")
 
 
 def test_cot_missing_and_damaged_files(project):
     project.completion_file.write_text("{")
-    with pytest.raises(ValueError, match=r"D_strategy_qa\.json is not JSON"):
-        project.load("ft_cot")
+    refused(r"D_strategy_qa\.json is not JSON", project.load, "ft_cot")
     project.completion_file.unlink()
-    with pytest.raises(FileNotFoundError, match="use preset ft"):
-        project.load("ft_cot")
+    refused("use preset ft", project.load, "ft_cot", error=FileNotFoundError)
     assert len(project.load("ft")) == 12
-    with pytest.raises(FileNotFoundError, match="split_key"):
-        project.load("ft", split_key="other")
-    with pytest.raises(ValueError, match="expected one of commonsense_qa"):
-        load_cot("squad", "ft", architecture="decoder")
-
-
-@pytest.mark.parametrize("preset_key", ["zs", "fs_cot", "ft_cot_t70_3aug", "ft_cot_t70_", ""])
-def test_unknown_presets(preset_key):
-    with pytest.raises(ValueError, match="expected ft, ft_cot"):
-        parse_preset(preset_key)
+    refused("split_key", project.load, "ft", split_key="other", error=FileNotFoundError)
+    refused("expected one of commonsense_qa", load_cot, "squad", "ft", architecture="decoder")
+    for preset_key in ("zs", "fs_cot", "ft_cot_t70_3aug", "ft_cot_t70_", ""):
+        refused("expected ft, ft_cot", parse_preset, preset_key)
 
 
 def test_predictions_are_written_in_the_completion_format(project, tmp_path):
@@ -711,16 +613,16 @@ def load_real(shared_data):
     return lambda *keys, **options: load_cot(*keys, **(common | options))
 
 
-@pytest.mark.parametrize(
-    "dataset_key, preset_key, correct, everything",
-    [
-        ("strategy_qa", "ft", 1268, 1268),
-        ("strategy_qa", "ft_cot", 682, 1268),
-        ("commonsense_qa", "ft_cot", 3043, 4000),
-        ("strategy_qa", "ft_cot_t70_64aug", 1950, 2536),
-        ("commonsense_qa", "ft_cot_t70_64aug", 9583, 10540),
-    ],
-)
+ROW_COUNTS = [
+    ("strategy_qa", "ft", 1268, 1268),
+    ("strategy_qa", "ft_cot", 682, 1268),
+    ("commonsense_qa", "ft_cot", 3043, 4000),
+    ("strategy_qa", "ft_cot_t70_64aug", 1950, 2536),
+    ("commonsense_qa", "ft_cot_t70_64aug", 9583, 10540),
+]
+
+
+@pytest.mark.parametrize("dataset_key, preset_key, correct, everything", ROW_COUNTS)
 def test_real_row_counts(load_real, dataset_key, preset_key, correct, everything):
     assert len(load_real(dataset_key, preset_key).indices("train")) == correct
     assert len(load_real(dataset_key, preset_key, keep_incorrect=True).indices("train")) == everything
@@ -735,5 +637,4 @@ def test_real_example_and_teachers_as_tasks(load_real):
     data = load_real("commonsense_qa", "ft_cot_t70_64aug", task_column="teacher", heldout_share=0.1)
     assert len(data.tasks) == 3 and data.targets == ("commonsense_qa",)
     assert len(data.indices("validation")) == 400 and len(data.indices("test")) == 821
-    with pytest.raises(ValueError, match="choose a smaller split"):
-        load_real("commonsense_qa", "ft_cot", split_key="full")
+    refused("choose a smaller split", load_real, "commonsense_qa", "ft_cot", split_key="full")

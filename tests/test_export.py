@@ -1,13 +1,10 @@
 """Exports for other trainers, read back as each trainer's documents say that it reads them."""
 
-from __future__ import annotations
-
 import json
-import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,15 @@ from transformers import AutoTokenizer
 from src import config, console, export, stage_train
 from src.data import Example, TaskData
 from src.subsets import drawn_rows, row_counts
-from tests.commands import load_script, run_script
+from tests.commands import load_script, refused, run_script, write_jsonl
+from tests.commands import read_jsonl as read
 
 yaml = pytest.importorskip("yaml")  # it comes with transformers
 
 SCRIPT = "scripts/export_selection.py"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 TOOLS = TEMPLATE.replace("{{ m.content }}", "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% if tools %} {% endif %}")  # fmt: skip
+ROLES = ("system", "user", "assistant", "user", "assistant")
 SHARES = {"law": 0.55, "chat": 0.3, "b-1": 0.1, "b/1": 0.05}
 
 
@@ -36,39 +35,24 @@ def said(*turns: tuple[str, str]) -> list[dict[str, Any]]:
 
 
 def lines(path: Path, rows: list[dict]) -> str:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return str(write_jsonl(path, rows))
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_said(monkeypatch):
     monkeypatch.setattr(console, "_said", set())
 
 
 @pytest.fixture
-def flags(workspace: Path, model_folders: dict[str, str]) -> list[str]:
+def flags(workspace, model_folders):
     """Four sources, one of them of conversations, two with names that make one file name; rows are held out of each."""
     shutil.copytree(model_folders["llama"], "model")
     Path("model/chat_template.jinja").write_text(TEMPLATE)
-    talks = [
-        {
-            "messages": said(
-                ("system", "short"), ("user", f"hé {i}?"), ("assistant", "no"), ("user", "so"), ("assistant", f"c{i}")
-            )
-        }
-        for i in range(30)
-    ]
-    sources = [lines(Path("my/chat.jsonl"), talks)]
+    turns = (zip(ROLES, ("short", f"hé {i}?", "no", "so", f"c{i}"), strict=True) for i in range(30))
+    sources = [lines(Path("my/chat.jsonl"), [{"messages": said(*of_row)} for of_row in turns])]
     for name, count in (("law", 40), ("b/1", 20), ("b-1", 50)):
-        rows = [
-            {"prompt": f"{name} {i}: ", "completion": f"answer {i} " + "x" * (i % 7), "task": name}
-            for i in range(count)
-        ]
+        texts = ((f"{name} {i}: ", f"answer {i} " + "x" * (i % 7)) for i in range(count))
+        rows = [{"prompt": prompt, "completion": completion, "task": name} for prompt, completion in texts]
         sources.append(lines(Path(f"my/{name.replace('/', '_')}.jsonl"), rows))
     return ["--data_files", *sources, "--model_key", "model", "--save_name", "mine"]
 
@@ -83,18 +67,21 @@ def data_of(flags: list[str]) -> TaskData:
     return stage_train.load_data(config.for_training(config.typed_flags(typed)))
 
 
-# --- each trainer's way of reading -----------------------------------------------------------------------------
-# A reader gives (file, rows of an epoch, (prompt, completion) or turns of a row) for each entry of the snippet. Where keys
-# and rules are from is named; "field.md 2b" is the survey of the trainers' own sources of November 2026.
+# Each trainer's way of reading: (file, rows of an epoch, names of the two texts of a row, or of its turns, their roles and
+# their texts) for each entry of the snippet. Where keys and rules are from is named; "field.md 2b" is the survey of the
+# trainers' own sources of November 2026.
+
+Entry = tuple[str, int, tuple[str, ...]]
+TURNS = ("messages", "role", "content")
+SHAREGPT = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
-def turns_of(
-    row: dict, column: str = "messages", role: str = "role", content: str = "content"
-) -> list[tuple[str, str]]:
-    return [(turn[role], turn[content]) for turn in row[column]]
-
-
-Entry = tuple[str, int, Callable[[dict], Any]]
+def taken(row: dict, names: tuple[str, ...]) -> Any:
+    """(prompt, completion) or [(role, text), ...]."""
+    if len(names) == 2:
+        return tuple(row[name] for name in names)
+    column, role, content = names
+    return [(SHAREGPT[turn[role]] if role == "from" else turn[role], turn[content]) for turn in row[column]]
 
 
 def axolotl(folder: Path) -> Iterator[Entry]:
@@ -103,19 +90,17 @@ def axolotl(folder: Path) -> Iterator[Entry]:
     document = yaml.safe_load((folder / "axolotl.yaml").read_text())
     assert document.keys() == {"datasets"}
     for entry in document["datasets"]:
-        share = entry.pop("weight", None)
-        assert share is None or 0 < share < 1  # 0 < w <= 1: share of THIS source that is kept
-        length = len(read(folder / entry["path"]))
+        share, kind = entry.pop("weight", 1), entry["type"]
+        assert 0 < share <= 1  # share of THIS source that is kept
         assert (entry["ds_type"], entry["split"]) == ("json", "train")
-        if entry["type"] == "chat_template":
+        if kind == "chat_template":
             assert entry.keys() == {"path", "ds_type", "type", "split", "field_messages"}
-            take: Callable = lambda row, column=entry["field_messages"]: turns_of(row, column)  # noqa: E731
+            names = (entry["field_messages"], *TURNS[1:])
         else:
-            assert entry["type"].keys() == {"field_instruction", "field_output", "format", "no_input_format"}
-            names = entry["type"]["field_instruction"], entry["type"]["field_output"]
-            assert entry["type"]["format"] == entry["type"]["no_input_format"] == "{instruction}"
-            take = lambda row, names=names: tuple(row[name] for name in names)  # noqa: E731
-        yield entry["path"], length if share is None else round(share * length), take
+            assert kind.keys() == {"field_instruction", "field_output", "format", "no_input_format"}
+            assert kind["format"] == kind["no_input_format"] == "{instruction}"
+            names = kind["field_instruction"], kind["field_output"]
+        yield entry["path"], round(share * len(read(folder / entry["path"]))), names
 
 
 def llamafactory(folder: Path) -> Iterator[Entry]:
@@ -123,23 +108,16 @@ def llamafactory(folder: Path) -> Iterator[Entry]:
     info = json.loads((folder / "dataset_info.json").read_text())
     settings = yaml.safe_load((folder / "llamafactory.yaml").read_text())
     assert settings == {"dataset_dir": ".", "dataset": ",".join(info), "mix_strategy": "concat"}
-    for name in settings["dataset"].split(","):
-        entry = info[name]
+    for entry in info.values():
         if entry.get("formatting") == "sharegpt":
             assert entry.keys() == {"file_name", "num_samples", "formatting", "columns", "tags"}
             tags = entry["tags"]
             assert {tags[f"{role}_tag"] for role in ("user", "assistant", "system")} == {"user", "assistant", "system"}
-            where = entry["columns"]["messages"], tags["role_tag"], tags["content_tag"]
-            take: Callable = lambda row, where=where: turns_of(row, *where)  # noqa: E731
+            names = entry["columns"]["messages"], tags["role_tag"], tags["content_tag"]
         else:  # alpaca formatting: columns prompt, query, response
             assert entry.keys() == {"file_name", "num_samples", "columns"}
             names = entry["columns"]["prompt"], entry["columns"]["response"]
-            take = lambda row, names=names: tuple(row[name] for name in names)  # noqa: E731
-        yield (
-            entry["file_name"],
-            entry["num_samples"],
-            take,
-        )  # data/loader.py: a permutation, and above the length repeats
+        yield entry["file_name"], entry["num_samples"], names  # data/loader.py: a permutation, above the length repeats
 
 
 def trl(folder: Path) -> Iterator[Entry]:
@@ -151,29 +129,26 @@ def trl(folder: Path) -> Iterator[Entry]:
     known = {"path", "data_files", "split", "columns", "fraction"}
     assert len({entry.keys() <= known and frozenset(entry) for entry in entries}) == 1  # all or none
     assert {(entry["path"], entry["split"]) for entry in entries} == {("json", "train")}
-    assert len({tuple(entry["columns"]) for entry in entries}) == 1  # they are concatenated
-    lengths = [len(read(folder / entry["data_files"])) for entry in entries]
+    (columns,) = {tuple(entry["columns"]) for entry in entries}  # they are concatenated
+    assert columns in (("messages",), ("prompt", "completion"))
+    counts = [len(read(folder / entry["data_files"])) for entry in entries]
     if "fraction" in entries[0]:
         shares = [entry["fraction"] for entry in entries]
-        assert min(shares) > 0
-        most = min(length / share for length, share in zip(lengths, shares, strict=True))
-        lengths = [round(share / sum(shares) * most) for share in shares]
-    for entry, count in zip(entries, lengths, strict=True):
-        chat = entry["columns"] == ["messages"]
-        assert chat or entry["columns"] == ["prompt", "completion"]
-        yield entry["data_files"], count, turns_of if chat else lambda row: (row["prompt"], row["completion"])
+        most = min(length / share for length, share in zip(counts, shares, strict=True))
+        counts = [round(share / sum(shares) * most) for share in shares]
+    for entry, count in zip(entries, counts, strict=True):
+        yield entry["data_files"], count, TURNS if columns == ("messages",) else columns
 
 
 def open_instruct(folder: Path) -> Iterator[Entry]:
     """open_instruct/dataset_transformation.py load_dataset_configs (field.md 2b): a decimal point means a share, none means
     rows; local files only with split train; sft_messages_key "messages"."""
-    words = shlex.split((folder / "open-instruct.txt").read_text())
-    assert words[0] == "--dataset_mixer_list" and words[-2:] == ["--dataset_mixer_list_splits", "train"]
-    mixer = words[1:-2]
+    flag, *mixer, splits, split = shlex.split((folder / "open-instruct.txt").read_text())
+    assert (flag, splits, split) == ("--dataset_mixer_list", "--dataset_mixer_list_splits", "train")
     for file, amount in zip(mixer[::2], mixer[1::2], strict=True):
         assert file.endswith(".jsonl")
         assert amount == "1.0" or amount.isdigit()  # any other share would be rounded down, perhaps by a row
-        yield file, int(float(amount) * len(read(folder / file))) if "." in amount else int(amount), turns_of
+        yield file, len(read(folder / file)) if amount == "1.0" else int(amount), TURNS
 
 
 def ms_swift(folder: Path) -> Iterator[Entry]:
@@ -181,9 +156,8 @@ def ms_swift(folder: Path) -> Iterator[Entry]:
     and response, or messages: ResponsePreprocessor and MessagesPreprocessor of swift."""
     flag, *words = shlex.split((folder / "ms-swift.txt").read_text())
     assert flag == "--dataset"
-    for word in words:
-        file, count = word.split("#")
-        yield file, int(count), lambda row: turns_of(row) if "messages" in row else (row["query"], row["response"])
+    for file, count in (word.split("#") for word in words):
+        yield file, int(count), TURNS if "messages" in read(folder / file)[0] else ("query", "response")
 
 
 def torchtune(folder: Path) -> Iterator[Entry]:
@@ -191,38 +165,29 @@ def torchtune(folder: Path) -> Iterator[Entry]:
     instruct_dataset reads the columns input and output (torchtune's docs, basics/instruct_datasets)."""
     document = yaml.safe_load((folder / "torchtune.yaml").read_text())
     assert document.keys() == {"dataset"}
-    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    chat = {"conversation_column": "conversations", "conversation_style": "sharegpt"}
+    known = {"chat": (chat, ("conversations", "from", "value")), "instruct": ({}, ("input", "output"))}
     for entry in document["dataset"]:
-        assert entry.pop("source") == "json"
-        file, split, component = (entry.pop(key) for key in ("data_files", "split", "_component_"))
+        source, file, split, component = (entry.pop(key) for key in ("source", "data_files", "split", "_component_"))
+        rest, names = known[component.removeprefix("torchtune.datasets.").removesuffix("_dataset")]
+        assert (source, entry) == ("json", rest) and component.startswith("torchtune.datasets.")
         loaded = datasets.load_dataset("json", data_files=str(folder / file), split=split, cache_dir="cache/datasets")
-        if component == "torchtune.datasets.chat_dataset":
-            assert entry == {"conversation_column": "conversations", "conversation_style": "sharegpt"}
-            yield (
-                file,
-                len(loaded),
-                lambda row: [(roles[r], c) for r, c in turns_of(row, "conversations", "from", "value")],
-            )
-        else:
-            assert (component, entry) == ("torchtune.datasets.instruct_dataset", {})
-            yield file, len(loaded), lambda row: (row["input"], row["output"])
+        yield file, len(loaded), names
 
 
 READERS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl, "open-instruct": open_instruct, "ms-swift": ms_swift,
            "torchtune": torchtune}  # fmt: skip
 
 
-def test_every_trainer_is_read_and_explained() -> None:
+def test_every_trainer_is_read_and_explained():
     assert READERS.keys() == export.TRAINERS.keys()
-    source = (console.ROOT / SCRIPT).read_text()
-    page = (console.ROOT / "docs" / "export.md").read_text()
-    for name in READERS:
-        assert name in source and f"| `{name}` |" in page
+    source, page = ((console.ROOT / name).read_text() for name in (SCRIPT, "docs/export.md"))
+    assert all(name in source and f"| `{name}` |" in page for name in READERS)
 
 
 @pytest.mark.parametrize("by", [[], ["--trainer_samples"]], ids=["files", "trainer"])
 @pytest.mark.parametrize("name", READERS)
-def test_a_trainer_reads_what_the_mixture_says(name: str, by: list[str], flags: list[str]) -> None:
+def test_a_trainer_reads_what_the_mixture_says(name, by, flags):
     """Its keys, its fields, as many rows of each source as the shares say, no held-out row, every conversation whole."""
     run_script(SCRIPT, *flags, *weights(), "--for", name, *by)
     folder, data = Path(f"results/mine/export_{name}"), data_of(flags)
@@ -231,38 +196,35 @@ def test_a_trainer_reads_what_the_mixture_says(name: str, by: list[str], flags: 
     assert {path.name for path in folder.glob("*.jsonl")} == sources.keys() and len(sources) == len(SHARES)
     available = Counter(data.tasks[task] for task in data.task_of_sample if task >= 0)
     assert available["law"] == 32 and sum(available.values()) < len(data)  # some are held out
-    expected = dict(zip(data.tasks, slow_counts([SHARES[t] for t in data.tasks], [available[t] for t in data.tasks], sum(available.values()), 4), strict=True))  # fmt: skip
+    of_tasks = ([of[task] for task in data.tasks] for of in (SHARES, available))
+    expected = dict(zip(data.tasks, slow_counts(*of_tasks, sum(available.values()), 4), strict=True))
     assert {source["source"]: source["rows"] for source in sources.values()} == expected
     assert min(expected.values()) > 0 and mixture["rows"] == sum(expected.values()) == sum(available.values())
     found, training = Counter[str](), [data.examples[row] for row in data.indices("train")]
     is_alike = name in ("open-instruct", "trl")  # every source as conversations
-    for file, count, take in READERS[name](folder):
-        task, rows = sources[file]["source"], read(folder / file)
+    for file, count, names in READERS[name](folder):
+        task, rows = sources[file]["source"], [taken(row, names) for row in read(folder / file)]
         found[task] += count
         assert count > 0 and len(rows) == (available[task] if by else expected[task])
         texts = Counter((row.prompt, row.completion) for row in training if row.task == task)
         if task == "chat":
             asked = {f"hé {row.prompt.split('hé ')[1].split('?')[0]}?" for row in training if row.task == "chat"}
-            for row in map(take, rows):
-                number = row[1][1][3:-1]
-                assert row[1][1] in asked
-                assert row == [("system", "short"), ("user", f"hé {number}?"), ("assistant", "no"), ("user", "so"), ("assistant", f"c{number}")]  # fmt: skip
+            for row in rows:
+                question = row[1][1]
+                assert question in asked
+                texts = ("short", question, "no", "so", f"c{question[3:-1]}")
+                assert row == list(zip(ROLES, texts, strict=True))
         else:
-            pairs = [(row[0][1], row[1][1]) if is_alike else row for row in map(take, rows)]
-            times = Counter(pairs)
+            times = Counter((row[0][1], row[1][1]) if is_alike else row for row in rows)
             assert times.keys() <= texts.keys() and max(times.values()) - min(times[pair] for pair in texts) <= 1
-            assert not is_alike or [role for role, _ in take(rows[0])] == ["user", "assistant"]
+            assert not is_alike or [role for role, _ in rows[0]] == ["user", "assistant"]
     if name == "trl" and by:  # it cannot repeat: the scarcest source sets the total, in the same shares
-        total, scarcest = sum(found.values()), max(expected[task] / available[task] for task in expected)
-        assert total == pytest.approx(sum(expected.values()) / scarcest, abs=len(expected))
-        assert all(
-            found[task] / total == pytest.approx(expected[task] / sum(expected.values()), abs=0.01) for task in expected
-        )
+        total, of_all = sum(found.values()), sum(expected.values())
+        scarcest = max(expected[task] / available[task] for task in expected)
+        assert total == pytest.approx(of_all / scarcest, abs=len(expected))
+        assert all(found[task] / total == pytest.approx(rows / of_all, abs=0.01) for task, rows in expected.items())
     else:
         assert found == Counter(expected)
-
-
-# --- numbers ---------------------------------------------------------------------------------------------------
 
 
 def slow_counts(shares: list[float], available: list[int], total: int, most: float) -> list[int]:
@@ -271,11 +233,8 @@ def slow_counts(shares: list[float], available: list[int], total: int, most: flo
     exact, caps = list(map(Fraction, shares)), [int(Fraction(str(most)) * rows) for rows in available]
     total = min(total, sum(cap for cap, share in zip(caps, exact, strict=True) if share))
     filled = lambda level: [min(Fraction(cap), level * share) for cap, share in zip(caps, exact, strict=True)]  # noqa: E731
-    below = max(
-        level
-        for level in (Fraction(0), *(c / s for c, s in zip(caps, exact, strict=True) if s))
-        if sum(filled(level)) <= total
-    )
+    levels = (Fraction(0), *(cap / share for cap, share in zip(caps, exact, strict=True) if share))
+    below = max(level for level in levels if sum(filled(level)) <= total)
     growing = sum(share for cap, share in zip(caps, exact, strict=True) if share and below * share < cap)
     quotas = filled(below + (total - sum(filled(below))) / growing if growing else below)
     counts = [int(quota) for quota in quotas]
@@ -285,7 +244,7 @@ def slow_counts(shares: list[float], available: list[int], total: int, most: flo
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_counts_are_those_of_a_slow_reference(seed: int) -> None:
+def test_counts_are_those_of_a_slow_reference(seed):
     rng = np.random.default_rng(seed)
     size = int(rng.integers(1, 9))
     shares = rng.choice([0, 0.1, 0.25, 1 / 3, rng.random(), 1e-6], size).tolist()
@@ -299,24 +258,19 @@ def test_counts_are_those_of_a_slow_reference(seed: int) -> None:
     assert sum(counts) == min(total, sum(cap for cap, share in zip(caps, shares, strict=True) if share))
 
 
-@pytest.mark.parametrize(
-    ("shares", "available", "total", "most", "expected"),
-    [
+def test_counts_by_hand():
+    for *asked, expected in [
         ([0.5, 0.3, 0.2], [100, 100, 100], 10, 4, [5, 3, 2]),
         ([1, 1, 1], [9, 9, 9], 10, 4, [4, 3, 3]),  # of equal remainders the first
         ([0.7, 0.2, 0.1], [10, 100, 100], 210, 4, [40, 113, 57]),  # 107 rows above the cap go 2 to 1
         ([0.7, 0.3], [10, 10], 100, 4, [40, 40]),  # all at their caps: the total shrinks
         ([1, 0], [10, 10], 20, 4, [20, 0]),
         ([40, 20, 7], [40, 20, 7], 67, 1, [40, 20, 7]),
-    ],
-)  # fmt: skip
-def test_counts_by_hand(
-    shares: list[float], available: list[int], total: int, most: float, expected: list[int]
-) -> None:
-    assert row_counts(shares, available, total, most) == expected == slow_counts(shares, available, total, most)
+    ]:
+        assert row_counts(*asked) == expected == slow_counts(*asked)
 
 
-def test_rows_are_drawn_evenly_and_by_seed() -> None:
+def test_rows_are_drawn_evenly_and_by_seed():
     rows = np.array([3, 5, 8, 9])
     for count in (1, 4, 7, 12):
         drawn = drawn_rows(rows, count, 0, "a")
@@ -332,7 +286,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "mixture.json"}
 
 
-def test_a_seed_decides_everything(flags: list[str], tmp_path: Path) -> None:
+def test_a_seed_decides_everything(flags, tmp_path):
     """The same seed writes the same bytes, another other rows; files of an earlier selection are gone; a source's file does
     not depend on the other sources."""
     folder = Path("results/mine/export_trl")
@@ -349,16 +303,11 @@ def test_a_seed_decides_everything(flags: list[str], tmp_path: Path) -> None:
     run_script(SCRIPT, *flags, "--task_idxes", "all", "--for", "ms-swift", "--seed", "1")
     assert read(Path("results/mine/export_ms-swift/law.jsonl")) == alone
     run_script(SCRIPT, *flags, "--task_idxes", str(order.index("law")), "--for", "ms-swift")
-    assert {path.name for path in Path("results/mine/export_ms-swift").iterdir()} == {
-        "law.jsonl",
-        "ms-swift.txt",
-        "mixture.json",
-    }
+    files = {path.name for path in Path("results/mine/export_ms-swift").iterdir()}
+    assert files == {"law.jsonl", "ms-swift.txt", "mixture.json"}
 
 
-def test_the_mixture_says_rows_tokens_repeats_and_where_it_is_from(
-    flags: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_the_mixture_says_rows_tokens_repeats_and_where_it_is_from(flags, capsys):
     data = data_of(flags)
     chosen = [data.tasks.index("chat"), data.tasks.index("law")]
     text = " ".join(map(str, chosen))
@@ -395,18 +344,16 @@ def test_the_mixture_says_rows_tokens_repeats_and_where_it_is_from(
     assert "tokens are not counted" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("shares", "more", "note"),
-    [
-        ({"law": 1, "b/1": 9}, ["--total_rows", "200"], "note: --max_repeat 4 caps b/1; 192 rows remain of 200\n"),
-        ({"law": 1, "b/1": 9}, ["--max_repeat", "2.5", "--total_rows", "50"], "note: --max_repeat 2.5 caps b/1; the others take the rest"),
-        ({"law": 1, "b/1": 1e-6}, [], "note: left out, with less than a row of 48: b/1\n"),
-        ({"law": 1, "b/1": 1}, [], None),
-    ],
-)  # fmt: skip
-def test_caps_and_sources_without_a_row_are_named(
-    shares: dict, more: list[str], note: str | None, flags: list[str], capsys: pytest.CaptureFixture
-) -> None:
+NOTES = [
+    ({"law": 1, "b/1": 9}, ["--total_rows", "200"], "note: --max_repeat 4 caps b/1; 192 rows remain of 200\n"),
+    ({"law": 1, "b/1": 9}, ["--max_repeat", "2.5", "--total_rows", "50"], "note: --max_repeat 2.5 caps b/1; the others take the rest"),
+    ({"law": 1, "b/1": 1e-6}, [], "note: left out, with less than a row of 48: b/1\n"),
+    ({"law": 1, "b/1": 1}, [], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shares", "more", "note"), NOTES)
+def test_caps_and_sources_without_a_row_are_named(shares, more, note, flags, capsys):
     run_script(SCRIPT, *flags, *weights(shares), "--for", "llamafactory", *more)
     printed = capsys.readouterr().out
     notes = [line for line in printed.splitlines() if "caps" in line or "left out" in line]
@@ -415,39 +362,19 @@ def test_caps_and_sources_without_a_row_are_named(
     assert all(entry["num_samples"] > 0 for entry in info.values())
 
 
-# --- conversations ---------------------------------------------------------------------------------------------
-
-
-def test_tools_stay_with_a_conversation_or_are_refused(flags: list[str]) -> None:
+def test_tools_stay_with_a_conversation_or_are_refused(flags):
     call = {"type": "function", "function": {"name": "look", "arguments": {"for": "é"}}}
-    turns = [
-        *said(("user", "q")),
-        {"role": "assistant", "tool_calls": [call]},
-        *said(("tool", "r"), ("assistant", "a")),
-    ]
+    asking = {"role": "assistant", "tool_calls": [call]}
+    turns = [*said(("user", "q")), asking, *said(("tool", "r"), ("assistant", "a"))]
     Path("model/chat_template.jinja").write_text(TOOLS)
     source = lines(Path("tools.jsonl"), [{"messages": turns, "tools": [{"name": "look"}]}])
-    chosen = [
-        SCRIPT,
-        "--data_files",
-        source,
-        "--model_key",
-        "model",
-        "--save_name",
-        "mine",
-        "--task_idxes",
-        "0",
-        "--for",
-    ]
+    chosen = f"{SCRIPT} --data_files {source} --model_key model --save_name mine --task_idxes 0 --for".split()
     for name in ("axolotl", "trl", "open-instruct", "ms-swift"):
         run_script(*chosen, name)
         (row,) = read(Path(f"results/mine/export_{name}/tools.jsonl"))
         assert row == {"messages": turns, "tools": [{"name": "look"}]}
     for name in ("llamafactory", "torchtune"):
-        with pytest.raises(
-            ValueError, match=rf"--for {name} takes texts by system, user and assistant.*a row of tools"
-        ):
-            run_script(*chosen, name)
+        refused(rf"--for {name} takes texts by system, user and assistant.*a row of tools", run_script, *chosen, name)
         assert not Path(f"results/mine/export_{name}").exists()
 
 
@@ -457,60 +384,33 @@ def direct(examples: list[tuple[str, str, str]], name: str, model: str = "nowher
     return Path(f"results/own/export_{name}")
 
 
-def test_texts_become_conversations_where_only_those_are_taken(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_texts_become_conversations_where_only_those_are_taken(workspace, capsys):
     """Without a tokenizer tokens are not counted, and the run goes on; a row without a prompt is refused by name."""
     folder = direct([("a", "p", "c"), ("b", "q", "d")], "open-instruct")
     assert read(folder / "a.jsonl") == [{"messages": said(("user", "p"), ("assistant", "c"))}]
     printed = capsys.readouterr().out
-    assert (
-        "note: 2 rows without a conversation" in printed
-        and "note: tokens are not counted: --model_key nowhere" in printed
-    )
+    assert "note: 2 rows without a conversation" in printed and "tokens are not counted: --model_key nowhere" in printed
     (first, _) = json.loads((folder / "mixture.json").read_text())["sources"]
     assert (first["tokens"], first["share_of_tokens"], first["share_of_rows"]) == (None, None, 0.5)
-    with pytest.raises(ValueError, match=r"a row without a prompt in b \(leave it out, or name another trainer\): 'd'"):
-        direct([("a", "p", "c"), ("b", "", "d")], "open-instruct")
+    message = r"a row without a prompt in b \(leave it out, or name another trainer\): 'd'"
+    refused(message, direct, [("a", "p", "c"), ("b", "", "d")], "open-instruct")
     assert (folder / "a.jsonl").is_file()  # the earlier export is whole
 
 
-def test_a_source_of_both_kinds_is_written_as_conversations(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_source_of_both_kinds_is_written_as_conversations(flags, capsys):
     more = lines(Path("more.jsonl"), [{"prompt": "p", "completion": "c", "task": "chat"}])
     typed = [*flags[:2], more, *flags[2:]]
     data = data_of(typed)
-    run_script(
-        SCRIPT, *typed, "--task_idxes", str(data.tasks.index("chat")), "--for", "axolotl", "--heldout_share", "0"
-    )
+    chat = str(data.tasks.index("chat"))
+    run_script(SCRIPT, *typed, "--task_idxes", chat, "--for", "axolotl", "--heldout_share", "0")
     assert "note: 1 row without a conversation" in capsys.readouterr().out
     rows = read(Path("results/mine/export_axolotl/chat.jsonl"))
     assert said(("user", "p"), ("assistant", "c")) in [row["messages"] for row in rows] and len(rows) == 31
 
 
-def test_clusters_keep_conversations(flags: list[str]) -> None:
+def test_clusters_keep_conversations(flags):
     data = data_of(flags)
     of_cluster = data.with_tasks({int(row): f"c{row % 2}" for row in data.indices("train")})
     known = {row: text for row, text in enumerate(data.messages.to_pylist()) if text}
     assert known and of_cluster.messages.to_pylist() == data.messages.to_pylist()
     assert {data.examples[row].task for row in known} == {"chat"}
-
-
-# --- flags -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        (["--for", "axolotle"], "--for axolotle: expected one of axolotl, llamafactory, trl,"),
-        (["--seed", "1"], "--seed has no effect without --for"),
-        (["--trainer_samples"], "--trainer_samples has no effect without --for"),
-    ],
-)
-def test_wrong_flags_are_named(typed: list[str], message: str, flags: list[str]) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        run_script(SCRIPT, *flags, "--task_idxes", "0", *typed)
-
-
-@pytest.mark.parametrize("typed", [["--max_repeat", "0.5"], ["--total_rows", "0"], ["--seed", "-1"]])
-def test_numbers_out_of_range_are_refused(typed: list[str], capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        load_script(SCRIPT).parse_args(["--for", "trl", *typed])
-    assert f"error: argument {typed[0]}: {typed[1]}: expected a" in capsys.readouterr().err

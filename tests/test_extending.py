@@ -1,7 +1,5 @@
 """What docs/extending.md promises a contributor: an architecture, a format, an estimator and a search are one entry each."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,39 +10,30 @@ import pytest
 import torch
 
 from src import config
-from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part
+from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part, part_weights
 from src.instruction import FORMATS, Record, _numbered, load_instruction
 from src.models import LORA_TARGETS, load_checkpoint, per_sample_loss
 from src.selection import METHODS, Estimate, Method, SelectionPath, Step
 from src.stage_train import load_data, make_datamodule
 from src.store import open_store
 from src.subsets import read_subsets
-from tests.commands import load_script, run_script
+from tests.commands import ESTIMATE, MEASURE, SELECT, TRAIN, load_script, refused, run_script
 from tests.conftest import write_sources
-from tests.test_stages import here, track
-
-__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
-
-STAGE_1, STAGE_2 = "custom_train_alpaca.py", "fast_estimate_eval_approximation_alpaca.py"
-STAGE_3, STAGE_4 = "fast_estimate_linear_regression_alpaca.py", "fast_estimate_forward_selection.py"
 
 
-def test_an_architecture_is_an_entry_of_lora_targets(
-    workspace: Path, model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_architecture_is_an_entry_of_lora_targets(workspace, model_folders, monkeypatch):
     """Phi-3 computes queries, keys and values in one layer. Once that has a name, rows are those of a loop of backwards."""
     write_sources(workspace / "sources.jsonl", {"up": 12, "down": 12})
     flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["phi3"], "--train_lora", "--lora_rank", "4"]
-    stage_1 = [STAGE_1, *flags, "--epochs", "1", "--batch_size", "4", "--lr", "1e-2", "--checkpoint_at", "1.0"]
-    with pytest.raises(ValueError, match="architecture phi3; name them with --lora_target_modules"):
-        run_script(*stage_1)
+    stage_1 = [TRAIN, *flags, "--epochs", "1", "--batch_size", "4", "--lr", "1e-2", "--checkpoint_at", "1.0"]
+    refused("architecture phi3; name them with --lora_target_modules", run_script, *stage_1)
 
     monkeypatch.setitem(LORA_TARGETS, "phi3", ("qkv_proj",))
     run_script(*stage_1)
-    run_script(STAGE_2, "--compute_pretrained_outputs", "--projection", "none")
+    run_script(MEASURE, "--compute_pretrained_outputs", "--projection", "none")
     (store,) = Path("gradients").iterdir()
-    (part,) = open_store(store, None, STAGE_2)
-    args = config.inherit(config.TrainConfig, config.typed_flags(load_script(STAGE_1).parse_args(flags)))
+    (part,) = open_store(store, None, MEASURE)
+    args = config.inherit(config.TrainConfig, config.typed_flags(load_script(TRAIN).parse_args(flags)))
     model = load_checkpoint(Path(part.manifest["checkpoint_dir"]), args.model_key).eval()
     assert all("qkv_proj" in name for name in model.layout.shapes)
     weights = [dict(model.network.named_parameters())[name] for name in model.layout.shapes]
@@ -62,19 +51,17 @@ def psv_records(source: str) -> Iterator[tuple[str, Record]]:
         yield from _numbered(source, csv.DictReader(file, delimiter="|"))
 
 
-def test_a_data_format_is_a_reader_in_the_table_of_formats(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_format_is_a_reader_in_the_table_of_formats(workspace, monkeypatch):
     """A .psv file is refused by its name; with a reader it gives what the same data in .jsonl give, a damaged one is named."""
     write_sources(workspace / "rows.jsonl", {"up": 20, "down": 20})
     pd.read_json("rows.jsonl", lines=True).to_csv("rows.psv", sep="|", index=False)
-    with pytest.raises(ValueError, match=r"^rows\.psv: instruction data are files that end in \.jsonl"):
-        load_instruction(["rows.psv"])
+    refused(r"^rows\.psv: instruction data are files that end in \.jsonl", load_instruction, ["rows.psv"])
     monkeypatch.setitem(FORMATS, ".psv", psv_records)
     data, expected = load_instruction(["rows.psv"]), load_instruction(["rows.jsonl"])
     assert list(data.examples) == list(expected.examples) and len(data) == 40
     assert data.fingerprint == expected.fingerprint
     Path("damaged.psv").write_bytes(b"inputs|targets\nup|\xff\n")
-    with pytest.raises(ValueError, match=r"^damaged\.psv cannot be read"):
-        load_instruction(["damaged.psv"])
+    refused(r"^damaged\.psv cannot be read", load_instruction, ["damaged.psv"])
 
 
 def one_step(part: Part, strength: float) -> OnSubsets:
@@ -85,25 +72,27 @@ def one_step(part: Part, strength: float) -> OnSubsets:
     return lambda weights: means - (weights @ sums) / (weights @ totals).clamp(min=1)[:, None] @ slopes.T / strength
 
 
-def test_an_estimator_is_an_entry_of_estimators(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 3 takes it by its name and writes its estimates: the mean over the checkpoints of what the rows give."""
+def test_an_estimator_is_an_entry_of_estimators(here, monkeypatch):
+    """Stage 3 takes it by its name and writes its estimates: the weighted mean over the checkpoints of what the rows give."""
     monkeypatch.setitem(ESTIMATORS, "one_step", EstimatorKind(one_step, "one step of gradient descent"))
     subsets = [(0,), (3,), (0, 2), (1, 2, 3)]
     Path("some.txt").write_text("\n".join(" ".join(map(str, subset)) for subset in subsets))
     flags = ["--project_dim", "32", "--estimator", "one_step", "--rho", "0.02", "--weight_by", "sample"]
-    run_script(STAGE_3, "--save_name", "toy", *flags, "--sampled_tasks", "some.txt", "--results_name", "one_step")
+    run_script(ESTIMATE, "--save_name", "toy", *flags, "--sampled_tasks", "some.txt", "--results_name", "one_step")
     found = pd.read_csv("results/one_step/estimates.csv").filter(like="estimate/")
     (store,) = Path("gradients").glob("*_toy_dim_32_run_0")
-    parts = open_store(store, None, STAGE_2)
+    parts = open_store(store, None, MEASURE)
     assert len(parts) == 2 and found.shape == (4, 5)
-    expected = np.zeros(found.shape)
-    for part in parts:
+    expected, stored = np.zeros(found.shape), [part.estimation_part(weight_by="sample") for part in parts]
+    weights, _ = part_weights(stored, estimator="one_step", rho=0.02)
+    for part, of_part in zip(parts, weights, strict=True):
         rows, task = part.rows.astype(float), part.samples["task"]
         strength = 0.02 * np.square(rows[task >= 0]).sum(axis=1).mean()
         steps = np.stack([-rows[np.isin(task, subset)].mean(axis=0) / strength for subset in subsets])
         for j, column in enumerate(found):
-            own = part.samples["target"] == part.targets.index(column.removeprefix("estimate/"))
-            expected[:, j] += (part.outputs[own].mean() + steps @ rows[own].mean(axis=0)) / len(parts)
+            target = part.targets.index(column.removeprefix("estimate/"))
+            own = part.samples["target"] == target
+            expected[:, j] += of_part[target] * (part.outputs[own].mean() + steps @ rows[own].mean(axis=0))
     # levels are measured ones
     np.testing.assert_allclose(np.diff(found, axis=0), np.diff(expected, axis=0), rtol=1e-6, atol=1e-9)
 
@@ -115,16 +104,16 @@ def second(estimate: Estimate, num_tasks: int, **_: object) -> SelectionPath:
     return SelectionPath((), 0.0, (Step((task,), task, values[task]),), (task,), values[task])
 
 
-def test_a_selection_method_is_an_entry_of_methods(here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selection_method_is_an_entry_of_methods(here, monkeypatch):
     """Stage 4 takes it by its name; its estimates are stage 3's."""
     at = ["--save_name", "toy", "--project_dim", "32", "--target_task", "goal", "--results_name", "mine"]
     Path("singles.txt").write_text("0\n1\n2\n3\n")
-    run_script(STAGE_3, *at, "--sampled_tasks", "singles.txt")
+    run_script(ESTIMATE, *at, "--sampled_tasks", "singles.txt")
     task, value = list(pd.read_csv("results/mine/estimates.csv")["estimate/goal"].nsmallest(2).items())[1]
     monkeypatch.setitem(METHODS, "second", Method(second, "the second best"))
-    run_script(STAGE_4, *at, "--method", "second")
+    run_script(SELECT, *at, "--method", "second")
     assert read_subsets(Path("sampled_tasks/mine_second_selection.txt"), 4) == [(task,)]
     path = pd.read_csv("results/mine/selection.csv")
     assert path["task"].tolist() == [task] and path["estimate"][0] == pytest.approx(value, rel=1e-6)
-    with pytest.raises(ValueError, match=r"--method second selected 1 task.* beyond"):
-        run_script(STAGE_4, *at, "--method", "second", "--budget_rows", "3")
+    message = r"--method second selected 1 task.* beyond"
+    refused(message, run_script, SELECT, *at, "--method", "second", "--budget_rows", "3")

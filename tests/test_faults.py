@@ -1,10 +1,9 @@
 """Processes that are killed, disks that are full, files that are not what they should be, numbers that are none."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -15,18 +14,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from src import config, store
 from src.artifacts import ARTIFACT_VERSION, MANIFEST, atomic_write, locked, write_json
 from src.gradients import GradientCollector
 from src.stage_train import load_data
-from tests.commands import load_script, run_script
+from tests.commands import COLLECT, ENSEMBLE, ESTIMATE, EXPORT, SELECT, TRAIN, load_script, refused, run_script
 from tests.conftest import build_model_folder, write_sources
 from tests.faults import Outcome, Stages
 
-STAGE_2 = ("fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs")
-STAGE_3, STAGE_4 = "fast_estimate_linear_regression_alpaca.py", "fast_estimate_forward_selection.py"
 NAMED, DIM = ("--save_name", "toy"), ("--project_dim", "16")
 SMALL_BATCHES = ("--max_tokens_per_batch", "200")
 
@@ -42,20 +38,19 @@ class World:
         write_sources(self.empty / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
         write_sources(self.empty / "target.jsonl", {"goal": 20})
         (self.empty / "three.txt").write_text("0\n1\n2 3\n")
-        self.flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl", "--heldout_share", "0.1"]
-        self.flags += ["--model_key", "../model", "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
-        self.flags += ["--batch_size", "8", "--lr", "1e-2"]
-        training = ["custom_train_alpaca.py", *self.flags, *NAMED]
+        flags = "--data_files sources.jsonl --target_files target.jsonl --heldout_share 0.1 --model_key ../model --train_lora "
+        self.flags = (flags + "--lora_rank 4 --lora_alpha 8 --batch_size 8 --lr 1e-2").split()
+        training = [TRAIN, *self.flags, *NAMED]
         drawn = ["--sampled_tasks", "sampled_tasks/toy.txt", "--number_of_subsets", "6", "--subset_size", "2"]
         selected = ["--subset_file", "sampled_tasks/toy_forward_selection.txt"]
         self.commands = [
             [*training, "--epochs", "2", "--checkpoint_at", "0.5", "1.0"],
-            [*STAGE_2, *NAMED, *DIM, "--representations", "--save_projection_matrix", *SMALL_BATCHES],
-            ["custom_train_alpaca.py", *NAMED, "--subset_file", "three.txt"],
-            [STAGE_3, *NAMED, *drawn],
-            [STAGE_4, *NAMED],
-            ["notebook/select_random_ensemble.py", "results/toy"],
-            ["scripts/export_selection.py", *NAMED, *selected],
+            [*COLLECT, *NAMED, *DIM, "--representations", "--save_projection_matrix", *SMALL_BATCHES],
+            [TRAIN, *NAMED, "--subset_file", "three.txt"],
+            [ESTIMATE, *NAMED, *drawn],
+            [SELECT, *NAMED],
+            [ENSEMBLE, "results/toy"],
+            [EXPORT, *NAMED, *selected],
         ]
         self.states, self.seconds = [self.empty], []
         for number, command in enumerate(self.commands):
@@ -77,7 +72,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, stages: Stages) -> World:
+def world(tmp_path_factory, stages):
     return World(tmp_path_factory.mktemp("faults"), stages)
 
 
@@ -116,9 +111,6 @@ def kill(stopped: Outcome) -> None:
         time.sleep(0.01)
 
 
-# --- killed ---------------------------------------------------------------------------------------------------
-
-
 def kill_and_go_on(world: World, seed: int, kills_of_each: int) -> int:
     """All stages, each killed some times at random moments and started again until it is done; the number of kills."""
     rng, folder, kills = random.Random(seed), world.copy(world.empty, "killed"), 0
@@ -138,20 +130,20 @@ def kill_and_go_on(world: World, seed: int, kills_of_each: int) -> int:
     return kills
 
 
-def test_killed_stages_go_on_and_leave_what_one_run_leaves(world: World) -> None:
+def test_killed_stages_go_on_and_leave_what_one_run_leaves(world):
     kills, seed = 0, 0
     while kills < 10:
         kills, seed = kills + kill_and_go_on(world, seed, kills_of_each=3), seed + 1
 
 
 @pytest.mark.slow
-def test_killed_many_times(world: World) -> None:
+def test_killed_many_times(world):
     assert sum(kill_and_go_on(world, seed, kills_of_each=4) for seed in range(100, 112)) >= 150
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(7))
-def test_killed_before_each_change_of_a_folder(world: World, number: int) -> None:
+def test_killed_before_each_change_of_a_folder(world, number):
     """Between any two renames, removals and new folders of a stage."""
     command = world.commands[number]
     for change in range(1, 1000):
@@ -166,23 +158,18 @@ def test_killed_before_each_change_of_a_folder(world: World, number: int) -> Non
     assert change > 1
 
 
-def test_killed_while_the_store_is_finished(world: World) -> None:
+def test_killed_while_the_store_is_finished(world):
     """From the last row to the folder's name: the moments, the manifest, the rename, the signs."""
     folder = world.after(1, "finishing")
     part = ".step_step=16.part"
-    for moment in (
-        f"{part}/samples.npz",
-        f"{part}/moments_tasks.npz",
-        f"{part}/{MANIFEST}",
-        f"{part}'",
-        "step_step=16/projection_signs.npz",
-    ):
+    files = (f"{part}/samples.npz", f"{part}/moments_tasks.npz", f"{part}/{MANIFEST}", f"{part}'")
+    for moment in (*files, "step_step=16/projection_signs.npz"):
         kill(world.stages.run(folder, world.commands[1], stop_at=moment))
     assert world.stages.run(folder, world.commands[1]).status == 0
     assert_same(folder, world.states[2])
 
 
-def test_a_dead_writers_files_are_removed_and_a_living_ones_kept(tmp_path: Path) -> None:
+def test_a_dead_writers_files_are_removed_and_a_living_ones_kept(tmp_path):
     path = tmp_path / "[a] table.v2.json"
     (tmp_path / ".[a] table.v2.99999999.part.json").write_text("half")
     (tmp_path / f".[a] table.v2.{os.getppid()}.part.json").write_text("of a living process")
@@ -193,13 +180,11 @@ def test_a_dead_writers_files_are_removed_and_a_living_ones_kept(tmp_path: Path)
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, f".[a] table.v2.{os.getppid()}.part.json"}
 
 
-# --- two at once ----------------------------------------------------------------------------------------------
+MOMENTS = ["step_step=8/manifest.json", "step_step=8.part/samples.npz", "results.csv"]
 
 
-@pytest.mark.parametrize(
-    ("number", "moment"), [(0, "step_step=8/manifest.json"), (1, "step_step=8.part/samples.npz"), (2, "results.csv")]
-)
-def test_the_second_process_is_refused(world: World, number: int, moment: str) -> None:
+@pytest.mark.parametrize(("number", "moment"), enumerate(MOMENTS))
+def test_the_second_process_is_refused(world, number, moment):
     """While the first is at work; when it has died, its place is taken."""
     folder, command = world.after(number, "two"), world.commands[number]
     first = world.stages.run(folder, command, stop_at=moment)
@@ -212,14 +197,11 @@ def test_the_second_process_is_refused(world: World, number: int, moment: str) -
     assert_same(folder, world.states[number + 1])
 
 
-def test_a_lock_ends_with_its_block(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_block(tmp_path):
     with locked(tmp_path / "run"), pytest.raises(ValueError, match="run is being written by"), locked(tmp_path / "run"):
         pass
     with locked(tmp_path / "run"), locked(tmp_path / "deep" / "er" / "run"):
         pass
-
-
-# --- disks ----------------------------------------------------------------------------------------------------
 
 
 def error_line(output: str) -> str:
@@ -234,7 +216,7 @@ ROOM = (100, 2_000, 5_000, 12_000, 25_000)
 
 
 @pytest.mark.parametrize("largest_file", [7_000, *(pytest.param(size, marks=pytest.mark.slow) for size in ROOM)])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(world: World, largest_file: int) -> None:
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(world, largest_file):
     """Files of every stage in turn find no room."""
     folder, refused = world.copy(world.empty, "full"), []
     for number, command in enumerate(world.commands):
@@ -249,10 +231,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(world: World, larg
     assert_same(folder, world.states[-1])
 
 
-@pytest.mark.parametrize(
-    "number, name", enumerate(["external_lightning_logs", "gradients", "results", "sampled_tasks"])
-)
-def test_a_file_in_the_place_of_a_folder(world: World, number: int, name: str) -> None:
+FOLDERS = ["external_lightning_logs", "gradients", "results", "sampled_tasks"]
+
+
+@pytest.mark.parametrize("number, name", enumerate(FOLDERS))
+def test_a_file_in_the_place_of_a_folder(world, number, name):
     folder = world.after(number, "occupied")
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).write_text("mine")
@@ -264,7 +247,7 @@ def test_a_file_in_the_place_of_a_folder(world: World, number: int, name: str) -
     assert world.stages.run(folder, world.commands[number]).status == 0
 
 
-def test_a_folder_that_cannot_be_written(world: World) -> None:
+def test_a_folder_that_cannot_be_written(world):
     """For root too: the stage gives up root's rights first."""
     with tempfile.TemporaryDirectory() as name:
         open_to_all, number = Path(name), 3
@@ -282,7 +265,103 @@ def test_a_folder_that_cannot_be_written(world: World) -> None:
     assert "permission denied" in line and "make that folder writable" in line
 
 
-# --- another than expected ------------------------------------------------------------------------------------
+def results(folder: Path) -> Path:
+    return folder / "results" / "toy" / "results.csv"
+
+
+def saved_by_excel(folder: Path) -> None:
+    """With a mark of the byte order and other ends of lines; the last row has been removed."""
+    lines = results(folder).read_text().splitlines()[:-1]
+    results(folder).write_text("\ufeff" + "\r\n".join(lines) + "\r\n", newline="")
+
+
+def saved_by_excel_with_semicolons(folder: Path) -> None:
+    edit(results(folder), lambda text: "\ufeff" + text.replace(",", ";"))
+
+
+def cell_became_a_date(folder: Path) -> None:
+    edit(results(folder), lambda text: text.replace("\n2 3,", "\n02. Mrz,"))
+
+
+def manifest_half_copied(folder: Path) -> None:
+    (path,) = folder.glob(f"external_lightning_logs/*/step_step=8/{MANIFEST}")
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def weights_not_yet_copied(folder: Path) -> None:
+    (path,) = folder.glob("external_lightning_logs/*/step_step=8/adapter_model.safetensors")
+    path.unlink()
+
+
+def clock_jumped_back(folder: Path) -> None:
+    """What is there is from the future, and newer files seem older."""
+    for place, path in enumerate(sorted(folder.rglob("*"))):
+        os.utime(path, (4e9 - place, 4e9 - place))
+
+
+def lock_of_another_user(folder: Path) -> None:
+    locks = list((folder / "cache" / "locks").glob("*.lock"))
+    assert locks
+    for path in locks:
+        path.chmod(0o444)
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (2, saved_by_excel, None),
+        (2, saved_by_excel_with_semicolons, r"no column 'subset'; expected commas between columns"),
+        (2, cell_became_a_date, r"results\.csv, line 4: subset is '02\. Mrz', expected task ids separated by spaces"),
+        (1, manifest_half_copied, r"manifest\.json is damaged \(.*remove external_lightning_logs.*and run: python"),
+        (1, weights_not_yet_copied, r"adapter_model\.safetensors is gone.*train it again"),
+        (1, clock_jumped_back, None),
+        (3, clock_jumped_back, None),
+        (2, lock_of_another_user, r"cannot use .*\.lock: permission denied; make that folder writable"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_fault_of_others_is_one_line_or_does_no_harm(
+    world: World, number: int, change: Callable[[Path], None], message: str | None
+) -> None:
+    is_of_result = change.__name__.startswith(("saved_by", "cell", "lock"))  # what the stage itself has left
+    folder = world.after(number + is_of_result, "others")
+    change(folder)
+
+    def there() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+    before = there()
+    outcome = world.stages.run(folder, world.commands[number], unprivileged=change is lock_of_another_user)
+    if message is None:
+        assert outcome.status == 0, outcome.output
+        assert_same(folder, world.states[number + 1])
+    else:
+        assert outcome.status == 1 and re.search(message, error_line(outcome.output)), outcome.output
+        assert there() == before  # nothing wrong is kept
+
+
+def test_a_workspace_that_was_moved_goes_on(world: World) -> None:
+    """All of it, deeper and under another name, with the model beside it."""
+    moved = world.root / "elsewhere" / "deeper" / "moved"
+    shutil.rmtree(world.root / "elsewhere", ignore_errors=True)
+    shutil.copytree(world.states[2], moved)
+    shutil.copytree(world.root / "model", moved.parent / "model")
+    for command in world.commands[2:]:
+        outcome = world.stages.run(moved, command)
+        assert outcome.status == 0, outcome.output
+    assert_same(moved, world.states[-1])
+
+
+def test_no_stage_asks_the_network(world: World) -> None:
+    """With HF_HUB_OFFLINE=1, as all tests run."""
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    folder = world.copy(world.empty, "offline")
+    for command in world.commands:
+        outcome = world.stages.run(folder, command, offline=True)
+        assert outcome.status == 0, outcome.output
+    assert_same(folder, world.states[-1])
+    (folder / "dials.py").write_text("def parse_args(_): ...\ndef main(_):\n    import socket; socket.socket()\n")
+    assert world.stages.run(folder, [str(folder / "dials.py")], offline=True).status == 99  # it would have been seen
 
 
 def edit(path: Path, change: Callable[[str], str]) -> None:
@@ -307,28 +386,26 @@ def other_tokenizer(folder: Path) -> None:
     edit(folder / "model" / "tokenizer.json", lambda text: text.replace('"→"', '"←"'))
 
 
-@pytest.mark.parametrize(
-    ("change", "flags", "message"),
-    [
-        (other_weights, [], "is an adapter of the base model|base_fingerprint: found "),
-        (other_tokenizer, [], "tokenizer_fingerprint: found "),
-        (retrained, [], "checkpoint_fingerprint: found "),
-        (None, ["--projection", "dense"], "projection: found sketch, expected dense"),
-        (None, ["--max_length", "99"], "--max_length 512 there, 99 typed"),
-        (None, ["--lora_alpha", "16"], "--lora_alpha 8 there, 16 typed"),
-        (None, ["--run", "1"], "--run 0 there, 1 typed"),
-    ],
-)
-def test_a_store_of_something_else_is_refused(
-    world: World, change: Callable | None, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+OTHERS = [
+    (other_weights, [], "is an adapter of the base model|base_fingerprint: found "),
+    (other_tokenizer, [], "tokenizer_fingerprint: found "),
+    (retrained, [], "checkpoint_fingerprint: found "),
+    (None, ["--projection", "dense"], "projection: found sketch, expected dense"),
+    (None, ["--max_length", "99"], "--max_length 512 there, 99 typed"),
+    (None, ["--lora_alpha", "16"], "--lora_alpha 8 there, 16 typed"),
+    (None, ["--run", "1"], "--run 0 there, 1 typed"),
+]
+
+
+@pytest.mark.parametrize(("change", "flags", "message"), OTHERS)
+def test_a_store_of_something_else_is_refused(world, change, flags, message, monkeypatch):
     """Stage 2 goes on with its own rows only."""
     folder = world.after(2, "changed")
     shutil.copytree(world.root / "model", folder / "model")
     for path in folder.rglob(MANIFEST):
         path.write_text(path.read_text().replace('"../model"', '"model"'))
     monkeypatch.chdir(folder)
-    command = [*STAGE_2, *NAMED, *DIM, "--representations"]
+    command = [*COLLECT, *NAMED, *DIM, "--representations"]
     run_script(*command)  # it fits as it is
     if change:
         change(folder)
@@ -337,70 +414,65 @@ def test_a_store_of_something_else_is_refused(
     assert any(cure in str(caught.value).lower() for cure in ("remove ", "leave these flags out", "pass --"))
 
 
-def test_artifacts_of_another_version_are_no_parents(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifacts_of_another_version_are_no_parents(world, monkeypatch):
     monkeypatch.chdir(world.after(2, "version"))
     for path in Path("gradients").glob(f"*/*/{MANIFEST}"):
         edit(path, lambda text: text.replace(f'"version": {ARTIFACT_VERSION}', '"version": 2'))
-    with pytest.raises((ValueError, FileNotFoundError), match=r"called that|no projected gradients"):
-        run_script(STAGE_3, *NAMED)
-    with pytest.raises(ValueError, match=f"has version 2, this code reads version {ARTIFACT_VERSION}; remove"):
-        run_script(*STAGE_2, *NAMED, *DIM, "--representations")
+    message = r"called that|no projected gradients"
+    refused(message, run_script, ESTIMATE, *NAMED, error=(ValueError, FileNotFoundError))
+    message = f"has version 2, this code reads version {ARTIFACT_VERSION}; remove"
+    refused(message, run_script, *COLLECT, *NAMED, *DIM, "--representations")
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda path: path.write_bytes(path.read_bytes()[:-8]), Path.unlink], ids=["cut", "gone"]
-)
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
 @pytest.mark.parametrize("name", ["projected", "outputs", "representations", "samples"])
-def test_a_damaged_part_is_found(world: World, damage: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_part_is_found(world, damage, name, monkeypatch):
     monkeypatch.chdir(world.after(2, "damaged"))
     (path,) = Path("gradients").glob(f"*/step_step=8/{name}.np[yz]")
     damage(path)
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=rf"{name}\.np. is (damaged|gone).*Remove .*step_step=8 and"
-    ):
-        run_script(STAGE_3, *NAMED)
+    message = rf"{name}\.np. is (damaged|gone).*Remove .*step_step=8 and"
+    refused(message, run_script, ESTIMATE, *NAMED, error=(ValueError, FileNotFoundError))
 
 
-def test_estimates_from_moments_do_not_read_the_rows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_from_moments_do_not_read_the_rows(world, monkeypatch):
     """Moments that are cut, or of other rows, are made anew."""
     monkeypatch.chdir(world.after(2, "unread"))
     (path,) = Path("gradients").glob("*/step_step=8/moments_tasks.npz")
     with monkeypatch.context() as patch:
         patch.setattr(store.StoredPart, "rows", property(lambda part: pytest.fail("the rows were read")))
-        run_script(STAGE_3, *NAMED)
+        run_script(ESTIMATE, *NAMED)
         kept, whole = pd.read_csv("results/toy/estimates.csv"), path.read_bytes()
         path.write_bytes(whole[:-100])
         with pytest.raises(pytest.fail.Exception, match="the rows were read"):
-            run_script(STAGE_3, *NAMED)
-    run_script(STAGE_3, *NAMED)
+            run_script(ESTIMATE, *NAMED)
+    run_script(ESTIMATE, *NAMED)
     pd.testing.assert_frame_equal(pd.read_csv("results/toy/estimates.csv"), kept)
 
 
-def test_a_damaged_checkpoint_and_a_changed_table_are_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_checkpoint_and_a_changed_table_are_found(world, monkeypatch):
     monkeypatch.chdir(world.after(4, "checkpoint"))
     edit(Path("results/toy/estimates.csv"), lambda text: text + "0,0,1,1,1,1,1\n")
-    with pytest.raises(ValueError, match=r"estimates\.csv is damaged.*Run stage 3 again"):
-        run_script("notebook/select_random_ensemble.py", "results/toy")
+    refused(r"estimates\.csv is damaged.*Run stage 3 again", run_script, ENSEMBLE, "results/toy")
     (path,) = Path("external_lightning_logs").glob("*/step_step=8/adapter_model.safetensors")
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged.*train it again"):
-        run_script(*STAGE_2, *NAMED, "--project_dim", "8")
+    cut(path)
+    again = [*COLLECT, *NAMED, "--project_dim", "8"]
+    refused(r"adapter_model\.safetensors is damaged.*train it again", run_script, *again)
     path.with_name(MANIFEST).unlink()
-    with pytest.raises(FileNotFoundError, match="step_step=8 is not finished"):
-        run_script(*STAGE_2, *NAMED, "--project_dim", "8")
+    refused("step_step=8 is not finished", run_script, *again, error=FileNotFoundError)
 
 
-# --- numbers that are none ------------------------------------------------------------------------------------
-
-
-def test_a_gradient_that_is_no_number_stops_and_names_its_sample(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_no_number_stops_and_names_its_sample(world, monkeypatch):
     monkeypatch.chdir(world.after(1, "numbers"))
-    typed = config.typed_flags(load_script("custom_train_alpaca.py").parse_args(world.flags))
+    typed = config.typed_flags(load_script(TRAIN).parse_args(world.flags))
     examples = load_data(config.inherit(config.TrainConfig, typed)).examples
     sample = [example.sample_index for example in examples if (example.split, example.task) == ("train", "down/2")][3]
     original = GradientCollector.__call__
 
-    def collect(self: GradientCollector, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def collect(self, batch):
         indices = batch["sample_index"]
         rows, outputs = original(self, batch)
         rows[[index == sample for index in indices.tolist()]] = float("inf")
@@ -408,27 +480,19 @@ def test_a_gradient_that_is_no_number_stops_and_names_its_sample(world: World, m
 
     monkeypatch.setattr(GradientCollector, "__call__", collect)
     message = rf"sample {sample} \(train row of task down/2: 'down/2 .*its gradient is not finite at step_step=8"
-    with pytest.raises(ValueError, match=message):
-        run_script(*STAGE_2, *NAMED, *DIM)
+    refused(message, run_script, *COLLECT, *NAMED, *DIM)
 
 
 @pytest.mark.parametrize("more", [[], ["--subset_file", "three.txt"]], ids=["meta-training", "truth"])
-def test_a_training_loss_that_is_no_number_stops(
-    world: World, more: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_loss_that_is_no_number_stops(world, more, monkeypatch):
     monkeypatch.chdir(world.after(0, "diverging"))
-    training = ["custom_train_alpaca.py", *world.flags[:-4], "--batch_size", "4", "--lr", "1e30", "--epochs", "1"]
-    with pytest.raises(
-        ValueError,
-        match=r"the training loss is (nan|inf) after \d+ optimizer steps, at samples (\d+ \(.*\)(, |;)){4}.*--lr",
-    ):
-        run_script(*training, *more)
+    training = [TRAIN, *world.flags[:-4], "--batch_size", "4", "--lr", "1e30", "--epochs", "1"]
+    message = r"the training loss is (nan|inf) after \d+ optimizer steps, at samples (\d+ \(.*\)(, |;)){4}.*--lr"
+    refused(message, run_script, *training, *more)
     assert not list(Path().rglob("results.csv")) and not list(Path().glob(f"external_lightning_logs/*/{MANIFEST}"))
 
 
-def test_estimates_do_not_depend_on_batches_and_the_order_of_files(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_estimates_do_not_depend_on_batches_and_the_order_of_files(world, monkeypatch):
     monkeypatch.chdir(world.after(1, "order"))
     lines = Path("sources.jsonl").read_text().splitlines(keepends=True)
     for number in (0, 1):
@@ -437,8 +501,8 @@ def test_estimates_do_not_depend_on_batches_and_the_order_of_files(
     tables = []
     for order, tokens in (((0, 1), "4096"), ((0, 1), "100"), ((1, 0), "300")):
         files = ["--data_files", *(f"part_{number}.jsonl" for number in order)]
-        run_script(*STAGE_2, *NAMED, *DIM, *files, "--max_tokens_per_batch", tokens)
-        run_script(STAGE_3, *NAMED, "--sampled_tasks", "pairs.txt")
+        run_script(*COLLECT, *NAMED, *DIM, *files, "--max_tokens_per_batch", tokens)
+        run_script(ESTIMATE, *NAMED, "--sampled_tasks", "pairs.txt")
         tables.append(pd.read_csv("results/toy/estimates.csv", dtype={"subset": str}))
         shutil.rmtree("gradients")
     for table in tables[1:]:

@@ -1,11 +1,8 @@
 """Users' data as they have it: every format and layout gives the rows that FLAN-layout jsonl gives."""
 
-from __future__ import annotations
-
 import gzip
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -16,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from src.data import TaskData
 from src.instruction import Chat, Columns, load_instruction
 from src.models import load_tokenizer
+from tests.commands import refused, write_jsonl
 from tests.conftest import character_tokenizer, write_sources
 
 
@@ -25,7 +23,7 @@ def texts(data: TaskData) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture
-def frame(tmp_path: Path) -> pd.DataFrame:
+def frame(tmp_path):
     """Rows of two tasks whose prompts end with a line break, as FLAN's are made to."""
     lines = write_sources(tmp_path / "flan.jsonl", {"a": 12, "b": 9}).read_text().splitlines()
     rows = pd.DataFrame([json.loads(line) for line in lines])[["inputs", "targets", "_task_name"]]
@@ -34,29 +32,27 @@ def frame(tmp_path: Path) -> pd.DataFrame:
 
 def saved_dict(frame: pd.DataFrame, path: Path) -> None:
     """A folder of several splits."""
-    half = datasets.Dataset.from_pandas(frame.head(2))
-    datasets.DatasetDict(train=datasets.Dataset.from_pandas(frame), test=half).save_to_disk(path)
+    train, test = (datasets.Dataset.from_pandas(part) for part in (frame, frame.head(2)))
+    datasets.DatasetDict(train=train, test=test).save_to_disk(path)
 
 
-def gzipped(frame: pd.DataFrame, path: Path) -> None:
-    path.write_bytes(gzip.compress(frame.to_json(orient="records", lines=True).encode()))
+def pickled(frame: pd.DataFrame, path: Path) -> None:
+    frame.assign(skill=frame["_task_name"], text=frame["inputs"] + frame["targets"]).to_pickle(path)
 
 
 FORMATS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
     "rows.jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
-    "rows.jsonl.gz": gzipped,
+    "rows.jsonl.gz": lambda frame, path: frame.to_json(path, orient="records", lines=True),
     "rows.parquet": lambda frame, path: frame.to_parquet(path),
     "rows.csv": lambda frame, path: frame.to_csv(path, index=False),
     "saved": lambda frame, path: datasets.Dataset.from_pandas(frame).save_to_disk(path),
     "splits": saved_dict,
-    "rows.pkl": lambda frame, path: frame.assign(skill=frame["_task_name"], text="").assign(
-        text=frame["inputs"] + frame["targets"]
-    ).to_pickle(path),
-}  # fmt: skip
+    "rows.pkl": pickled,
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_rows(name: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_every_format_gives_the_same_rows(name, frame, tmp_path):
     FORMATS["rows.jsonl"](frame, tmp_path / "expected.jsonl")
     FORMATS[name](frame, tmp_path / name)
     expected, found = load_instruction([tmp_path / "expected.jsonl"]), load_instruction([tmp_path / name])
@@ -72,17 +68,17 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_rows(layout: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_every_layout_gives_the_same_rows(layout, frame, tmp_path):
     make, columns = LAYOUTS[layout]
     FORMATS["rows.jsonl"](frame, tmp_path / "expected.jsonl")
-    other = pd.DataFrame([make(*row) for row in frame[["inputs", "targets", "_task_name"]].itertuples(index=False)])
+    other = pd.DataFrame([make(*row) for row in frame.itertuples(index=False)])
     expected = texts(load_instruction([tmp_path / "expected.jsonl"]))
     for name in ("rows.jsonl", "rows.parquet"):
         FORMATS[name](other, tmp_path / name)
         assert texts(load_instruction([tmp_path / name], columns=columns)) == expected
 
 
-def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled() -> None:
+def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled():
     tokenizer = character_tokenizer(end_appended=False)
     tokenizer.chat_template = CALLING.replace("{{ m.content or '' }}", "{{ m.content }}{{ eos_token }}")
     turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
@@ -92,52 +88,54 @@ def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled()
 
 CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
 BAD = {
-    "no layout": ({"question": "x", "reply": "y"}, r"line 1 has the columns question, reply; expected inputs and targets"),
-    "half a layout": ({"prompt": "x", "reply": "y"}, r"line 1: there is no field 'completion'"),
-    "a list as input": ({"instruction": "x", "input": ["y"], "output": "z"}, r"line 1: input is \['y'\], expected text"),
-    "no template": (CHAT, r"line 1: the tokenizer of .* has no chat template.*columns prompt and completion"),
+    "no layout": ({"ask": "x", "reply": "y"}, r" has the columns ask, reply; expected inputs and targets"),
+    "half a layout": ({"prompt": "x", "reply": "y"}, r": there is no field 'completion'"),
+    "a list as input": ({"instruction": "x", "input": ["y"], "output": "z"}, r": input is \['y'\], expected text"),
+    "no template": (CHAT, r": the tokenizer of .* has no chat template.*columns prompt and completion"),
     "no answer": ({"messages": [*CHAT["messages"], CHAT["messages"][0]]}, r"last of its messages is by 'user', expected 'assistant'"),
-    "no turns": ({"messages": "x"}, r"line 1: messages is x, expected two or more turns"),
-    "one turn": ({"messages": CHAT["messages"][1:]}, r"line 1: messages is \[.*expected two or more turns"),
-    "no role": ({"messages": [{"content": "x"}, CHAT["messages"][1]]}, r"line 1: turn 1 is .*expected an object with role"),
+    "no turns": ({"messages": "x"}, r": messages is x, expected two or more turns"),
+    "one turn": ({"messages": CHAT["messages"][1:]}, r": messages is \[.*expected two or more turns"),
+    "no role": ({"messages": [{"content": "x"}, CHAT["messages"][1]]}, r": turn 1 is .*expected an object with role"),
     "null": ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": None}]}, r"turn 2 \(assistant\) has content null"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, CHAT["messages"][1]]}, r"turn 1 \(user\) has content .*image"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_errors_name_file_row_and_column(case: str, tmp_path: Path, model_folders: dict[str, str]) -> None:
+def test_errors_name_file_row_and_column(case, tmp_path, model_folders):
     row, message = BAD[case]
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1") as error:
-        load_instruction([tmp_path / "bad.jsonl"], load_tokenizer=lambda: load_tokenizer(model_folders["llama"]))
-    assert re.search(message, str(error.value)), str(error.value)
+    path, tokenizer = write_jsonl(tmp_path / "bad.jsonl", [row]), lambda: load_tokenizer(model_folders["llama"])
+    refused(rf"bad\.jsonl, line 1.*{message}", load_instruction, [path], load_tokenizer=tokenizer)
 
 
-def test_damaged_sources_are_named(frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_sources_are_named(frame, tmp_path, workspace):
     FORMATS["rows.parquet"](frame, tmp_path / "cut.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-40])
     (tmp_path / "latin.csv").write_bytes("prompt,completion\nx,\xe9\n".encode("latin-1"))
     (tmp_path / "ragged.csv").write_text('prompt,completion\nx,y\nx,y,z,"u\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x", "completion": "y"}\n' * 99)[:-9])
     for name in ("cut.parquet", "latin.csv", "ragged.csv", "cut.jsonl.gz"):
-        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*\); write it again"):
-            load_instruction([tmp_path / name])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing:train: no such file .* data set on the hub"):
-        load_instruction(["nobody/nothing:train"])
+        refused(rf"{name} cannot be read \(.*\); write it again", load_instruction, [tmp_path / name])
+    message = r"^nobody/nothing:train: no such file .* data set on the hub"
+    refused(message, load_instruction, ["nobody/nothing:train"], error=FileNotFoundError)
     FORMATS["rows.parquet"](frame.assign(inputs=None), tmp_path / "gap.parquet")
-    with pytest.raises(ValueError, match="row 1: inputs is None, expected text"):
-        load_instruction([tmp_path / "gap.parquet"])
+    refused("row 1: inputs is None, expected text", load_instruction, [tmp_path / "gap.parquet"])
 
 
-# --- what users' tools write -----------------------------------------------------------------------------------
-
-
-def lines(path: Path, records: Iterable[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("org/math:test", ("org/math", "test")),
+        ("squad", ("squad", "train")),
+        ("org/math/main", ("org/math", "main", "train")),
+    ],
+)
+def test_a_data_set_on_the_hub_is_read_and_its_columns_named(source, asked, workspace, monkeypatch):
+    calls, rows = [], [{"instruction": f"q{n}", "input": "", "output": f"a{n}", "skill": "sums"} for n in range(9)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, split, streaming: calls.append((*names, split)) or rows)
+    data = load_instruction([source])
+    assert calls == [asked] and data.tasks == ("sums",) and len(data) == 9
+    assert f"{source}: texts from instruction, input, output; tasks from skill" in data.notices
 
 
 def pairs(count: int = 20) -> list[dict]:
@@ -187,58 +185,50 @@ def chat(template: str = CALLING) -> Callable[[], PreTrainedTokenizerFast]:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_files_are_read_as_tools_write_them(name: str, tmp_path: Path) -> None:
+def test_files_are_read_as_tools_write_them(name, tmp_path):
     content, prompt, completion = WRITTEN[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (row,) = load_instruction([tmp_path / name], load_tokenizer=chat()).examples
     assert (row.prompt, row.completion, row.task) == (prompt, completion, name.split(".")[0])
 
 
-def test_conversations_in_parquet_are_those_in_jsonl(tmp_path: Path) -> None:
+def test_conversations_in_parquet_are_those_in_jsonl(tmp_path):
     """A columnar file has nulls where rows have different keys."""
-    turns = [
-        *said(("user", "q")),
-        {"role": "assistant", "tool_calls": [CALL]},
-        *said(("tool", "r"), ("assistant", "a")),
-    ]
+    asking = {"role": "assistant", "tool_calls": [CALL]}
+    turns = [*said(("user", "q")), asking, *said(("tool", "r"), ("assistant", "a"))]
     rows = [{"messages": turns}, {"messages": said(("user", "p"), ("assistant", "b"))}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     found = load_instruction([tmp_path / "rows.parquet"], load_tokenizer=chat())
-    assert texts(found) == texts(load_instruction([lines(tmp_path / "rows.jsonl", rows)], load_tokenizer=chat()))
+    assert texts(found) == texts(load_instruction([write_jsonl(tmp_path / "rows.jsonl", rows)], load_tokenizer=chat()))
 
 
-def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path: Path) -> None:
-    source = lines(tmp_path / "d.jsonl", [{"instruction": "q", "context": "c", "response": "a"}])
+def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path):
+    source = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "context": "c", "response": "a"}])
     (row,) = load_instruction([source], columns=Columns(None, "instruction", "response")).examples
     assert row.prompt == "q\nc\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("id.csv", "id,prompt,completion\n0,q,a,note\n"),
-        ("short.csv", "id,prompt,completion\nq,a\n"),
-        ("first.csv", "prompt,completion\n0,q,a\n"),
-    ],
+    "content", ["id,prompt,completion\n0,q,a,note", "id,prompt,completion\nq,a", "prompt,completion\n0,q,a"]
 )
-def test_a_csv_row_never_shifts(name: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"{name}, row 1 has \d fields, and the first line names \d columns \("):
-        load_instruction([tmp_path / name])
+def test_a_csv_row_never_shifts(content, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    message = r"a\.csv, row 1 has \d fields, and the first line names \d columns \("
+    refused(message, load_instruction, [tmp_path / "a.csv"])
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "saved", "rows.pkl"])
-def test_empty_outputs_are_left_out_and_counted_in_every_format(name: str, frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_empty_outputs_are_left_out_and_counted_in_every_format(name, frame, tmp_path):
     frame.loc[[2, 5], "targets"] = ["", " "] if name in ("rows.csv", "rows.pkl") else ["", None]
     FORMATS[name](frame, tmp_path / name)
     data = load_instruction([tmp_path / name])
     assert len(data) == len(frame) - 2 and "2 of 21 rows have an empty output and are left out" in data.notices[0]
 
 
-def test_sources_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_told_apart_by_their_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("law/train", "medicine/train", "code/train", "x/code", "y/code", "same/a", "goal"):
-        lines(Path(f"{name}.jsonl"), pairs())
+        write_jsonl(Path(f"{name}.jsonl"), pairs())
     Path("same/a.csv").write_text("prompt,completion\nq,a\n")
     three = ["law", "medicine"]
     assert load_instruction([f"{name}/train.jsonl" for name in three]).tasks == ("law", "medicine")
@@ -248,17 +238,18 @@ def test_sources_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pyte
     assert load_instruction(["law/train.jsonl", "./law/train.jsonl", tmp_path / "law"]).tasks == ("law",)
     data = load_instruction(["law/train.jsonl"], ["code/train.jsonl"])
     assert (data.tasks, data.targets) == (("law",), ("code",))
-    with pytest.raises(ValueError, match="target 'law' is a task of the training data too"):
-        load_instruction(["law/train.jsonl"], ["./law/train.jsonl"])
+    message = "target 'law' is a task of the training data too"
+    refused(message, load_instruction, ["law/train.jsonl"], ["./law/train.jsonl"])
 
 
 SNAPSHOT = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl")
 
 
 @pytest.mark.parametrize("source", ["law", "law/data", *[f"law/data/{SNAPSHOT[0]}"]])
-def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source: str, tmp_path: Path) -> None:
+def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source, tmp_path):
     for number, name in enumerate(SNAPSHOT):
-        lines(tmp_path / "law" / "data" / name, [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)])
+        rows = [{"prompt": f"{number} {i}", "completion": "a"} for i in range(10)]
+        write_jsonl(tmp_path / "law" / "data" / name, rows)
     (tmp_path / "law" / "README.md").write_text("# law")
     is_file = source.endswith("l")
     sources = [tmp_path / "law" / "data" / name for name in SNAPSHOT] if is_file else [tmp_path / source]
@@ -267,9 +258,9 @@ def test_shards_are_one_source_and_a_test_split_is_not_trained_on(source: str, t
     assert load_instruction(sources[:1] if is_file else sources, sources[2:]).targets in (("test",), ("law",), ())
 
 
-def test_other_splits_beside_their_data_set(tmp_path: Path) -> None:
+def test_other_splits_beside_their_data_set(tmp_path):
     for name in ("law", "law_test", "unit_test", "mix/train/0000", "mix/validation/0000"):
-        lines(tmp_path / f"{name}.jsonl", pairs())
+        write_jsonl(tmp_path / f"{name}.jsonl", pairs())
     data = load_instruction([tmp_path])
     assert data.tasks == ("law", "unit_test") and "law_test.jsonl" in data.notices[0] and "mix" in data.notices[0]
     data = load_instruction([tmp_path / "mix"])
@@ -277,52 +268,46 @@ def test_other_splits_beside_their_data_set(tmp_path: Path) -> None:
     assert load_instruction([tmp_path], [tmp_path / "law_test.jsonl"]).targets == ("law_test",)
 
 
-def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
+def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path):
     for name in ("law.jsonl", "UPPER.JSONL", "packed.jsonl.zst", "rows.xlsx", "sub/extra.jsonl", "model/config.json"):
-        lines(tmp_path / name, pairs())
+        write_jsonl(tmp_path / name, pairs())
     data = load_instruction([tmp_path])
     assert data.tasks == ("UPPER", "law") and len(data.notices) == 1
     named = data.notices[0].partition(": ")[2].split(", ")
     assert named == [str(tmp_path / name) for name in ("packed.jsonl.zst", "rows.xlsx", "sub")]
 
 
-def test_a_task_column_is_for_the_sources_that_have_it(tmp_path: Path) -> None:
-    mixed = lines(tmp_path / "mixed.jsonl", [{**row, "source": "ab"[i % 2]} for i, row in enumerate(pairs())])
-    goal = lines(tmp_path / "goal.jsonl", pairs())
+def test_a_task_column_is_for_the_sources_that_have_it(tmp_path):
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [{**row, "source": "ab"[i % 2]} for i, row in enumerate(pairs())])
+    goal = write_jsonl(tmp_path / "goal.jsonl", pairs())
     data = load_instruction([mixed], [goal], columns=Columns("source"))
     assert (data.tasks, data.targets) == (("a", "b"), ("goal",))
     data = load_instruction([mixed])
     assert data.tasks == ("mixed",) and "--task_column source would make 2 of it" in data.notices[0]
-    with pytest.raises(ValueError, match=r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such"):
-        load_instruction([mixed], [goal], columns=Columns("kind"))
+    message = r"--task_column kind: none of .*mixed\.jsonl, .*goal\.jsonl has such"
+    refused(message, load_instruction, [mixed], [goal], columns=Columns("kind"))
 
 
-def test_splits_and_texts_are_the_same_on_any_day(tmp_path: Path) -> None:
+def test_splits_and_texts_are_the_same_on_any_day(tmp_path):
     talks = [{"messages": said(("user", f"q{i}"), ("assistant", "a"))} for i in range(20)]
-    source = lines(tmp_path / "chat.jsonl", talks)
+    source = write_jsonl(tmp_path / "chat.jsonl", talks)
 
-    def loaded(template: str) -> TaskData:
-        return load_instruction([source], load_tokenizer=chat(template))
-
-    dated = loaded("{{ strftime_now('%d %b %Y') }}" + CALLING)
+    templates = ("{{ strftime_now('%d %b %Y') }}" + CALLING, CALLING)
+    dated, undated = (load_instruction([source], load_tokenizer=chat(template)) for template in templates)
     assert dated.examples[0].prompt == "26 Jul 2024<user>q0\n<assistant>"
     assert any("the chat template writes the date: it is 2024-07-26" in notice for notice in dated.notices)
-    undated = loaded(CALLING)
     assert [row.split for row in dated.examples] == [row.split for row in undated.examples]
     assert "date" not in "".join(undated.notices)
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
-        ("{{ messages[0].nothing.at_all }}", "has no attribute 'nothing'"),
-        ("{% for part in none %}{% endfor %}", "not iterable"),
-        ("{% for m in messages %}{{ m", "unexpected end"),
-    ],
-)
-def test_what_a_template_raises_names_the_row(template: str, reason: str, tmp_path: Path) -> None:
-    source = lines(tmp_path / "chat.jsonl", [CHAT])
-    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take this") as caught:
-        load_instruction([source], load_tokenizer=chat(template))
-    assert reason in str(caught.value) and "\n" not in str(caught.value)
+def test_what_a_template_raises_names_the_row(tmp_path):
+    for reason, template in {
+        "System role not supported": "{{ raise_exception('System role not supported') }}",
+        "has no attribute 'nothing'": "{{ messages[0].nothing.at_all }}",
+        "not iterable": "{% for part in none %}{% endfor %}",
+        "unexpected end": "{% for m in messages %}{{ m",
+    }.items():
+        source = write_jsonl(tmp_path / "chat.jsonl", [CHAT])
+        with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template of .* does not take") as caught:
+            load_instruction([source], load_tokenizer=chat(template))
+        assert reason in str(caught.value) and "\n" not in str(caught.value)

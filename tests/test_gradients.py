@@ -1,48 +1,41 @@
 """Projected gradients against the for-loop of backwards."""
 
-from __future__ import annotations
-
 import gc
-from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.gradients import GradientCollector, outputs_of
-from src.models import (
-    LORA_TARGETS,
-    OUTPUT_FUNCTIONS,
-    BaseWeights,
-    LanguageModel,
-    LoraShape,
-    load_base_model,
-    load_model,
-)
+from src.models import LORA_TARGETS, OUTPUT_FUNCTIONS, BaseWeights, LanguageModel, LoraShape, load_model
 from src.projection import make_projection
 from src.store import save_projection_signs
-from tests.test_models import KINDS, adapted, make_datamodule
+from tests.commands import COLLECT, TRAIN, refused, run_script
+from tests.conftest import write_sources
+from tests.test_models import KINDS, adapted, make_datamodule, of_peft
 
 
-def oracle(model: LanguageModel, datamodule, index: int, output: str) -> tuple[np.ndarray, float]:
-    """The gradient (p,) and output of one sample: a batch of one, one backward, flattened in layout order."""
+def oracle(model: LanguageModel, datamodule, indices: np.ndarray, output="loss") -> tuple[np.ndarray, np.ndarray]:
+    """Gradients (len(indices), p) and outputs: a batch of one and a backward for each, flattened in layout order."""
     model.eval()
-    model.zero_grad()
-    value = OUTPUT_FUNCTIONS[output].function(*model.target_logits(datamodule.collate([index])), 1)
-    value.sum().backward()
-    parameters = dict(model.network.named_parameters())
-    pieces = [
-        (parameters[matrix.name].grad.T if matrix.transposed else parameters[matrix.name].grad).flatten()
-        for matrix in model.layout.matrices
-    ]
-    return torch.cat(pieces).numpy().copy(), float(value.detach())
+    gradients, outputs = [], []
+    for index in indices:
+        model.zero_grad()
+        value = OUTPUT_FUNCTIONS[output].function(*model.target_logits(datamodule.collate([index])), 1)
+        value.sum().backward()
+        slopes = [(model.network.get_parameter(of.name).grad, of.transposed) for of in model.layout.matrices]
+        flat = [(slope.T if transposed else slope).flatten() for slope, transposed in slopes]
+        gradients.append(torch.cat(flat).clone())
+        outputs.append(float(value.detach()))
+    return torch.stack(gradients).numpy(), np.array(outputs)
 
 
-def collected(model: LanguageModel, datamodule, projection, output: str, indices: np.ndarray, max_tokens: int):
-    """Rows (len(indices), d) and outputs from the collector, in the order of `indices`."""
+def collected(model, datamodule, indices: np.ndarray, projection=None, output="loss", max_tokens=10_000):
+    """Rows (len(indices), d) and outputs from the collector, in the order of `indices`; exact without a projection."""
+    projection = projection or make_projection("none", None, 0, shapes=model.layout.shapes)
     rows, outputs = {}, {}
     with GradientCollector(model, projection, output) as collect:
         for batch in datamodule.evaluation_batches(indices, max_tokens):
@@ -52,120 +45,81 @@ def collected(model: LanguageModel, datamodule, projection, output: str, indices
     return np.stack([rows[i] for i in indices]), np.array([outputs[i] for i in indices])
 
 
+def assert_near(rows: np.ndarray, expected: np.ndarray) -> None:
+    assert np.linalg.norm(rows - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("output", ["loss", "margin"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_the_for_loop_gradients(kind: str, output: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_rows_are_the_for_loop_gradients(kind, output, model_folders, tmp_path):
     """Exact gradients and each projection of them, for batches of one and of many rows of different length."""
     model = adapted(model_folders[kind])
-    datamodule = make_datamodule(model, tmp_path)
-    indices = np.arange(14)
-    expected = [oracle(model, datamodule, index, output) for index in indices]
-    gradients = np.stack([gradient for gradient, _ in expected])
-    exact = make_projection("none", None, 0, shapes=model.layout.shapes)
+    datamodule, indices = make_datamodule(model, tmp_path), np.arange(14)
+    gradients, expected = oracle(model, datamodule, indices, output)
     for max_tokens in (1, 150, 10_000):
-        rows, outputs = collected(model, datamodule, exact, output, indices, max_tokens)
-        np.testing.assert_allclose(outputs, [value for _, value in expected], rtol=1e-5)
-        assert np.linalg.norm(rows - gradients) <= 1e-5 * np.linalg.norm(gradients)
+        rows, outputs = collected(model, datamodule, indices, None, output, max_tokens)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5)
+        assert_near(rows, gradients)
     for projection_kind in ("sketch", "two_sided", "dense"):
         projection = make_projection(projection_kind, 48, 3)
-        rows, _ = collected(model, datamodule, projection, output, indices, 150)
+        rows, _ = collected(model, datamodule, indices, projection, output, 150)
         # the adjoint of lift is the projection: column j of P^T g is <g, P e_j>
-        basis = torch.eye(projection.dim)
-        columns = [
-            torch.cat([matrix.flatten() for matrix in projection.lift(basis[j], model.layout.shapes).values()])
-            for j in range(projection.dim)
-        ]
-        projected = gradients @ torch.stack(columns, dim=1).numpy()
-        assert np.linalg.norm(rows - projected) <= 1e-5 * np.linalg.norm(projected)
+        lifted = (projection.lift(unit, model.layout.shapes).values() for unit in torch.eye(projection.dim))
+        columns = [torch.cat([matrix.flatten() for matrix in matrices]) for matrices in lifted]
+        assert_near(rows, gradients @ torch.stack(columns, dim=1).numpy())
     save_projection_signs(tmp_path / "signs.npz", projection, model.layout.shapes)  # the dense one, unpacked by hand
     with np.load(tmp_path / "signs.npz") as signs:
         bits = np.concatenate([np.unpackbits(signs[name], axis=1)[:, :48] for name in model.layout.shapes])
     np.testing.assert_allclose(rows, gradients @ (2.0 * bits - 1) / np.sqrt(48), rtol=1e-4, atol=1e-5)
 
 
-def adapted_as(folder: str, lora: LoraConfig) -> LanguageModel:
-    """A model with any adapter that peft can make, away from its start."""
-    base = load_base_model(folder)
-    torch.manual_seed(0)
-    model = LanguageModel(get_peft_model(base.network, lora), base.tokenizer, base.key).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SITES = [
+    ("llama", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj", {"q_proj": 2, "down_proj": 7}),
+    ("llama", "o_proj", {}),
+    ("t5", "q v wi wo", {"wi": 3}),
+    ("gpt2", "c_attn c_proj c_fc", {"c_fc": 1}),
+]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "layers", "ranks"),
-    [
-        ("llama", LLAMA_LINEAR, {"q_proj": 2, "down_proj": 7}),
-        ("llama", ["o_proj"], {}),
-        ("t5", ["q", "v", "wi", "wo"], {"wi": 3}),
-        ("gpt2", ["c_attn", "c_proj", "c_fc"], {"c_fc": 1}),
-    ],
-)
-def test_any_layers_ranks_and_checkpointing(
-    kind: str, layers: list, ranks: dict, checkpointed: bool, model_folders: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("kind", "layers", "ranks"), SITES)
+def test_any_layers_ranks_and_checkpointing(kind, layers, ranks, checkpointed, model_folders, tmp_path):
     """The rows are the for-loop's wherever LoRA sits, with recomputed activations or kept ones."""
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=layers, rank_pattern=ranks, fan_in_fan_out=kind == "gpt2")
-    model = adapted_as(model_folders[kind], lora)
-    datamodule = make_datamodule(model, tmp_path)
-    expected = [oracle(model, datamodule, index, "loss") for index in range(6)]
-    forwards = []
+    options = {"target_modules": layers.split(), "rank_pattern": ranks, "fan_in_fan_out": kind == "gpt2"}
+    model = of_peft(model_folders[kind], task_type=None, **options)
+    datamodule, indices, forwards = make_datamodule(model, tmp_path), np.arange(6), []
+    gradients, expected = oracle(model, datamodule, indices)
     first = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     norm = next(module for name, module in first.named_modules() if "norm" in name or "ln_" in name)
     norm.register_forward_hook(lambda *_: forwards.append(1))
     if checkpointed:
         model.checkpoint_activations()
-    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
-    rows, outputs = collected(model, datamodule, projection, "loss", np.arange(6), 10_000)
-    gradients = np.stack([gradient for gradient, _ in expected])
-    assert np.linalg.norm(rows - gradients) <= 1e-5 * np.linalg.norm(gradients)
-    np.testing.assert_allclose(outputs, [value for _, value in expected], rtol=1e-5)
+    rows, outputs = collected(model, datamodule, indices)
+    assert_near(rows, gradients)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5)
     assert len(forwards) == 1 + checkpointed  # one batch: checkpointing runs the layer again in the backward
     assert not any(module.training for module in model.modules())
 
 
-LAYOUTS = [
-    "llama",
-    "t5",
-    "t5-untied",
-    "gpt2",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "opt",
-    "gpt_neox",
-]
+LAYOUTS = "llama t5 t5-untied gpt2 gemma gemma2 gemma3_text qwen2 qwen3 mistral opt gpt_neox"
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
-def test_every_known_architecture(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", LAYOUTS.split())
+def test_every_known_architecture(kind, model_folders, tmp_path):
     """An adapter sits where `LORA_TARGETS` says; without one the rows are the for-loop's of every linear layer."""
     model = adapted(model_folders[kind])
     targets = LORA_TARGETS[model.network.config.model_type]
     assert {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices} == set(targets)
     model = load_model(model_folders[kind], None).eval()
     datamodule = make_datamodule(model, tmp_path)
-    expected = np.stack([oracle(model, datamodule, index, "loss")[0] for index in range(5)])
-    exact = make_projection("none", None, 0, shapes=model.layout.shapes)
-    rows, _ = collected(model, datamodule, exact, "loss", np.arange(5), 10_000)
-    assert np.linalg.norm(rows - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert_near(collected(model, datamodule, np.arange(5))[0], oracle(model, datamodule, np.arange(5))[0])
     assert len(model.layout.matrices) >= 2 * 4  # two blocks of attention and feed-forward
     # an output layer of its own is in the layout, one tied to the embedding is not
     assert ("lm_head.weight" in model.layout.shapes) == (not model.network.config.tie_word_embeddings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_base(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_bfloat16_base(kind, model_folders, tmp_path):
     """A base in bfloat16 under a float32 adapter: rows are float32, near the for-loop's own and a float32 base's."""
     own, exact = rows_with_base(model_folders[kind], BaseWeights("bfloat16"), tmp_path)
     assert own.min() > 0.99  # other order of sums, in half precision
@@ -182,12 +136,10 @@ def rows_with_base(folder: str, weights: BaseWeights, tmp_path: Path) -> tuple[n
     model.load_trainable_state(adapter), full.load_trainable_state(adapter)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
     assert any(parameter.dtype in (torch.bfloat16, torch.uint8) for parameter in model.parameters())
-    datamodule = make_datamodule(model, tmp_path)
-    outputs_of(model, datamodule, np.arange(6), "loss")  # an evaluation before changes nothing
-    projection = make_projection("none", None, 0, shapes=model.layout.shapes)
-    rows, _ = collected(model, datamodule, projection, "loss", np.arange(6), 10_000)
-    own = np.stack([oracle(model, datamodule, index, "loss")[0] for index in range(6)])
-    exact, _ = collected(full, datamodule, projection, "loss", np.arange(6), 10_000)
+    datamodule, indices = make_datamodule(model, tmp_path), np.arange(6)
+    outputs_of(model, datamodule, indices, "loss")  # an evaluation before changes nothing
+    takes = ((collected, model), (oracle, model), (collected, full))
+    rows, own, exact = (take(one, datamodule, indices)[0] for take, one in takes)
 
     def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
@@ -196,24 +148,22 @@ def rows_with_base(folder: str, weights: BaseWeights, tmp_path: Path) -> tuple[n
 
 
 @pytest.mark.parametrize("lora", [LoraShape(4, 8), None])
-def test_checkpointing_lets_layer_inputs_go(
-    lora: LoraShape | None, model_folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpointing_lets_layer_inputs_go(lora, model_folders, tmp_path, monkeypatch):
     """Between forward and backward, tensors that Python or the graph holds: a small share of what they are without."""
     model = load_model(model_folders["llama"], lora)
     batch = make_datamodule(model, tmp_path).collate(np.arange(20))
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
-    def kept() -> int:
+    def kept():
         """Bytes, without weights and logits."""
         held: dict[int, int] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def note(tensor):
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        def output(logits: torch.Tensor, *others: object) -> torch.Tensor:
+        def output(logits, *others):
             gc.collect()
             before = {id(tensor) for tensor in earlier}
             for found in gc.get_objects():
@@ -225,7 +175,7 @@ def test_checkpointing_lets_layer_inputs_go(
         loss = OUTPUT_FUNCTIONS["loss"].function
         earlier = [found for found in gc.get_objects() if type(found) is torch.Tensor]
         with GradientCollector(model, make_projection("sketch", 16, 0)) as collect:
-            collect.output_function = replace(OUTPUT_FUNCTIONS["loss"], function=output)
+            collect.output_function = OUTPUT_FUNCTIONS["loss"]._replace(function=output)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 collect(batch)
         return sum(size for pointer, size in held.items() if pointer not in weights)
@@ -235,7 +185,7 @@ def test_checkpointing_lets_layer_inputs_go(
     assert kept() < 0.2 * whole
 
 
-def test_dropout_stays_off_under_checkpointing(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_dropout_stays_off_under_checkpointing(model_folders, tmp_path):
     """Adapter and layers with dropout: the same rows twice, and the mode of every module comes back."""
     model = adapted(model_folders["gpt2"]).checkpoint_activations().train()
     for module in model.modules():
@@ -249,7 +199,7 @@ def test_dropout_stays_off_under_checkpointing(model_folders: dict[str, str], tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_autocast_stays_near_float32(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_bf16_autocast_stays_near_float32(kind, model_folders, tmp_path):
     """Half precision costs digits (8 bits of mantissa, some layers deep), not direction; rows stay float32."""
     model = adapted(model_folders[kind])
     batch = make_datamodule(model, tmp_path).collate(np.arange(8))
@@ -265,19 +215,19 @@ def test_bf16_autocast_stays_near_float32(kind: str, model_folders: dict[str, st
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_gives_the_same_rows(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_gpu_gives_the_same_rows(kind, model_folders, tmp_path):
     """The projections' numbers do not depend on the device, so neither do the rows."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
     for name in ("sketch", "two_sided", "dense"):
-        on_cpu, _ = collected(model.cpu(), datamodule, make_projection(name, 48, 3), "loss", np.arange(8), 10_000)
+        on_cpu, _ = collected(model.cpu(), datamodule, np.arange(8), make_projection(name, 48, 3))
         with GradientCollector(model.cuda(), make_projection(name, 48, 3)) as collect:
             on_gpu, _ = collect(datamodule.collate(np.arange(8)))
         torch.testing.assert_close(on_gpu.cpu(), torch.from_numpy(on_cpu), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_representations_do_not_depend_on_the_batch(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_representations_do_not_depend_on_the_batch(kind, model_folders, tmp_path):
     """Position-weighted means of the last hidden states, from transformers' own output, a sample at a time."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
@@ -300,7 +250,7 @@ def test_representations_do_not_depend_on_the_batch(kind: str, model_folders: di
         np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-5)
 
 
-def test_collector_leaves_the_model_as_it_was(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_collector_leaves_the_model_as_it_was(model_folders, tmp_path):
     model = adapted(model_folders["llama"]).train()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     datamodule = make_datamodule(model, tmp_path)
@@ -311,3 +261,33 @@ def test_collector_leaves_the_model_as_it_was(model_folders: dict[str, str], tmp
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="see requirements-qlora.txt")
+
+
+def test_four_bits_need_bitsandbytes(model_folders, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    weights = BaseWeights(four_bit_device="cpu")
+    message = "--use_qlora: bitsandbytes is not installed; pip install -r requirements-qlora"
+    refused(message, load_model, model_folders["llama"], LoraShape(4, 8), weights=weights)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["llama", "llama-wide"])
+def test_gradients_on_a_four_bit_base(kind, model_folders, tmp_path):
+    """Layers narrower than a block of 64 numbers too; an evaluation before takes no gradient away."""
+    own, exact = rows_with_base(model_folders[kind], BaseWeights(four_bit_device="cpu"), tmp_path)
+    assert own.min() > 0.99 and exact.min() > 0.5
+
+
+@needs_bitsandbytes
+def test_four_bit_stages(model_folders, workspace):
+    """Training and gradients on a 4-bit base; 4 bits without an adapter are refused."""
+    write_sources("sources.jsonl", {"up": 20, "down": 20})
+    training = f"{TRAIN} --data_files sources.jsonl --model_key {model_folders['llama-wide']} --lora_rank 4 --use_qlora"
+    run_script(f"{training} --train_lora --epochs 2 --batch_size 8 --checkpoint_at 1.0")
+    run_script(*COLLECT, "--project_dim", "24")
+    (rows,) = Path("gradients").glob("*/*/projected.npy")
+    assert np.isfinite(np.load(rows)).all()
+    refused(r"--use_qlora is for a base model that stays as it is.*--train_lora", run_script, f"{training} --epochs 1")

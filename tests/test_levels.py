@@ -1,7 +1,5 @@
 """Estimates are in the unit of what they stand beside: measured losses of the base model and of the model of all tasks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,57 +9,55 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 from src import config
-from src.estimation import estimate
+from src.estimation import estimate, part_weights
 from src.selection import forward_selection
 from src.stage_estimate import Estimator, stored
 from src.stage_select import reference_estimates
-from tests.commands import load_script, run_script
+from tests.commands import COLLECT, COMPARE, ESTIMATE, SELECT, TRAIN, load_script, run_script
 from tests.conftest import write_sources
 
-STAGE_1, STAGE_4 = "custom_train_alpaca.py", "fast_estimate_forward_selection.py"
-STAGE_2, STAGE_3 = "fast_estimate_eval_approximation_alpaca.py", "fast_estimate_linear_regression_alpaca.py"
-TRAINING = ["--epochs", "2", "--batch_size", "8", "--lr", "1e-2"]
 DIM = ["--project_dim", "32"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]) -> tuple[Path, list[str]]:
+def trained(tmp_path_factory, model_folders):
     """Stages 1 and 2 to the end, and the same training ended at a quarter."""
     folder = tmp_path_factory.mktemp("levels")
     write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
     write_sources(folder / "target.jsonl", {"goal": 20})
-    flags = ["--data_files", "sources.jsonl", "--target_files", "target.jsonl"]
-    flags += ["--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    made = f"{TRAIN} --data_files sources.jsonl --target_files target.jsonl --model_key {model_folders['llama']} --train_lora"
+    made += " --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2 --checkpoint_at 0 0.25"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, stop in (("cut", ["--stop_after_checkpoints"]), ("whole", [])):
-            run_script(STAGE_1, *flags, *TRAINING, "--save_name", name, "--checkpoint_at", "0", "0.25", *stop)
-            run_script(STAGE_2, "--compute_pretrained_outputs", "--save_name", name, *DIM)
+            run_script(made, "--save_name", name, *stop)
+            run_script(*COLLECT, "--save_name", name, *DIM)
     return folder, ["--save_name", "whole"]
 
 
 @pytest.fixture
-def flags(trained: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def flags(trained, monkeypatch):
     monkeypatch.chdir(trained[0])
     return trained[1]
 
 
 def estimator_of(*flags: str) -> Estimator:
-    typed = config.typed_flags(load_script(STAGE_3).parse_args([*flags, *DIM]))
+    typed = config.typed_flags(load_script(ESTIMATE).parse_args([*flags, *DIM]))
     return Estimator(*stored(config.EstimateConfig, typed))
 
 
 def measured(flags: list[str], *subset: str) -> pd.Series:
     """Validation losses of the base model fine-tuned on a subset, by stage 5."""
-    run_script(STAGE_1, *flags, "--results_name", "measured", "--task_idxes", *subset)
+    run_script(TRAIN, *flags, "--results_name", "measured", "--task_idxes", *subset)
     table = pd.read_csv("results/measured/results.csv", dtype={"subset": str}, keep_default_na=False)
     wanted = " ".join(map(str, range(4))) if subset else ""
     return table[table["subset"] == wanted].iloc[0].filter(like="validation_loss/")
 
 
-def test_nothing_and_everything_are_what_fine_tuning_gives(flags: list[str]) -> None:
+def test_nothing_and_everything_are_what_fine_tuning_gives(flags):
     estimator = estimator_of(*flags)
     ends = np.array([[False] * 4, [True] * 4])
     found = estimator(ends)
@@ -70,23 +66,23 @@ def test_nothing_and_everything_are_what_fine_tuning_gives(flags: list[str]) -> 
     assert list(reference_estimates(estimator, [0])) == ["base model (measured)", "all tasks (measured)"]
 
 
-def test_all_other_estimates_are_shifted_together(flags: list[str]) -> None:
+def test_all_other_estimates_are_shifted_together(flags):
     """At whatever rho; so that a search takes the same tasks, the first from the empty subset too."""
     estimator = estimator_of(*flags)
     members = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 1], [1, 1, 1, 1]], bool)
     for rho in (1e-3, 0.1):
-        plain = estimate(estimator.parts, members, rho=rho)
-        shifts = estimator(members, rho=rho) - plain
-        np.testing.assert_allclose(
-            shifts, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1)), rtol=1e-5, atol=1e-6
-        )
-    values = (lambda tried: estimate(estimator.parts, tried).mean(axis=1), lambda tried: estimator(tried).mean(axis=1))
+        plain = estimate(estimator.parts, members, rho=rho, weights=estimator.part_weights([0], rho))
+        shifts, expected = estimator(members, rho=rho) - plain, np.tile(estimator.levels.all_tasks - plain[-1], (4, 1))
+        np.testing.assert_allclose(shifts, expected, rtol=1e-5, atol=1e-6)
+    weights = estimator.part_weights([0])
+    values = (lambda tried: estimate(estimator.parts, tried, weights=weights).mean(axis=1),
+              lambda tried: estimator(tried).mean(axis=1))  # fmt: skip
     plain, shifted = (forward_selection(of, 4, past_best=5) for of in values)
     assert [step.task for step in plain.steps] == [step.task for step in shifted.steps]
     assert plain.selected == shifted.selected
 
 
-def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_training_that_was_ended_early_says_so(flags, capsys):
     cut = ["--save_name", "cut"]
     estimator = estimator_of(*cut)
     assert estimator.levels.names == ("base model (measured)", "all tasks (estimated)")
@@ -95,10 +91,10 @@ def test_a_training_that_was_ended_early_says_so(flags: list[str], capsys: pytes
     last = estimator.stored[-1]
     goal = last.samples["target"] == last.targets.index("goal")
     assert estimator.levels.all_tasks[last.targets.index("goal")] == pytest.approx(last.outputs[goal].mean(), rel=1e-4)
-    run_script(STAGE_3, *cut, *DIM)
+    run_script(ESTIMATE, *cut, *DIM)
     manifest = json.loads(Path("results/cut/manifest.json").read_text())
     assert manifest["levels"]["base"].keys() == manifest["levels"]["all_tasks"].keys()
-    run_script(STAGE_4, *cut, *DIM)
+    run_script(SELECT, *cut, *DIM)
     said = capsys.readouterr().out
     assert "the loss of all tasks is estimated: it was last measured after 5 steps" in said
     assert " base model (measured), " in said and " all tasks (estimated).\n" in said
@@ -118,7 +114,7 @@ def training_says(change: Callable[[dict[str, Any]], Any]) -> Iterator[Path]:
         (training / "manifest.json").write_text(text)
 
 
-def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None:
+def test_what_the_training_does_not_say_the_store_does(flags):
     """A folder of checkpoints whose training is not known: the losses of the rows at the first and the last of them."""
     whole = estimator_of(*flags)
     with training_says(lambda known: known.pop("validation_losses")) as training:
@@ -129,26 +125,43 @@ def test_what_the_training_does_not_say_the_store_does(flags: list[str]) -> None
         assert alone.levels is None and alone.ranks_only
 
 
-def test_what_is_no_loss_is_called_a_score(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_what_is_no_loss_is_called_a_score(flags, capsys):
     scored = [*flags, *DIM, "--estimator", "alignment", "--results_name", "scored"]
-    run_script(STAGE_3, *scored, "--number_of_subsets", "4")
+    run_script(ESTIMATE, *scored, "--number_of_subsets", "4")
     table = pd.read_csv("results/scored/estimates.csv")
     assert {name.partition("/")[0] for name in table.columns} == {"subset", "run", "score"}
-    run_script(STAGE_4, *scored)
+    run_script(SELECT, *scored)
     said = capsys.readouterr().out
     assert "Score (ranking only): " in said and "measured" not in said
     assert "score" in pd.read_csv("results/scored/selection.csv").columns
     table.rename(columns=lambda name: name.replace("score/", "validation_loss/")).to_csv("truth.csv", index=False)
-    run_script("notebook/compare_estimates.py", "results/scored/estimates.csv", "truth.csv")
+    run_script(COMPARE, "results/scored/estimates.csv", "truth.csv")
     compared = pd.read_csv("results/scored/comparison.csv").set_index("predictor")
     assert compared.loc["score (ranking only)", ["lds", "relative_error"]].isna().tolist() == [False, True]
 
 
-def test_a_selection_that_is_not_below_the_base_model_is_named(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_selection_that_is_not_below_the_base_model_is_named(flags, capsys):
     """The same gradients after a training that made everything worse."""
     named = [*flags, *DIM, "--target_task", "goal", "--results_name", "worse"]
-    run_script(STAGE_4, *named)
+    run_script(SELECT, *named)
     assert "No selection is estimated to beat" not in capsys.readouterr().out
     with training_says(lambda known: known["validation_losses"]["base"].update(goal=0.01)):
-        run_script(STAGE_4, *named)
+        run_script(SELECT, *named)
     assert "No selection is estimated to beat the base model: its measured loss, 0.01, " in capsys.readouterr().out
+
+
+def test_a_selection_says_how_far_its_checkpoints_agree(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Rank correlation over random halves; one checkpoint alone cannot say it."""
+    estimator = estimator_of(*flags)
+    _, by_part = part_weights(estimator.parts)
+    assert estimator.agreement([0]) == pytest.approx(spearmanr(*by_part[:, :, 0]).statistic)
+    run_script(SELECT, *flags, *DIM, "--results_name", "trusted")
+    said = capsys.readouterr().out
+    assert "gradients at step 0, 5 of meta-training" in said
+    assert f"rank random halves at {estimator.agreement([0]):.2f} alike: trust is " in said
+    estimator.parts[1] = estimator.parts[0]
+    estimator._weights.clear()
+    assert "at 1.00 alike: trust is high" in estimator.trust([0])
+    del estimator.parts[1], estimator.stored[1]
+    estimator._weights.clear()
+    assert "only several that tell subsets apart" in estimator.trust([0])

@@ -1,10 +1,6 @@
 """Memory that runs out: gradients go on in smaller batches, everything else ends in one line that says what helps."""
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +11,10 @@ from src.console import run_stage
 from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.projection import make_projection
 from src.store import StoreWriter
+from tests.commands import refused
 from tests.conftest import write_sources
-from tests.faults import Stages
 from tests.test_models import adapted, make_datamodule
-from tests.test_stages import here, track
 
-__all__ = ["here", "track"]  # the fixtures: a workspace in which stages 1 and 2 have run
 STAGE_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs"]
 ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
 ERRORS = [
@@ -48,20 +42,15 @@ def fitting(rows: int, error: Exception) -> type[GradientCollector]:
 
 
 @pytest.fixture
-def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str], np.ndarray]:
+def collecting(model_folders, tmp_path):
     """Takes the gradients of the training rows into a store of this name, in one batch where it fits, and gives them."""
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=10_000)
     rows = datamodule.data.indices("train")
-    samples = {
-        "sample_index": rows,
-        "key": datamodule.row_keys(rows),
-        "target_tokens": datamodule.target_tokens[rows],
-        "task": datamodule.data.task_of_sample[rows],
-        "target": np.full(len(rows), -1),
-    }
+    samples = {"sample_index": rows, "key": datamodule.row_keys(rows), "target_tokens": datamodule.target_tokens[rows]}
+    samples |= {"task": datamodule.data.task_of_sample[rows], "target": np.full(len(rows), -1)}
 
-    def collect(name: str) -> np.ndarray:
+    def collect(name):
         store = StoreWriter(tmp_path / name, {}, samples, 16, "")
         collect_gradients(model, datamodule, make_projection("sketch", 16, 0), store, output_function="loss")
         assert not len(store.missing())
@@ -71,32 +60,24 @@ def collecting(model_folders: dict[str, str], tmp_path: Path) -> Callable[[str],
 
 
 @pytest.mark.parametrize("error", ERRORS[:4], ids=lambda error: type(error).__name__)
-def test_a_batch_that_ends_the_memory_is_halved(
-    error: Exception, collecting: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_ends_the_memory_is_halved(error, collecting, monkeypatch):
     """Three rows fit, more do not: the same rows as with memory for all; one that does not fit alone is named."""
     expected = collecting("all")
     monkeypatch.setattr(gradients, "GradientCollector", small := fitting(3, error))
     np.testing.assert_allclose(collecting("three"), expected, rtol=1e-4, atol=1e-6)
     assert 1 <= max(small.taken) <= 3 and sum(small.taken) == len(expected)
     monkeypatch.setattr(gradients, "GradientCollector", fitting(0, error))
-    with pytest.raises(
-        ValueError, match=r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing"
-    ):
-        collecting("none")
-
-
-def test_other_errors_of_a_batch_are_not_hidden(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"a batch of 1 rows of up to \d+ tokens does not fit.*--gradient_checkpointing"
+    refused(message, collecting, "none")
     monkeypatch.setattr(gradients, "GradientCollector", fitting(3, RuntimeError("shapes do not match")))
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        collecting("store")
+    refused("shapes do not match", collecting, "store", error=RuntimeError)  # other errors are not hidden
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
+def test_memory_that_runs_out_is_one_line(error):
     """With the flags of the script that help, and how much was asked for where that is known."""
 
-    def main(_: argparse.Namespace) -> None:
+    def main(_):
         raise error
 
     with pytest.raises(SystemExit) as ended:
@@ -110,7 +91,7 @@ def test_memory_that_runs_out_is_one_line(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 5, 1000])
-def test_auto_doubles_the_budget_while_a_batch_fits(rows: int, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_auto_doubles_the_budget_while_a_batch_fits(rows, model_folders, tmp_path):
     """Until the longest rows do not fit, or are all in one batch; what does not fit at the start is left to halving."""
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, max_tokens_per_batch=40)
@@ -120,16 +101,10 @@ def test_auto_doubles_the_budget_while_a_batch_fits(rows: int, model_folders: di
     assert found == 40 if rows == 0 else batch <= rows < doubled or batch == len(indices)
 
 
-def test_memory_that_really_runs_out(model_folders: dict[str, str], stages: Stages, workspace: Path) -> None:
+def test_memory_that_really_runs_out(model_folders, stages, workspace):
     """A process that may take 100 MB more: a batch of gradients is halved, a training step ends in one line."""
     write_sources(workspace / "sources.jsonl", {f"{name} {'long ' * 30}": 200 for name in ("up", "down")})
-    flags = [
-        "--data_files",
-        "sources.jsonl",
-        "--model_key",
-        model_folders["llama"],
-        "--train_lora",
-    ]
+    flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora"]
     training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
     outcome = stages.run(workspace, [*training, "--batch_size", "320", "--save_name", "large"], memory=100 << 20)
     assert outcome.status == 1 and "Traceback" not in outcome.output, outcome.output

@@ -1,7 +1,5 @@
 """Logits meet labels, padding changes nothing, checkpoints come back as they went."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
@@ -17,34 +15,24 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from src import models
 from src.artifacts import folder_fingerprint
 from src.config import RunConfig
 from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
 from src.gradients import GradientCollector
 from src.instruction import load_instruction
-from src.models import (
-    OUTPUT_FUNCTIONS,
-    LanguageModel,
-    LoraShape,
-    displaced,
-    load_base_model,
-    load_checkpoint,
-    load_model,
-    load_tokenizer,
-    resolve_model_key,
-    save_model,
-)
+from src.models import OUTPUT_FUNCTIONS, LanguageModel, LoraShape, load_base_model, load_checkpoint, load_model
 from src.projection import make_projection
 from src.stage_train import check_base, check_vocabulary
+from tests.commands import refused
 from tests.conftest import write_sources
 
 KINDS = ("llama", "t5", "gpt2")
 
 
-def adapted(folder: str, seed: int = 0) -> LanguageModel:
-    """A model whose adapter is away from its start, where half of the gradient is zero."""
-    model = load_model(folder, LoraShape(rank=4, alpha=8), seed=seed)
+def shaken(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """Away from an adapter's start, where half of the gradient is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,12 +41,24 @@ def adapted(folder: str, seed: int = 0) -> LanguageModel:
     return model.eval()
 
 
+def adapted(folder: str) -> LanguageModel:
+    return shaken(load_model(folder, LoraShape(rank=4, alpha=8), seed=0))
+
+
+def of_peft(folder: str, **options: object) -> LanguageModel:
+    """A model with any adapter that peft can make."""
+    base = load_base_model(folder)
+    shape = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    return shaken(LanguageModel(get_peft_model(base.network, LoraConfig(**(shape | options))), base.tokenizer, folder))
+
+
 def make_datamodule(model: LanguageModel, path: Path, **options: object) -> TaskDataModule:
     data = load_instruction([write_sources(path / "sources.jsonl", {"a": 12, "b": 11})])
     return TaskDataModule(data, model.tokenizer, model.kind, **options)
 
 
-def test_rows_are_drawn_in_their_shares(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_rows_are_drawn_in_their_shares(model_folders, tmp_path):
     """An epoch has as many rows as the shares are worth; over many epochs each row comes up as often as its share says."""
     model = adapted(model_folders["llama"])
     datamodule = make_datamodule(model, tmp_path, batch_size=4)
@@ -78,7 +78,7 @@ def test_rows_are_drawn_in_their_shares(model_folders: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_target_logits_are_the_models_own_loss(kind, model_folders, tmp_path):
     """Selecting hidden states before the output layer gives the loss that transformers computes from everything."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
@@ -91,21 +91,37 @@ def test_target_logits_are_the_models_own_loss(kind: str, model_folders: dict[st
     assert len(labels) == int((batch["labels"] != IGNORED).sum())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_come_back_from_a_checkpoint_and_after_a_displacement(kind, model_folders, tmp_path):
+    model = adapted(model_folders[kind])
+    before, parameters = model.trainable_state(), dict(model.network.named_parameters())
+    models.save_model(model, tmp_path / "checkpoint")
+    state = load_checkpoint(tmp_path / "checkpoint", model_folders[kind]).trainable_state()
+    change = {name: torch.randn(shape) for name, shape in model.layout.shapes.items()}
+    with models.displaced(model, change):
+        for matrix in model.layout.matrices:
+            moved = parameters[matrix.name] - before[matrix.name]
+            torch.testing.assert_close(moved.T if matrix.transposed else moved, change[matrix.name], atol=1e-5, rtol=0)
+    assert state.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(state[name], value) and torch.equal(parameters[name], value)
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) -> None:
+def test_batches_keep_to_their_budget(kind, model_folders):
     """Every row once; padded tokens within the budget unless a row alone is longer; a decoder's batches are full."""
-    tokenizer = load_tokenizer(model_folders[kind])
+    tokenizer = models.load_tokenizer(model_folders[kind])
     model_kind = "encoder_decoder" if kind == "t5" else "decoder"
     names = ("input_ids", "labels") if kind == "t5" else ("input_ids",)
     sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
     @settings(max_examples=40, deadline=None)
     @given(st.lists(sizes, min_size=1, max_size=30), st.integers(1, 300))
-    def check(rows: list[tuple[int, int]], budget: int) -> None:
+    def check(rows, budget):
         examples = [Example(i, "a", "train", "p" * p, "c" * c) for i, (p, c) in enumerate(rows)]
         datamodule = TaskDataModule(TaskData(tuple(examples)), tokenizer, model_kind)
 
-        def padded(batch: np.ndarray) -> int:
+        def padded(batch):
             return sum(datamodule.collate(batch)[name].numel() for name in names)
 
         batches = datamodule.budgeted(np.arange(len(rows)), budget)
@@ -118,13 +134,13 @@ def test_batches_keep_to_their_budget(kind: str, model_folders: dict[str, str]) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_do_not_depend_on_padding(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_outputs_do_not_depend_on_padding(kind, model_folders, tmp_path):
     """A row alone, in a batch padded on the right, and in one padded on the left: one value of each function."""
     model = adapted(model_folders[kind])
     datamodule = make_datamodule(model, tmp_path)
 
     @torch.no_grad()
-    def values(indices: list[int], left: bool = False) -> torch.Tensor:
+    def values(indices, left=False):
         target = model.target_logits(datamodule.collate(indices, pad_left=left))
         return torch.stack([output.function(*target, len(indices)) for output in OUTPUT_FUNCTIONS.values()])
 
@@ -134,7 +150,7 @@ def test_outputs_do_not_depend_on_padding(kind: str, model_folders: dict[str, st
         torch.testing.assert_close(values(list(range(9)), left), alone, rtol=1e-4, atol=1e-5)
 
 
-def test_margin_is_exact_for_an_improbable_token() -> None:
+def test_margin_is_exact_for_an_improbable_token():
     """For p = 1e-9 the margin is log(p / (1 - p)) and its gradient still pulls the token up."""
     logits = torch.tensor([[0.0, 20.0, -1.0]], requires_grad=True)
     margin = OUTPUT_FUNCTIONS["margin"].function(logits, torch.tensor([0]), torch.tensor([0]), 1)
@@ -145,103 +161,63 @@ def test_margin_is_exact_for_an_improbable_token() -> None:
     assert logits.grad[0, 0] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_comes_back(kind: str, model_folders: dict[str, str], tmp_path: Path) -> None:
-    model = adapted(model_folders[kind])
-    save_model(model, tmp_path / "checkpoint")
-    again = load_checkpoint(tmp_path / "checkpoint", model_folders[kind])
-    state = again.trainable_state()
-    assert state.keys() == model.trainable_state().keys()
-    for name, value in model.trainable_state().items():
-        torch.testing.assert_close(state[name], value, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_displaced_adds_and_takes_back(kind: str, model_folders: dict[str, str]) -> None:
-    model = adapted(model_folders[kind])
-    before = model.trainable_state()
-    change = {name: torch.randn(shape) for name, shape in model.layout.shapes.items()}
-    parameters = dict(model.network.named_parameters())
-    with displaced(model, change):
-        for matrix in model.layout.matrices:
-            moved = parameters[matrix.name] - before[matrix.name]
-            torch.testing.assert_close(moved.T if matrix.transposed else moved, change[matrix.name], atol=1e-5, rtol=0)
-    for name, value in before.items():
-        torch.testing.assert_close(parameters[name], value, rtol=0, atol=0)
-
-
-def test_adapter_start_depends_on_the_seed_alone(model_folders: dict[str, str]) -> None:
-    first, again, other = (
-        torch.cat([value.flatten() for value in load_model(model_folders["llama"], LoraShape(4, 8), seed=seed)
-                   .trainable_state().values()]) for seed in (0, 0, 1)
-    )  # fmt: skip
+def test_adapter_start_depends_on_the_seed_alone(model_folders):
+    models = (load_model(model_folders["llama"], LoraShape(4, 8), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (torch.cat([part.flatten() for part in model.trainable_state().values()]) for model in models)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_pad_tokens_that_the_embedding_lacks_are_not_used(model_folders, tmp_path):
     """Tokens were added and the model was not resized: it trains as before as long as no row has them."""
     shutil.copytree(model_folders["llama"], tmp_path / "model")
-    tokenizer = load_tokenizer(model_folders["llama"])
+    tokenizer = models.load_tokenizer(model_folders["llama"])
     tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<|turn|>"]})
     tokenizer.save_pretrained(tmp_path / "model")
     model = load_model(str(tmp_path / "model"), None)
     assert model.tokenizer.pad_token == model.tokenizer.eos_token
     data = TaskData((Example(0, "a", "train", "a b c", "d"), Example(1, "a", "train", "a", "<|turn|> d")))
-    size = len(load_tokenizer(model_folders["llama"]))
-    with pytest.raises(ValueError, match=rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1"):
-        check_vocabulary(model, TaskDataModule(data, model.tokenizer, model.kind))
+    size = len(models.load_tokenizer(model_folders["llama"]))
+    message = rf"{size + 2} tokens, the embedding {size} rows, .*<\|turn\|> in sample 1"
+    refused(message, check_vocabulary, model, TaskDataModule(data, model.tokenizer, model.kind))
     check_vocabulary(model, datamodule := TaskDataModule(TaskData(data.examples[:1]), model.tokenizer, model.kind))
     with torch.no_grad():
         model.target_logits(datamodule.collate([0]))
 
 
-def layers(model: LanguageModel) -> set[str]:
-    return {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices}
+def test_layers_of_the_adapter_are_named_as_in_peft(model_folders):
+    for kind, named, expected in [
+        ("llama", ["all-linear"], "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        ("t5-untied", ["all-linear"], "q k v o wi wo"),
+        ("gpt2", ["all-linear"], "c_attn c_proj c_fc"),
+        ("phi3", ["all-linear"], "qkv_proj o_proj gate_up_proj down_proj"),
+        ("llama", ["self_attn.q_proj", "o_proj"], "q_proj o_proj"),
+        ("llama", [r".*layers\.1\..*(q|up)_proj"], "q_proj up_proj"),
+        ("llama", ["q_proj"], "q_proj"),
+    ]:
+        model = load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))
+        assert {matrix.module_name.split(".")[-3] for matrix in model.layout.matrices} == set(expected.split())
 
 
-@pytest.mark.parametrize(
-    ("kind", "named", "expected"),
-    [
-        ("llama", ["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        ("t5-untied", ["all-linear"], {"q", "k", "v", "o", "wi", "wo"}),
-        ("gpt2", ["all-linear"], {"c_attn", "c_proj", "c_fc"}),
-        ("phi3", ["all-linear"], {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
-        ("llama", ["self_attn.q_proj", "o_proj"], {"q_proj", "o_proj"}),
-        ("llama", [r".*layers\.1\..*(q|up)_proj"], {"q_proj", "up_proj"}),
-        ("llama", ["q_proj"], {"q_proj"}),
-    ],
-)
-def test_layers_of_the_adapter_are_named_as_in_peft(
-    kind: str, named: list[str], expected: set[str], model_folders: dict[str, str]
-) -> None:
-    assert layers(load_model(model_folders[kind], LoraShape(4, 8, target_modules=tuple(named)))) == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "named", "message"),
-    [
+def test_layers_that_cannot_carry_it_are_named(model_folders):
+    """Before it is trained: stage 2 takes no gradients there."""
+    for kind, named, message in (
         ("llama", ("q_proj", "nothing"), "no layer has the name nothing"),
         ("llama", ("q_proj|(",), r"q_proj\|\(: .* cannot carry an adapter there \(missing"),
         ("llama", ("q_proj", "embed_tokens"), "linear layers but the output's, which model.embed_tokens is not"),
         ("t5-untied", ("q", "lm_head"), "linear layers but the output's, which lm_head is not"),
-    ],
-)
-def test_layers_that_cannot_carry_it_are_named(
-    kind: str, named: tuple[str, ...], message: str, model_folders: dict[str, str]
-) -> None:
-    """Before it is trained: stage 2 takes no gradients there."""
-    with pytest.raises(ValueError, match=rf"--lora_target_modules .*{message}"):
-        load_model(model_folders[kind], LoraShape(2, 4, target_modules=named))
+    ):
+        shape = LoraShape(2, 4, target_modules=named)
+        refused(rf"--lora_target_modules .*{message}", load_model, model_folders[kind], shape)
 
 
-def test_an_adapter_of_another_model_is_refused(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
     """Where that is certain: other weights in a folder, another name on the hub."""
     one = model_folders["llama"]
     copy, two = (str(shutil.copytree(one, tmp_path / name)) for name in ("copy", "two"))
     weights = load_file(f"{two}/model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, f"{two}/model.safetensors", {"format": "pt"})
     moved = {"model_key": "gone", "base_fingerprint": folder_fingerprint(Path(one))}
-    for manifest, trained_on, model_key, refused in (
+    for manifest, trained_on, model_key, is_refused in (
         ({}, one, two, True),
         ({}, one, copy, False),
         ({}, "/gone/model", one, False),
@@ -256,43 +232,27 @@ def test_an_adapter_of_another_model_is_refused(model_folders: dict[str, str], t
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": trained_on}))
         expected = pytest.raises(ValueError, match=rf"{trained_on}.*{model_key}.*pass --model_key {trained_on}")
-        with expected if refused else nullcontext():
+        with expected if is_refused else nullcontext():
             check_base(RunConfig(model_key=model_key), tmp_path, manifest)
 
 
-def of_peft(folder: str, path: Path, **options: object) -> LanguageModel:
-    """A model with an adapter that peft made and saved, away from its start."""
-    base = load_base_model(folder)
-    shape = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    network = get_peft_model(base.network, LoraConfig(**(shape | options)))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    network.save_pretrained(path)
-    return LanguageModel(network, base.tokenizer, folder).eval()
+ADAPTERS = [
+    ({"use_rslora": True}, None),
+    ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 32}}, None),
+    ({"layers_to_transform": [1]}, None),
+    ({"lora_bias": True}, r"layers.0.self_attn.q_proj.lora_B.default.bias, .* and 1 more"),
+    ({"modules_to_save": ["lm_head", "embed_tokens"]}, r"embed_tokens.modules_to_save.*lm_head.modules_to_save"),
+    ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head.lora_A.*, .*lm_head.lora_B"),
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "frozen"),
-    [
-        ({"use_rslora": True}, None),
-        ({"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 32}}, None),
-        ({"layers_to_transform": [1]}, None),
-        ({"lora_bias": True}, r"layers.0.self_attn.q_proj.lora_B.default.bias, .* and 1 more"),
-        ({"modules_to_save": ["lm_head", "embed_tokens"]}, r"embed_tokens.modules_to_save.*lm_head.modules_to_save"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head.lora_A.*, .*lm_head.lora_B"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(
-    options: dict, frozen: str | None, model_folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.mark.parametrize(("options", "frozen"), ADAPTERS)
+def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(options, frozen, model_folders, tmp_path, capsys):
     """What else it has counts in outputs, is named, does not train, and is saved with it again."""
-    theirs = of_peft(model_folders["llama"], tmp_path / "theirs", **options)
+    theirs = of_peft(model_folders["llama"], **options)
+    theirs.network.save_pretrained(tmp_path / "theirs")
     batch = make_datamodule(theirs, tmp_path).collate([3])
-    save_model(load_checkpoint(tmp_path / "theirs", theirs.key), tmp_path / "again")
+    models.save_model(load_checkpoint(tmp_path / "theirs", theirs.key), tmp_path / "again")
     said = capsys.readouterr().out
     assert re.search(frozen, said) if frozen else not said
     for name in ("theirs", "again"):
@@ -307,12 +267,12 @@ def test_an_adapter_of_peft_has_the_gradients_of_its_lora_matrices(
         torch.testing.assert_close(rows[0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders: dict[str, str], tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders, tmp_path):
     llama = model_folders["llama"]
-    of_peft(llama, tmp_path / "dora", use_dora=True)
+    of_peft(llama, use_dora=True).network.save_pretrained(tmp_path / "dora")
     get_peft_model(load_base_model(llama).network, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
     for name in ("lora", "damaged", "pickled"):
-        of_peft(llama, tmp_path / name)
+        of_peft(llama).network.save_pretrained(tmp_path / name)
     (tmp_path / "damaged" / "adapter_config.json").write_text("{")
     (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
     for name, key, message in (
@@ -323,24 +283,11 @@ def test_adapters_that_cannot_be_taken_are_one_clear_error(model_folders: dict[s
         ("lora", model_folders["gpt2"], r"does not fit the layers of .*; pass the --model_key"),  # other names
         ("lora", model_folders["opt"], r"does not fit the layers of .*; pass the --model_key"),  # other shapes
     ):
-        with pytest.raises(ValueError, match=message):
-            load_checkpoint(tmp_path / name, key)
+        refused(message, load_checkpoint, tmp_path / name, key)
 
 
-@pytest.mark.parametrize(
-    ("key", "resolved"),
-    [
-        ("flan_t5_base", "google/flan-t5-base"),
-        ("gpt2_medium", "gpt2-medium"),
-        ("TinyLlama/TinyLlama-1.1B", "TinyLlama/TinyLlama-1.1B"),
-        ("a_folder", "a_folder"),
-    ],
-)
-def test_model_keys(key: str, resolved: str, workspace: Path) -> None:
+def test_model_keys(workspace):
     (workspace / "a_folder").mkdir()
-    assert resolve_model_key(key) == resolved
-
-
-def test_unreachable_model_is_one_clear_error() -> None:
-    with pytest.raises(FileNotFoundError, match="--model_key nobody/nothing: cannot load nobody/nothing"):
-        load_model("nobody/nothing", None)
+    known = {"flan_t5_base": "google/flan-t5-base", "gpt2_medium": "gpt2-medium"}
+    others = ("TinyLlama/TinyLlama-1.1B", "a_folder")
+    assert [models.resolve_model_key(key) for key in (*known, *others)] == [*known.values(), *others]

@@ -103,7 +103,7 @@ def test_every_stage_runs_without_ours(
     run_script("scripts/export_selection.py", *named, "--subset_file", "sampled_tasks/law_forward_selection.txt",
                "--for", "trl")  # fmt: skip
     assert (Path("results/law/export_trl") / "trl.yaml").is_file()
-    (store,) = Path("gradients").glob("*_law_dim_400_run_0")
+    (store,) = Path("gradients").glob("*_law_dim_4000_run_0")
     base, first, last = parts_of(store.name)
     assert [part.manifest["step"] for part in (base, first, last)] == [0, 2, 4]
     assert base.outputs.mean() > first.outputs.mean() > last.outputs.mean()
@@ -115,7 +115,7 @@ def test_whole_models_and_their_base(rows: list, model_folders: dict[str, str]) 
     transformers_trainer(model, rows, whole=True)
     run_script(COLLECT, "--compute_pretrained_outputs", "--data_files", "my", "--load_model_dir", "out/checkpoint-4",
                "base", "--model_key", model, "--save_name", "law")  # fmt: skip
-    (store,) = Path("gradients").glob("*_law_dim_400_run_0")
+    (store,) = Path("gradients").glob("*_law_dim_4000_run_0")
     base, last = parts_of(store.name)
     assert (base.manifest["step"], last.manifest["step"]) == (0, 4) and base.outputs.mean() > last.outputs.mean()
 

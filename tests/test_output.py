@@ -1,34 +1,27 @@
-"""What a terminal shows: the lines that we print, and nothing of any library."""
-
-from __future__ import annotations
+"""What a terminal and a log file show: the lines that we print, progress, and nothing of any library."""
 
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.commands import ROOT, STAGES, load_script
+from src import console
+from src.distributed import Hardware
+from src.finetune import FineTuning, FitProgress, TrainingPlan, fit
+from tests.commands import ROOT, STAGES, load_script, refused
+from tests.test_models import adapted, make_datamodule
 from tests.test_stages_cot import write_reasoning_teacher
 
 COT = ["--dataset_key", "addsub", "--preset_key", "ft_cot_t70_2aug", "--train_lora", "--lora_rank", "4"]
-TRAINING = [
-    "custom_train.py",
-    "--epochs",
-    "1",
-    "--batch_size",
-    "8",
-    "--lr",
-    "2e-3",
-    "--max_new_tokens",
-    "6",
-    "--gradient_checkpointing",
-]
-GRADIENTS = ["fast_estimate_compute_gradients.py", "--project_dim", "16", "--output_function", "margin"]
-ESTIMATES = ["fast_estimate_linear_regression.py", "--project_dim", "16", "--output_function", "margin", "--load_clusters",
-             "--num_clusters", "4", "--number_of_subsets", "3", "--evaluate", "displaced", "--max_new_tokens", "6"]  # fmt: skip
+TRAINING = "custom_train.py --epochs 1 --batch_size 8 --lr 2e-3 --max_new_tokens 6 --gradient_checkpointing"
+GRADIENTS = "fast_estimate_compute_gradients.py --project_dim 16 --output_function margin"
+ESTIMATES = "fast_estimate_linear_regression.py --project_dim 16 --output_function margin --load_clusters "
+ESTIMATES += "--num_clusters 4 --number_of_subsets 3 --evaluate displaced --max_new_tokens 6"
 OURS = [
     r"loading the libraries …",
     r"going on from [\w/.=-]+",
@@ -50,28 +43,103 @@ def run(folder: Path, *command: str) -> list[str]:
     return (ended.stdout + ended.stderr).splitlines()
 
 
-def test_nothing_of_the_libraries_is_shown(model_folders: dict[str, str], workspace: Path) -> None:
+def test_nothing_of_the_libraries_is_shown(model_folders, workspace):
     """Training with generated answers in half precision, gradients and estimates, each in a process of its own."""
     write_reasoning_teacher(workspace)
     for command in (TRAINING, GRADIENTS, ESTIMATES):
-        lines = run(workspace, *command, *COT, "--model_key", model_folders["t5"], "--precision", "bf16")
+        lines = run(workspace, *command.split(), *COT, "--model_key", model_folders["t5"], "--precision", "bf16")
         assert sum(line.startswith("Wrote ") for line in lines) >= 1
         assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in OURS)] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_nor_by_several_processes(strategy: str, model_folders: dict[str, str], workspace: Path) -> None:
+def test_nor_by_several_processes(strategy, model_folders, workspace):
     write_reasoning_teacher(workspace)
     several = ["--accelerator", "cpu", "--devices", "0", "1", "--strategy", strategy]
     for command in (TRAINING, GRADIENTS):
-        lines = run(workspace, *command, *COT, "--model_key", model_folders["llama"], *several)
+        lines = run(workspace, *command.split(), *COT, "--model_key", model_folders["llama"], *several)
         assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in OURS)] == []
 
 
-@pytest.mark.parametrize("script", [*STAGES, "scripts/export_selection.py"])
-def test_help_is_all_that_help_shows(script: str, workspace: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("script", STAGES)
+def test_help_is_all_that_help_shows(script, workspace, capsys):
     with pytest.raises(SystemExit):
         load_script(script).parse_args(["--help"])
     usage, *lines = run(workspace, script, "--help")
     assert usage.startswith("usage: python ") and lines == capsys.readouterr().out.splitlines()[1:]
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    """Lets the clock of progress bars go on by so many seconds at once, whatever the machine does meanwhile."""
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def test_a_log_file_gets_a_line_now_and_then(wait, capsys):
+    """Whole lines with share, pace and remaining time, no control characters, far fewer than steps; none for short work."""
+    with console.progress(desc="gradients", total=60, initial=20, unit="sample") as bar:
+        for _ in range(40):
+            wait(1)
+            bar.update(1)
+    for _ in console.progress(iter(range(30)), desc="reading", unit="row"):
+        wait(1)
+    for _ in console.progress(range(3), desc="short"):
+        wait(0.5)
+    for _ in console.progress(range(4), desc="reading outside", unit="file"):
+        for _ in console.progress(range(4), desc="reading inside", unit="row", leave=False):
+            wait(8)
+    lines = capsys.readouterr().err.splitlines()
+    counted, uncounted = ([line for line in lines if line.startswith(name)] for name in ("gradients: ", "reading: "))
+    nested = [line for line in lines if line.startswith(("reading outside: ", "reading inside: "))]
+    assert len(counted) + len(uncounted) + len(nested) == len(lines) and len(nested) >= 8
+    assert not set("\r\x1b") & set("".join(lines))
+    assert counted == [
+        "gradients: 58 %, 35 of 60 [00:15<00:25, 1 samples/s]",
+        "gradients: 83 %, 50 of 60 [00:30<00:10, 1 samples/s]",
+        "gradients: 100 %, 60 of 60 [00:40<00:00, 1 samples/s]",
+    ]
+    assert uncounted[-1].startswith("reading: 30 rows [") and len(uncounted) <= 3
+
+
+def test_work_without_steps_says_what_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(console, "SHOWN_AFTER_SECONDS", 0.5)
+    said, ends = "", time.monotonic() + 30
+    with console.waiting_for("clustering"):
+        while not said and time.monotonic() < ends:
+            said = capsys.readouterr().err
+            time.sleep(0.01)
+    with console.waiting_for("nothing"):
+        pass
+    time.sleep(0.7)
+    assert said + capsys.readouterr().err == "clustering …\n"
+
+
+def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(model_folders, tmp_path, capsys, monkeypatch):
+    for name in ("SHOWN_AFTER_SECONDS", "LOG_INTERVAL_SECONDS"):
+        monkeypatch.setattr(console, name, 0)
+    model = adapted(model_folders["llama"])
+    datamodule = make_datamodule(model, tmp_path, batch_size=4)
+    steps = -(-len(datamodule.data.indices("train")) // 4)
+    hardware = Hardware("cpu", 1, "auto", "32-true", 1)
+    fit(model, datamodule, TrainingPlan(2, 1e-3), hardware, seed=0, callbacks=[FitProgress("fit")], validate=True)
+    said = capsys.readouterr().err
+    losses = r"val_loss=\d\.\d{3}, train_loss=\d\.\d{3}"
+    assert re.search(rf"fit: 50 %, {steps} of {2 * steps} \[.*<.*, {losses}\]", said), said
+    assert said.count("validation: 100 %, 1 of 1 [") == 3, said  # before training, and after each epoch
+
+
+def test_losses_that_are_looked_at_later_are_named_all_the_same(model_folders, tmp_path):
+    """As on a GPU, where a look at each step's would wait for it."""
+    model = adapted(model_folders["llama"])
+    module = FineTuning(model, make_datamodule(model, tmp_path).data, TrainingPlan(1, 1e-3))
+    samples = [torch.tensor(pair) for pair in ((0, 1), (2, 5), (3, 4))]
+    losses = torch.tensor([1.0, float("nan"), float("inf")])
+    module._unseen = list(zip(losses, (7, 8, 9), samples, strict=True))
+    refused(r"training loss is nan after 8 optimizer steps, at samples 2 \(a\), 5 \(a\); lower", module.look_at_losses)

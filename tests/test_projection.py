@@ -1,10 +1,7 @@
 """Projection: unbiased, adjoint, reproducible, and as accurate as the dense matrix on structured gradients."""
 
-from __future__ import annotations
-
 import hashlib
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from src import projection as module
 from src.projection import KINDS, RANDOM, Projection, Shape, make_projection, projected_sides
+from tests.commands import refused
 
 # LoRA A, LoRA B and one matrix smaller than d; (out, in)
 SHAPES: dict[str, Shape] = {"layer0.A": (4, 24), "layer0.B": (20, 4), "head": (3, 5)}
@@ -22,19 +20,11 @@ DIM = 30
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
-def random_factors(
-    shapes: dict[str, Shape] = SHAPES,
-    batch: int = 5,
-    tokens: int = 3,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Factors:
+def random_factors(shapes: dict = SHAPES, batch=5, tokens=3, seed=0, dtype: torch.dtype = torch.float32) -> Factors:
     """(B, T, out) and (B, T, in) of every matrix."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: tuple(torch.randn(batch, tokens, size, generator=generator).to(dtype) for size in shape)
-        for name, shape in shapes.items()
-    }
+    draw = lambda size: torch.randn(batch, tokens, size, generator=generator).to(dtype)  # noqa: E731
+    return {name: tuple(map(draw, shape)) for name, shape in shapes.items()}
 
 
 def projected(projection: Projection, factors: Factors, rows: Tensor | None = None) -> Tensor:
@@ -75,7 +65,7 @@ def inner_product_errors(kind: str, dim: int, factors: Factors, num_seeds: int) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_add_and_lift_are_adjoint(kind: str) -> None:
+def test_add_and_lift_are_adjoint(kind):
     """`add` adds P^T g to what is in the row, `lift` multiplies by P: P itself, taken from `lift`, reproduces the rows;
     those of "none" are the gradients."""
     projection, factors = make(kind), random_factors()
@@ -85,26 +75,25 @@ def test_add_and_lift_are_adjoint(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_inner_products_are_unbiased(kind: str) -> None:
+def test_inner_products_are_unbiased(kind):
     """E<P^T g, P^T h> = <g, h>, also for gradients that all layers share."""
     factors = {name: tuple(1 + factor for factor in pair) for name, pair in random_factors().items()}
     errors = inner_product_errors(kind, DIM, factors, num_seeds=200)
     assert (np.abs(errors.mean(axis=0)) <= 4.5 * errors.std(axis=0) / math.sqrt(200)).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "dim", "structure", "largest"),
-    [
-        # at most d entries never share a bin
-        ("sketch", 16 * 200, "one layer", 1e-5),
-        # 1/sqrt(d) is the dense matrix; a factor of sqrt(2) means that signs repeat or whole columns collide
-        *[(kind, dim, "none", 1.12 / math.sqrt(dim)) for kind in ("sketch", "dense") for dim in (100, 400)],
-        *[("sketch", 100, kind, 0.115) for kind in ("rank one", "hot row", "hot column", "columns d apart")],
-        # one side of a LoRA matrix stays whole, so that even a gradient of rank one loses little; d may be a prime
-        *[("two_sided", dim, "rank one", 1.5 / math.sqrt(dim)) for dim in (97, 100, 1024)],
-    ],
-)
-def test_error_of_inner_products(kind: str, dim: int, structure: str, largest: float) -> None:
+ERRORS = [
+    ("sketch", 16 * 200, "one layer", 1e-5),  # at most d entries never share a bin
+    # 1/sqrt(d) is the dense matrix; a factor of sqrt(2) means that signs repeat or whole columns collide
+    *[(kind, dim, "none", 1.12 / math.sqrt(dim)) for kind in ("sketch", "dense") for dim in (100, 400)],
+    *[("sketch", 100, kind, 0.115) for kind in ("rank one", "hot row", "hot column", "columns d apart")],
+    # one side of a LoRA matrix stays whole, so that even a gradient of rank one loses little; d may be a prime
+    *[("two_sided", dim, "rank one", 1.5 / math.sqrt(dim)) for dim in (97, 100, 1024)],
+]
+
+
+@pytest.mark.parametrize(("kind", "dim", "structure", "largest"), ERRORS)
+def test_error_of_inner_products(kind, dim, structure, largest):
     """Of gradients whose weight sits on one rank, a row, a column or two columns d = 100 apart, in four layers."""
     shapes = {f"layer{layer}": (16, 200) for layer in range(1 if structure == "one layer" else 4)}
     factors = random_factors(shapes, batch=8, tokens=1 if structure == "rank one" else 3, seed=2)
@@ -118,7 +107,7 @@ def test_error_of_inner_products(kind: str, dim: int, structure: str, largest: f
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_draw_depends_on_seed_name_and_shape_only(kind: str) -> None:
+def test_draw_depends_on_seed_name_and_shape_only(kind):
     """The order of matrices, other matrices and the batch do not matter; seed and name do."""
     factors = random_factors()
     alone = {name: (delta[2:3], inputs[2:3]) for name, (delta, inputs) in reversed(factors.items())}
@@ -128,19 +117,20 @@ def test_draw_depends_on_seed_name_and_shape_only(kind: str) -> None:
     assert not torch.equal(projected(make(kind), {"tail": factors["head"]}), first)
 
 
-@pytest.mark.parametrize(
-    ("kind", "digest"),
-    [("sketch", "bf010463a8bfa0fe"), ("two_sided", "bd7e3fe17998e2af"), ("dense", "2ec7877539fe8910")],
-)
-def test_draw_never_changes(kind: str, digest: str) -> None:
+def test_draw_never_changes():
     """Stored rows stay usable: a seed names the same matrix in every process, version and machine."""
-    lifted = make_projection(kind, 16, 3).lift(torch.arange(1.0, 17.0), {"w": (6, 8)})["w"]
-    rounded = [round(value) for value in (4 * lifted).flatten().tolist()]
-    assert hashlib.sha256(str(rounded).encode()).hexdigest()[:16] == digest
+    for kind, digest in {
+        "sketch": "bf010463a8bfa0fe",
+        "two_sided": "bd7e3fe17998e2af",
+        "dense": "2ec7877539fe8910",
+    }.items():
+        lifted = make_projection(kind, 16, 3).lift(torch.arange(1.0, 17.0), {"w": (6, 8)})["w"]
+        rounded = [round(value) for value in (4 * lifted).flatten().tolist()]
+        assert hashlib.sha256(str(rounded).encode()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_factors_are_summed_in_float32(kind: str) -> None:
+def test_half_precision_factors_are_summed_in_float32(kind):
     """bfloat16 factors give what their values give in float32, inside an autocast region too."""
     factors = random_factors(dtype=torch.bfloat16)
     exact = projected(make(kind), {name: (delta.float(), inputs.float()) for name, (delta, inputs) in factors.items()})
@@ -149,12 +139,11 @@ def test_half_precision_factors_are_summed_in_float32(kind: str) -> None:
         assert torch.equal(projected(make(kind), factors), exact)
 
 
-@pytest.mark.parametrize(
-    ("kind", "limit", "shape"), [("sketch", "_CHUNK_ENTRIES", (5, 1 << 17)), ("dense", "_DENSE_ENTRIES", (5, 7))]
-)
-def test_large_matrices_are_taken_in_chunks(
-    kind: str, limit: str, shape: Shape, monkeypatch: pytest.MonkeyPatch
-) -> None:
+LIMITS = [("sketch", "_CHUNK_ENTRIES", (5, 1 << 17)), ("dense", "_DENSE_ENTRIES", (5, 7))]
+
+
+@pytest.mark.parametrize(("kind", "limit", "shape"), LIMITS)
+def test_large_matrices_are_taken_in_chunks(kind, limit, shape, monkeypatch):
     """Several groups of rows, and chunks of samples or signs: the adjoint of `lift`, whatever the chunk."""
     factors, projection = random_factors({"w": shape}, batch=3, tokens=2), make_projection(kind, DIM, 0)
     solution, rows = torch.randn(DIM, generator=torch.Generator().manual_seed(3)), projected(projection, factors)
@@ -166,22 +155,20 @@ def test_large_matrices_are_taken_in_chunks(
     torch.testing.assert_close(projection.lift(solution, {"w": shape})["w"], lifted)
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_signs"), [("sketch", 96), ("two_sided", 16 + 24 * 8), ("dense", 96 * 64), ("none", 0)]
-)
-def test_packed_signs_are_as_many_as_documented(kind: str, num_signs: int) -> None:
+def test_packed_signs_are_as_many_as_documented():
     """And half of them are positive; +-1/sqrt(d) of the dense ones is P."""
-    assert projected_sides((4, 24), DIM) == (4, 8)
-    packed = make(kind).packed_signs("layer0.A", (4, 24))
-    assert packed.dtype == np.uint8 and packed.size == math.ceil(num_signs / 8)
-    if num_signs:
-        assert np.unpackbits(packed).mean() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(num_signs))
-    if kind == "dense":
-        signs = np.unpackbits(packed, axis=1)[:, :DIM].astype(float) * 2 - 1
-        np.testing.assert_allclose(whole_matrix(make("dense"))[:96], signs / math.sqrt(DIM))
+    for kind, num_signs in {"sketch": 96, "two_sided": 16 + 24 * 8, "dense": 96 * 64, "none": 0}.items():
+        assert projected_sides((4, 24), DIM) == (4, 8)
+        packed = make(kind).packed_signs("layer0.A", (4, 24))
+        assert packed.dtype == np.uint8 and packed.size == math.ceil(num_signs / 8)
+        if num_signs:
+            assert np.unpackbits(packed).mean() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(num_signs))
+        if kind == "dense":
+            signs = np.unpackbits(packed, axis=1)[:, :DIM].astype(float) * 2 - 1
+            np.testing.assert_allclose(whole_matrix(make("dense"))[:96], signs / math.sqrt(DIM))
 
 
-def test_projected_sides() -> None:
+def test_projected_sides():
     """Balanced divisors, or the rank whole, or nothing to reduce; of a prime d a few numbers more, which the hash folds."""
     shapes = {(2048, 2048): (20, 20), (16, 2048): (16, 25), (2048, 16): (25, 16), (3, 5): (3, 5)}
     assert {shape: projected_sides(shape, 400) for shape in shapes} == shapes
@@ -190,28 +177,19 @@ def test_projected_sides() -> None:
         assert dim <= out * size <= dim + min(out, size)
 
 
-NONE, SKETCH, ZEROS, ROWS = make("none"), make("sketch"), torch.zeros(2, 3, 4), torch.zeros(2, DIM)
+def test_bad_requests_are_refused():
+    none, sketch, zeros, rows = make("none"), make("sketch"), torch.zeros(2, 3, 4), torch.zeros(2, DIM)
+    refused("unknown projection 'gauss'; choose one of sketch", make_projection, "gauss", 10, 0)
+    refused("at least 1, found 0", make_projection, "sketch", 0, 0)
+    refused("needs the shapes", make_projection, "none", None, 0)
+    refused(f"keeps all {none.dim} parameters, found .* 10", make_projection, "none", 10, 0, shapes=SHAPES)
+    refused(r"expected \(\(2, 3, 4\), \(2, 3, 24\), \(2, 30\)\)", sketch.add, "w", (4, 24), zeros, zeros, rows)
+    refused("must be float32, found", sketch.add, "w", (4, 4), zeros, zeros, rows.double())
+    refused("not one of the matrices", none.add, "w", (4, 4), zeros, zeros, torch.zeros(2, none.dim))
+    refused(r"30 numbers, found shape \(29,\)", sketch.lift, torch.zeros(29), SHAPES)
 
 
-@pytest.mark.parametrize(
-    ("message", "ask"),
-    {
-        "unknown projection 'gauss'; choose one of sketch": lambda: make_projection("gauss", 10, 0),
-        "at least 1, found 0": lambda: make_projection("sketch", 0, 0),
-        "needs the shapes": lambda: make_projection("none", None, 0),
-        f"keeps all {NONE.dim} parameters, found .* 10": lambda: make_projection("none", 10, 0, shapes=SHAPES),
-        r"expected \(\(2, 3, 4\), \(2, 3, 24\), \(2, 30\)\)": lambda: SKETCH.add("w", (4, 24), ZEROS, ZEROS, ROWS),
-        "must be float32, found": lambda: SKETCH.add("w", (4, 4), ZEROS, ZEROS, ROWS.double()),
-        "not one of the matrices": lambda: NONE.add("w", (4, 4), ZEROS, ZEROS, torch.zeros(2, NONE.dim)),
-        r"30 numbers, found shape \(29,\)": lambda: SKETCH.lift(torch.zeros(29), SHAPES),
-    }.items(),
-)
-def test_bad_requests_are_refused(message: str, ask: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=message):
-        ask()
-
-
-def test_a_large_dense_matrix_is_drawn_again_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_dense_matrix_is_drawn_again_each_time(monkeypatch):
     """And is the same one."""
     factors = torch.randn(2, 3, 5), torch.randn(2, 3, 7)
     found = []

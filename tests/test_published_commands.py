@@ -1,7 +1,5 @@
 """The commands that the method was published with are taken as they stand: every flag by every script that had it."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 
 from src import config, console
 from src.artifacts import META_INITIALIZATIONS, resolve_checkpoint
-from tests.commands import load_script, run_script
+from tests.commands import ESTIMATE, MEASURE, SELECT, TRAIN, load_script, run_script
 from tests.conftest import write_sources
 
 LLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
@@ -46,9 +44,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 @pytest.mark.parametrize("gpus", [0, 4])
-def test_published_commands(
-    command: str, gpus: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_commands(command, gpus, capsys, monkeypatch):
     """On GPUs and without: every flag is taken, and has the value that is typed."""
     monkeypatch.setattr(console, "_said", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -59,9 +55,8 @@ def test_published_commands(
     flags = [word[2:] for word in arguments if word.startswith("--")]
     assert {asked.get(name, name) for name in flags} == set(typed)
     found = config.inherit(config.TrainConfig if script.startswith("custom") else config.EstimateConfig, typed)
-    assert {name: getattr(found, name) for name in typed if hasattr(found, name) and name != "precision"} == {
-        name: value for name, value in typed.items() if hasattr(found, name) and name != "precision"
-    }
+    own = [name for name in typed if hasattr(found, name) and name != "precision"]
+    assert [getattr(found, name) for name in own] == [typed[name] for name in own]
     hardware = found.hardware
     assert (hardware.accelerator, hardware.devices) == (("cuda", list(typed["devices"])) if gpus else ("cpu", 1))
     assert ("No CUDA GPU here" in capsys.readouterr().out) == (gpus == 0)
@@ -70,26 +65,21 @@ def test_published_commands(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true", "16"])
-def test_half_precision_runs_every_stage(precision: str, model_folders: dict[str, str], workspace: Path) -> None:
+def test_half_precision_runs_every_stage(precision, model_folders, workspace):
     """On the CPU too: training, gradients, estimates at displaced weights, the approximation error, selection."""
     write_sources(workspace / "sources.jsonl", {"up": 20, "down": 20, "other": 20})
-    flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora", "--lora_rank", "4"]
-    flags += ["--precision", precision]
-    projected, approximation = (
-        ["--project_gradients", "--project_dimension", "16"],
-        "fast_estimate_eval_approximation_alpaca.py",
-    )
-    run_script("custom_train_alpaca.py", *flags, "--epochs", "1", "--batch_size", "8", "--gradient_checkpointing")
-    run_script(approximation, "--compute_pretrained_outputs", *flags, *projected, "--batch_size", "2")
-    run_script("fast_estimate_linear_regression_alpaca.py", *flags, *projected, "--number_of_subsets", "2", "--evaluate",
-               "displaced", "--scale", "0.4")  # fmt: skip
-    run_script(approximation, *flags, *projected, "--scale", "0.1")
-    run_script("fast_estimate_forward_selection.py", *flags, *projected)
+    flags = f"--data_files sources.jsonl --model_key {model_folders['llama']} --train_lora --lora_rank 4 --precision {precision}"
+    projected = f"{flags} --project_gradients --project_dimension 16"
+    run_script(f"{TRAIN} {flags} --epochs 1 --batch_size 8 --gradient_checkpointing")
+    run_script(f"{MEASURE} --compute_pretrained_outputs {projected} --batch_size 2")
+    run_script(f"{ESTIMATE} {projected} --number_of_subsets 2 --evaluate displaced --scale 0.4")
+    run_script(f"{MEASURE} {projected} --scale 0.1")
+    run_script(f"{SELECT} {projected}")
     (estimates,) = Path("results").glob("*/estimates.csv")
     assert np.isfinite(pd.read_csv(estimates).filter(like="displaced_loss").to_numpy(float)).all()
 
 
-def test_checkpoints_are_named_with_or_without_ckpt(workspace: Path) -> None:
+def test_checkpoints_are_named_with_or_without_ckpt(workspace):
     folder = META_INITIALIZATIONS / "run_0" / "epoch_epoch=3"
     folder.mkdir(parents=True)
     assert resolve_checkpoint("run_0/epoch_epoch=3") == resolve_checkpoint("run_0/epoch_epoch=3.ckpt") == folder

@@ -1,16 +1,12 @@
 """The main job on a small world of another seed: the selection pays there too."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-
-import pytest
 
 from tests.commands import load_script
 
 
-def test_selection_beats_everything_else(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_selection_beats_everything_else(workspace, capsys):
     """Orders, not digits: the selected subset's test loss is below the base model's, all tasks' and random halves'."""
     world = ["--world", "--num_tasks", "12", "--pretrain_steps", "900"]
     quickstart = load_script("scripts/quickstart.py")

@@ -1,9 +1,6 @@
 """SmolLM2-135M-Instruct and real text through every stage; skipped without the packages of requirements-real.txt."""
 
-from __future__ import annotations
-
 import importlib.util
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,14 +15,14 @@ pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(needed), reason=f"not in
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2(tmp_path_factory):
     """The model as an ordinary folder."""
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     run_script("data/convert_gguf.py", "smollm2", str(folder))
     return folder
 
 
-def test_a_converted_model_answers_in_sentences(smollm2: Path) -> None:
+def test_a_converted_model_answers_in_sentences(smollm2):
     model = load_base_model(str(smollm2))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -34,7 +31,7 @@ def test_a_converted_model_answers_in_sentences(smollm2: Path) -> None:
     assert "Paris" in model.generate(batch, max_new_tokens=12)[0]
 
 
-def test_every_stage_takes_a_float32_base_under_mixed_precision(smollm2: Path, workspace: Path) -> None:
+def test_every_stage_takes_a_float32_base_under_mixed_precision(smollm2, workspace):
     run_script("data/make_calendar.py", "--output_dir", "calendar", "--rows", "3", "--target_rows", "8")
     data = ["--data_files", "calendar/sources", "--target_files", "calendar/target/norwegian.jsonl"]
     named = [*data, "--model_key", str(smollm2), "--train_lora", "--precision", "bf16", "--save_name", "dates"]

@@ -1,7 +1,5 @@
 """Every stage of the chain-of-thought track as a user runs it, for both architectures."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -11,9 +9,7 @@ import pytest
 
 from src.cot import load_cot
 from src.models import load_checkpoint
-from tests.commands import run_script
-
-STAGE_2, STAGE_3 = "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py"
+from tests.commands import COT, COT_COLLECT, COT_ESTIMATE, ENSEMBLE, SELECT, refused, run_script
 
 
 def write_reasoning_teacher(folder: Path) -> None:
@@ -43,32 +39,31 @@ def write_reasoning_teacher(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["t5", "llama"])
-def track(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, str]
-) -> tuple[Path, list[str], str]:
+def track(request, tmp_path_factory, model_folders):
     """A workspace in which stages 1 and 2 have run, the flags they share, and the best checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     write_reasoning_teacher(folder)
-    flags = ["--dataset_key", "addsub", "--preset_key", "ft_cot_t70_2aug", "--train_key", "ft_cot"]
-    flags += ["--model_key", model_folders[request.param], "--train_lora", "--lora_rank", "4", "--lora_alpha", "8"]
+    flags = f"--dataset_key addsub --preset_key ft_cot_t70_2aug --train_key ft_cot --model_key {model_folders[request.param]} "
+    flags = (flags + "--train_lora --lora_rank 4 --lora_alpha 8").split()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        training = ["--epochs", "2", "--batch_size", "8", "--inference_batch_size", "5", "--max_new_tokens", "6"]
-        run_script("custom_train.py", *flags, *training, "--lr", "1e-2", "--save_name", "new")
-        (run,) = Path("external_lightning_logs").iterdir()
-        best = next(path for path in run.iterdir() if path.name.startswith("epoch_epoch="))
-        checkpoint = ["--load_model_dir", f"{run.name}/{best.name}"]
-        run_script(STAGE_2, *flags, *checkpoint, "--project_dim", "24", "--device", "2")
-    return folder, flags, checkpoint[1]
+        training = (
+            f"{COT} --epochs 2 --batch_size 8 --inference_batch_size 5 --max_new_tokens 6 --lr 1e-2 --save_name new"
+        )
+        run_script(training, *flags)
+        (best,) = Path("external_lightning_logs").glob("*/epoch_epoch=*")
+        checkpoint = f"{best.parent.name}/{best.name}"
+        run_script(f"{COT_COLLECT} --project_dim 24 --device 2 --load_model_dir {checkpoint}", *flags)
+    return folder, flags, checkpoint
 
 
 @pytest.fixture
-def here(track: tuple[Path, list[str], str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
+def here(track, monkeypatch):
     monkeypatch.chdir(track[0])
     return track[1:]
 
 
-def test_training_names_its_run_and_keeps_predictions(here: tuple[list[str], str]) -> None:
+def test_training_names_its_run_and_keeps_predictions(here):
     _, checkpoint = here
     assert "_addsub_ft_cot_t70_2aug_lora_r_4_new_run_0/epoch_epoch=" in checkpoint
     predictions = sorted(Path("saved/completion_data").glob("B_models0-*__C_ft_cot/*.json"))
@@ -81,7 +76,7 @@ def test_training_names_its_run_and_keeps_predictions(here: tuple[list[str], str
     assert set(content["data"]) == validation
 
 
-def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str]) -> None:
+def test_clusters_estimates_selection_and_fine_tuning(here):
     flags, checkpoint = here
     (store,) = Path("gradients").iterdir()
     data = load_cot("addsub", "ft_cot_t70_2aug", architecture="decoder")
@@ -92,28 +87,27 @@ def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str
     clusters = ["--load_clusters", "--num_clusters", "4", "--project_dim", "24"]
     estimation = [*flags, "--load_model_dir", checkpoint, *clusters, "--save_name", "toy"]
     drawn = ["--number_of_subsets", "5", "--subset_size", "0.5", "--scale", "0.4"]
-    run_script(STAGE_3, *estimation, *drawn)
+    run_script(COT_ESTIMATE, *estimation, *drawn)
     assignment = np.load(store / "clusters_4.npz")["clusters"]
     assert sorted(set(assignment.tolist())) == [-1, 0, 1, 2, 3] and (assignment >= 0).sum() == num_train
     made = (store / "clusters_4.npz").stat().st_mtime_ns
     frame = pd.read_csv("results/toy/estimates.csv")
     assert list(frame.columns) == ["subset", "run", "estimate/addsub"] and len(frame) == 5
 
-    run_script(STAGE_3, *estimation, *drawn, "--evaluate", "displaced", "--max_new_tokens", "4")
+    run_script(COT_ESTIMATE, *estimation, *drawn, "--evaluate", "displaced", "--max_new_tokens", "4")
     assert (store / "clusters_4.npz").stat().st_mtime_ns == made
     frame = pd.read_csv("results/toy/estimates.csv")
     assert list(frame.columns)[2:] == ["estimate/addsub", "displaced_loss/addsub", "displaced_accuracy/addsub"]
     assert np.isfinite(frame.iloc[:, 2:].to_numpy(float)).all() and frame["displaced_loss/addsub"].std() > 0
 
-    run_script("fast_estimate_forward_selection.py", *estimation)
-    run_script("notebook/select_random_ensemble.py", "results/toy", "--ratio", "0.5")
+    run_script(SELECT, *estimation)
+    run_script(ENSEMBLE, "results/toy", "--ratio", "0.5")
     fine_tuning = [*clusters, "--save_name", "new", "--results_name", "toy"]
     for method in ("forward_selection", "random_ensemble"):
         chosen = [*fine_tuning, "--subset_file", f"sampled_tasks/toy_{method}.txt"]
-        run_script("custom_train.py", *chosen, "--max_new_tokens", "4")
+        run_script(COT, *chosen, "--max_new_tokens", "4")
     results = pd.read_csv("results/toy/results.csv", dtype={"subset": str})
-    with pytest.raises(ValueError, match=r"max_new_tokens: found .*--results_name"):
-        run_script("custom_train.py", *chosen, "--max_new_tokens", "5")
+    refused(r"max_new_tokens: found .*--results_name", run_script, COT, *chosen, "--max_new_tokens", "5")
     metrics = [f"{split}_{metric}/addsub" for split in ("validation", "test") for metric in ("loss", "accuracy")]
     assert list(results.columns) == ["subset", "run", "num_rows", *metrics, "seconds"]
     for subset, rows in zip(results["subset"], results["num_rows"], strict=True):
@@ -121,48 +115,26 @@ def test_clusters_estimates_selection_and_fine_tuning(here: tuple[list[str], str
     assert Path("results/toy/selection.png").is_file()
 
 
-def test_displaced_small_steps_follow_the_first_order(here: tuple[list[str], str]) -> None:
+def test_displaced_small_steps_follow_the_first_order(here):
     """Both evaluations of a tiny displacement move the loss by the same amount."""
     flags, checkpoint = here
     options = ["--load_model_dir", checkpoint, "--project_dim", "24", "--load_clusters", "--num_clusters", "4"]
     options += ["--number_of_subsets", "5", "--max_new_tokens", "2", "--save_name", "stiff", "--rho", "1e3"]
-    run_script(STAGE_3, *flags, *options, "--evaluate", "displaced")
+    run_script(COT_ESTIMATE, *flags, *options, "--evaluate", "displaced")
     frame = pd.read_csv("results/stiff/estimates.csv")
     # levels are another matter: estimates are shifted to measured losses, and the displaced model is not
     predicted, measured = (frame[name] - frame[name].mean() for name in ("estimate/addsub", "displaced_loss/addsub"))
     assert predicted.abs().max() > 0
     np.testing.assert_allclose(measured, predicted, rtol=0.05, atol=2e-6)
-
-
-def test_the_checkpoint_is_untouched(here: tuple[list[str], str]) -> None:
-    """Also by the displaced models of the tests before."""
-    flags, checkpoint = here
+    # the checkpoint is as it was
     load_checkpoint(Path("external_lightning_logs") / checkpoint, flags[flags.index("--model_key") + 1])
 
 
-def test_other_flags_than_the_adapter_has_are_refused(here: tuple[list[str], str]) -> None:
-    flags, checkpoint = here
-    wrong = ["8" if flag == "4" else flag for flag in flags]
-    with pytest.raises(ValueError, match=r"--lora_rank 4 there, 8 typed"):
-        run_script(STAGE_2, *wrong, "--load_model_dir", checkpoint)
-
-
-def test_approximation_error_of_a_chain_of_thought_store(here: tuple[list[str], str]) -> None:
-    """The instruction track's script measures this track's store through the same function."""
-    flags, checkpoint = here
-    at = [*flags, "--load_model_dir", checkpoint, "--project_dim", "24", "--save_name", "near"]
-    run_script("fast_estimate_eval_approximation_alpaca.py", *at, "--scale", "0.01", "0.05", "--seed", "0", "1")
-    errors = pd.read_csv("results/near/approximation_error.csv")
-    assert list(errors.columns) == ["scale", "seed", "first_order", "zero_order"] and len(errors) == 4
-    assert (errors["first_order"] < errors["zero_order"]).all()
-    assert Path("results/near/approximation_error.png").is_file()
-
-
-def test_clusters_of_other_rows_are_made_anew(here: tuple[list[str], str]) -> None:
+def test_clusters_of_other_rows_are_made_anew(here):
     """They are kept by the store's name; a store that was made anew may hold other rows."""
     _, checkpoint = here
     (store,) = Path("gradients").iterdir()
-    command = [STAGE_3, "--load_model_dir", checkpoint, "--load_clusters", "--num_clusters", "3"]
+    command = [COT_ESTIMATE, "--load_model_dir", checkpoint, "--load_clusters", "--num_clusters", "3"]
     command += ["--number_of_subsets", "2", "--results_name", "other"]
     run_script(*command)
     path = store / "clusters_3.npz"

@@ -1,7 +1,5 @@
 """Every table of the paper from its shell file, on the embedded default."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 from pathlib import Path
@@ -23,7 +21,7 @@ COLUMNS = {
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def here(tmp_path_factory):
     return tmp_path_factory.mktemp("tables")
 
 
@@ -34,7 +32,7 @@ def shell(name: str, *flags: str, here: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_table_and_its_commands(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_and_its_commands(name, here, monkeypatch):
     """The shell file's commands make their worlds, shared by all tables, and render the table; one of them from the shell,
     the others here, where the libraries are imported. Those of the paper's data, which take a GPU, are parsed."""
     monkeypatch.chdir(here)
@@ -60,6 +58,6 @@ def test_a_table_and_its_commands(name: str, here: Path, monkeypatch: pytest.Mon
         assert table["test accuracy"].notna().tolist() == 4 * [True] + 4 * [False]
 
 
-def test_an_unknown_flag_is_refused(here: Path) -> None:
+def test_an_unknown_flag_is_refused(here):
     refused = shell("cost", "--smok", here=here)
     assert refused.returncode == 2 and "error: unrecognized argument --smok" in refused.stderr
