@@ -117,7 +117,8 @@ def test_figures_of_the_readme_stand_on_the_pages_that_it_links_to() -> None:
     assert len(numbers) > 20 and numbers <= known
 
 
-OFFERED = "\n".join(text for page, text in TEXTS.items() if page != "docs/decisions.md")  # which names what was rejected
+# docs/decisions.md names what was rejected
+OFFERED = "\n".join(text for page, text in TEXTS.items() if page != "docs/decisions.md")
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z_]+)", OFFERED))))
