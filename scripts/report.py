@@ -1,8 +1,8 @@
-"""One page to look at: what a run found, as a self-contained HTML file.
+"""One page that answers first: which sources to train on, beside all of them and the base model, and how sure that is.
 
-The question and the answer, estimates against fine-tuned values, the selection's way, scores, affinities, what was
-fine-tuned, costs, and the commands that made it; figures are inside the file, and what a run has not made is named with the
-command that makes it.
+Below it: what it cost and what to run next; estimates against fine-tuned values, the search's path, every source in a table
+that can be sorted, affinities, what was fine-tuned, costs, commands. The page is one file with its figures inside; what a run
+has not made is named with the command that makes it.
 
 Reads   results/<name>/
 Writes  results/<name>/report.html
@@ -15,69 +15,47 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
-from src import console
-from src.artifacts import (
-    AFFINITY_FIGURE,
-    COMPARISON_FIGURE,
-    COMPARISON_FILE,
-    ESTIMATES_FIGURE,
-    ESTIMATES_FILE,
-    REPORT_FILE,
-    RESULTS_FILE,
-    SCORES_FIGURE,
-    SCORES_FILE,
-    SELECTION_FIGURE,
-    SELECTION_FILE,
-    atomic_write,
-    read_manifest,
-)
-from src.evaluation import AVERAGE, MEAN, best_fine_tuned
+from src import artifacts, console, evaluation, tables
 from src.stage_select import results_folder
-from src.tables import (
-    TEST_ACCURACY,
-    TEST_LOSS,
-    columns_of,
-    mean_over_targets,
-    names_of,
-    own_targets,
-    parse_subset,
-    read_table,
-)
-
-STYLE = """
-body { font: 16px/1.5 Georgia, serif; color: #222; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-p.lead { font-size: 1.1rem; } .muted { color: #777; }
-figure { margin: .6rem 0; } img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
-table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
-th, td { padding: .22rem .8rem .22rem 0; text-align: left; border-bottom: 1px solid #ddd; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.tasks span { background: #fde8d7; border-radius: .25rem; padding: .05rem .45rem; margin: 0 .3rem .3rem 0;
-  display: inline-block; font: .85rem ui-monospace, monospace; }
-pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; }
-"""
+from src.tables import parse_subset, read_table, subset_text
 
 
-def table_html(frame: pd.DataFrame) -> str:
-    """A frame as an HTML table, numbers with four significant digits."""
+def table_html(frame: pd.DataFrame, sortable: bool = False, marked: Sequence[bool] = ()) -> str:
+    """A frame as an HTML table, numbers with four significant digits; some rows may be marked."""
 
-    def cell(value: object, tag: str, numeric: bool) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        return f"<{tag}{' class=number' if numeric else ''}>{escape(text)}</{tag}>"
+    def cell(value: Any, tag: str, numeric: bool) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        plain = f' class=number data-value="{value if value == value else 1e300}"' if numeric and tag == "td" else ""
+        return f"<{tag}{plain or (' class=number' if numeric else '')}>{escape('–' if text == 'nan' else text)}</{tag}>"
 
     numeric = [pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns]
     head = "".join(cell(name, "th", is_number) for name, is_number in zip(frame.columns, numeric, strict=True))
-    lines = [
-        "".join(cell(value, "td", is_number) for value, is_number in zip(row, numeric, strict=True))
-        for row in frame.itertuples(index=False)
-    ]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    lines = "".join(
+        f"<tr{' class=in' if place < len(marked) and marked[place] else ''}>"
+        f"{''.join(cell(value, 'td', is_number) for value, is_number in zip(row, numeric, strict=True))}</tr>"
+        for place, row in enumerate(frame.itertuples(index=False))
+    )
+    kind = " class=sortable" if sortable else ""
+    return (
+        f"<div class=scroll tabindex=0><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )
+
+
+def details_html(summary: str, content: str) -> str:
+    """Content that a click opens."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def figure_html(path: Path, caption: str, made_by: str) -> str:
@@ -86,108 +64,338 @@ def figure_html(path: Path, caption: str, made_by: str) -> str:
         return f"<p class=muted>{escape(caption)}: not made yet. <code>{escape(made_by)}</code></p>"
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption)
-    return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
-def tasks_html(subset: Sequence[int], tasks: Sequence[str]) -> str:
-    """Names of a subset's tasks."""
-    return f"<p class=tasks>{''.join(f'<span>{escape(tasks[task])}</span>' for task in subset)}</p>"
+class Bar(NamedTuple):
+    """A bar of the chart: a loss, measured or estimated, and an interval, nan where it is not known."""
+
+    label: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    measured: bool = True
 
 
-def selected_html(folder: Path, tasks: Sequence[str]) -> str:
-    """What forward selection and the random ensemble chose."""
-    parts = []
-    if (folder / SELECTION_FILE).is_file():
-        steps = read_table(folder / SELECTION_FILE)
-        for target, of_target in steps[steps["selected"]].groupby("target", sort=False):
-            best = parse_subset(of_target.iloc[-1]["subset"])
-            parts.append(f"<h2>Selected by estimates for {escape(str(target))}: {len(best)} of {len(tasks)} tasks</h2>")
-            parts.append(tasks_html(best, tasks))
-    if (folder / SCORES_FILE).is_file():
-        scores = read_table(folder / SCORES_FILE)
-        chosen = scores.loc[scores["selected"], "task"].tolist()
-        parts.append(
-            f"<h2>By the random ensemble's estimates: {len(chosen)} of {len(tasks)} tasks</h2>"
-            + tasks_html(chosen, tasks)
+def bars_html(bars: Sequence[Bar], caption: str) -> str:
+    """Bars from zero, the first marked; widths are shares of the page's, so that it may have any."""
+    longest = max(float(np.nanmax([bar.value, bar.high])) for bar in bars)
+    drawn, said = [], []
+    for place, bar in enumerate(bars):
+        top, share, kind = 42 * place, 100 / longest, "best" if place == 0 else "bar"
+        value = f"{bar.value:.3f}{'' if bar.measured else ' estimated'}"
+        said.append(f"{bar.label}: {value}" + (f" ({bar.low:.3f} to {bar.high:.3f})" if bar.low == bar.low else ""))
+        drawn.append(
+            f'<text x="0" y="{top + 15}">{escape(bar.label)}</text>'
+            f'<text x="100%" y="{top + 15}" text-anchor="end">{value}</text>'
+            f'<rect class="{kind}{"" if bar.measured else " estimated"}" x="0" y="{top + 20}" height="14" '
+            f'width="{bar.value * share:.2f}%"/>'
         )
-    return "".join(parts) or "<p class=muted>Nothing selected yet: fast_estimate_forward_selection.py</p>"
+        if bar.low == bar.low:
+            ends = f'x1="{max(bar.low, 0) * share:.2f}%" x2="{bar.high * share:.2f}%"'
+            drawn.append(f'<line {ends} y1="{top + 27}" y2="{top + 27}"/>')
+    label = escape(f"Bar chart. {'; '.join(said)}.")
+    svg = f'<svg role="img" aria-label="{label}" width="100%" height="{42 * len(bars)}">{"".join(drawn)}</svg>'
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def fine_tuned_html(folder: Path, tasks: Sequence[str], shown: int = 15) -> str:
-    """What was really fine-tuned: the best subsets by test loss, all tasks and the base model among them."""
-    if not (folder / RESULTS_FILE).is_file():
-        return "<p class=muted>Nothing fine-tuned yet: stage 1's script with --subset_file.</p>"
-    truth = read_table(folder / RESULTS_FILE)
-    targets = own_targets(columns_of(truth, TEST_LOSS), tasks)
-    columns = {"test loss": mean_over_targets(truth, TEST_LOSS, targets)}
-    if columns_of(truth, TEST_ACCURACY):
-        columns["test accuracy"] = mean_over_targets(truth, TEST_ACCURACY, targets)
-    frame = pd.DataFrame({"trained on": truth["subset"], **columns, "seconds": truth["seconds"].astype(float)})
-    frame = frame.groupby("trained on", as_index=False).mean().sort_values("test loss")
-    everything = " ".join(map(str, range(len(tasks))))
-    is_marked = frame["trained on"].isin(["", everything])
-    best = pd.concat([frame[~is_marked].head(shown), frame[is_marked]]).sort_values("test loss")
-    called = {"": "nothing (base model)", everything: f"all {len(tasks)} tasks"}
-    best["trained on"] = [called.get(text) or names_of(parse_subset(text), tasks, 6) for text in best["trained on"]]
-    note = f"<p class=muted>The best {shown} of {len(frame)} by test loss.</p>" if len(frame) > len(best) else ""
-    return table_html(best) + note
+@dataclass
+class Run:
+    """What a results folder holds; `facts` are of the selection, empty where there is none."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.tasks: list[str] = self.manifest["tasks"]
+        kept, _ = evaluation.kept_targets(self.folder)
+        self.targets = [name for name in tables.own_targets(self.manifest["targets"], self.tasks) if name not in kept]
+        self.model = str(self.manifest["model_key"]).rstrip("/").rpartition("/")[2]
+        self.everything = subset_text(range(len(self.tasks)))
+        self.facts, self.summary = self.described(artifacts.SELECTION_FILE), self.described(artifacts.SUMMARY_FILE)
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What stands beside a table."""
+        path = (self.folder / name).with_suffix(".json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def table(self, name: str, of_subsets: bool = False) -> pd.DataFrame:
+        """A table, empty where it is not there."""
+        path = self.folder / name
+        return read_table(path, of_subsets) if path.is_file() else pd.DataFrame()
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        return self.table(artifacts.SELECTION_FILE)
+
+    @cached_property
+    def truth(self) -> pd.DataFrame:
+        return self.table(artifacts.RESULTS_FILE, of_subsets=True)
+
+    @cached_property
+    def measured(self) -> set[str]:
+        return set(self.truth["subset"]) if len(self.truth) else set()
+
+    @cached_property
+    def selected(self) -> dict[str, tuple[str, float]]:
+        """Of each search, by target: the subset and its estimate."""
+        found = {}
+        for target, steps in self.steps.groupby("target", sort=False) if len(self.steps) else ():
+            base = next(iter(self.facts.get("references", {}).get(target, {"": math.nan}).values()))
+            value = tables.SCORE if tables.SCORE in steps else tables.ESTIMATE
+            last = steps[steps["selected"]].iloc[-1:]
+            found[str(target)] = (last["subset"].item(), float(last[value].item())) if len(last) else ("", base)
+        return found
+
+    @cached_property
+    def answer(self) -> evaluation.Answer:
+        """The best of what was fine-tuned, or what is selected by estimates."""
+        texts = {text for text, _ in self.selected.values()}
+        if self.measured - {"", self.everything} | (self.measured & texts) and texts <= self.measured | {""}:
+            return evaluation.best_fine_tuned(self.folder, self.tasks)
+        lines, what = [], tables.RANKING_ONLY if self.manifest["ranks_only"] else "estimated validation loss"
+        for target, (text, estimate) in self.selected.items():
+            subset, references = parse_subset(text), self.facts.get("references", {}).get(target, {})
+            lines.append(f"Estimated to be best for {target}: {tables.names_of(subset, self.tasks) or 'no source'} "
+                         f"({len(subset)} of {len(self.tasks)} sources).")  # fmt: skip
+            beside = "".join(f", {value:.4g} of {name}" for name, value in references.items())
+            lines.append(f"{what.capitalize()}: {estimate:.4g} of these{beside}.")
+            if not self.manifest["ranks_only"] and references and estimate >= next(iter(references.values())):
+                lines[-1] += " No selection is estimated to beat the base model."
+        only = next(iter(self.selected.values()))[0] if len(self.selected) == 1 else ""
+        lines = [*lines, "It has not been fine-tuned yet."] if lines else ["Nothing is selected yet."]
+        return evaluation.Answer(parse_subset(only), tuple(lines))
+
+    def losses(self, metric: str, texts: Sequence[str]) -> pd.DataFrame:
+        """Losses by subset and run, the mean over targets."""
+        rows = self.truth.assign(loss=tables.mean_over_targets(self.truth, metric, self.targets))
+        return rows.pivot_table(index="subset", columns="run", values="loss").loc[list(texts)]
+
+    def chart(self) -> str:
+        """The answer's loss beside that of the other selections, of all sources, random subsets, and the base model."""
+        sizes, best = f"{len(self.tasks)} sources", subset_text(self.answer.subset)
+        named = {best: f"this answer ({console.counted(len(self.answer.subset), 'source')})" if best else "base model"}
+        estimates = {}
+        scores = self.table(artifacts.SCORES_FILE)
+        ensemble = subset_text(scores.loc[scores["selected"], "task"].tolist()) if len(scores) else ""
+        if len(self.selected) == 1 and not self.manifest["ranks_only"]:
+            ((target, (text, estimate)),) = self.selected.items()
+            estimates = dict(
+                zip(["", self.everything], self.facts.get("references", {}).get(target, {}).values(), strict=False)
+            )
+            estimates |= {text: estimate} if text else {}
+            named |= {text: named.get(text, f"by the search ({len(parse_subset(text))})")}
+        if ensemble in self.measured - {""}:
+            named |= {ensemble: named.get(ensemble, f"by the random ensemble ({len(parse_subset(ensemble))})")}
+        named |= {text: named.get(text, name) for text, name in ((self.everything, f"all {sizes}"), ("", "base model"))}
+        shown = [text for text in named if text in self.measured or text in estimates]
+        if not shown:
+            return "<p class=muted>No losses are known yet, so there is no chart: nothing is fine-tuned.</p>"
+        of_test = (
+            bool(set(tables.columns_of(self.truth, tables.TEST_LOSS)) >= set(self.targets)) if self.measured else False
+        )
+        metric = tables.TEST_LOSS if of_test and set(shown) <= self.measured else tables.VALIDATION_LOSS
+        found = self.losses(metric, sorted(self.measured)) if self.measured else pd.DataFrame()
+        bars = []
+        for text in shown:
+            if text not in self.measured:
+                bars.append(Bar(named[text], estimates[text], measured=text == ""))
+                continue
+            runs = found.loc[text].dropna().to_numpy()
+            half = (
+                student.ppf(0.95, len(runs) - 1) * runs.std(ddof=1) / math.sqrt(len(runs))
+                if len(runs) > 1
+                else math.nan
+            )
+            bars.append(Bar(named[text], runs.mean(), runs.mean() - half, runs.mean() + half))
+        estimated = self.table(artifacts.ESTIMATES_FILE)
+        random = sorted((self.measured & set(estimated.get("subset", ()))) - set(named))
+        if len(random) > 1:
+            means = found.loc[random].mean(axis=1)
+            bars.insert(
+                -1 if best else len(bars),
+                Bar(f"random subsets (mean of {len(random)})", means.mean(), means.min(), means.max()),
+            )
+        kind = metric.replace("_", " ")
+        caption = f"Mean {kind} of {', '.join(self.targets)} in nats per token, lower is better."
+        if len(random) > 1:
+            caption += " The line of the random subsets goes from the lowest to the highest."
+        if not all(bar.measured for bar in bars):
+            caption += " Pale bars are estimates."
+        seeds = self.truth["run"].nunique() if self.measured else 0
+        caption += f" Lines are 90 % intervals over {seeds} seeds." if seeds > 1 else ""
+        if seeds == 1:
+            caption += " One seed each, so that other bars have no interval; intervals of differences stand above."
+        return bars_html(bars, caption)
+
+    def trust(self) -> str:
+        """How far estimates can be trusted: against what was fine-tuned, and by the agreement of checkpoints."""
+        said, estimates = [], self.table(artifacts.ESTIMATES_FILE)
+        common = sorted((self.measured & set(estimates.get("subset", ()))) - {""})
+        prefix = tables.estimate_prefix(estimates)
+        if len(common) >= 3 and set(self.targets) <= set(tables.columns_of(estimates, prefix)):
+            guess = tables.mean_over_targets(estimates.set_index("subset").loc[common], prefix, self.targets)
+            true = self.losses(tables.VALIDATION_LOSS, common).mean(axis=1).to_numpy()
+            low, high = evaluation.bootstrap_interval(np.stack([guess, true], axis=1))
+            said.append(f"Over {len(common)} subsets that were really fine-tuned, estimates rank losses with Spearman "
+                        f"{evaluation.linear_datamodeling_score(guess, true):.2f} (90 % interval {low:.2f} to {high:.2f}).")  # fmt: skip
+        else:
+            said.append("No three subsets have both an estimate and a fine-tuned loss, so nothing was measured here.")
+        return " ".join([*said, self.facts.get("trust", "")])
+
+    def seconds(self) -> dict[str, float]:
+        """What each stage took."""
+        known = {
+            name: value for name, value in self.summary.get("seconds", {}).items() if not name.startswith("fine_tuning")
+        }
+        known |= self.manifest["seconds"]
+        for stage, facts in (("selection", self.facts), ("random_ensemble", self.described(artifacts.SCORES_FILE))):
+            known |= {stage: facts["seconds"]} if facts else {}
+        known.pop("forward_selection", None)
+        known |= {"fine_tuning": float(self.truth["seconds"].astype(float).sum())} if self.measured else {}
+        return {name.replace("_", " "): value for name, value in known.items()}
+
+    def next_html(self) -> str:
+        """What to run next."""
+        training, file = self.facts.get("training", "python custom_train*.py"), self.facts.get("subset_file", "FILE")
+        chosen, flags = " ".join(map(str, self.answer.subset)), training.partition(".py")[2]
+        subset = f"--task_idxes {chosen}" if chosen else f"--subset_file {file}"
+        commands = {"See whether another seed says the same": f"{training} {subset} --runs 2"}
+        if not self.selected:
+            commands = {
+                "Search for the best subset": self.manifest.get("next", "python fast_estimate_forward_selection.py")
+            }
+        elif not {text for text, _ in self.selected.values()} <= self.measured | {""}:
+            commands = {"Fine-tune what is selected": f"{training} --subset_file {file}"}
+        elif chosen:
+            write = f"python scripts/export_selection.py{flags} --task_idxes {chosen}"
+            commands = {"Write the rows to train on": write, **commands}
+        return "".join(f"{escape(why)}:<pre>{escape(command)}</pre>" for why, command in commands.items())
+
+    def sources_html(self) -> str:
+        """Every source, a table for each target of a search."""
+        sources, scores = self.table(artifacts.SOURCES_FILE), self.table(artifacts.SCORES_FILE)
+        parts = []
+        for target, frame in sources.groupby("target", sort=False) if len(sources) else ():
+            shown = frame.rename(columns={"name": "source", "affinity": "alone, lowers the loss by"})
+            if len(scores):
+                shown.insert(
+                    4, "random-ensemble score", scores.set_index("name")["score"].reindex(frame["name"]).to_numpy()
+                )
+            shown["in or out"] = ["in" if is_in else "out" for is_in in frame["selected"]]
+            shown["change of the loss if taken out or put in"] = frame["change"]
+            table = table_html(shown.drop(columns=["target", "selected", "change"]), True, frame["selected"].tolist())
+            several = sources["target"].nunique() > 1
+            parts.append(details_html(f"For {target}", table) if several else table)
+        what = "Losses are estimates" if not self.manifest["ranks_only"] else "Losses are scores that only rank"
+        note = f"<p class=muted>{what}. A heading sorts by its column.</p>"
+        return "".join(parts) + note if parts else "<p class=muted>Not known yet: stage 4 writes it.</p>"
+
+    def fine_tuned_html(self, shown: int = 15) -> str:
+        """What was really fine-tuned: the best subsets by test loss, all tasks and the base model among them."""
+        if not self.measured:
+            return "<p class=muted>Nothing fine-tuned yet: stage 1's script with --subset_file.</p>"
+        targets, truth = self.targets, self.truth
+        metrics = [m for m in (tables.VALIDATION_LOSS, tables.TEST_LOSS, tables.TEST_ACCURACY)
+                   if set(targets) <= set(tables.columns_of(truth, m))]  # fmt: skip
+        columns = {metric.replace("_", " "): tables.mean_over_targets(truth, metric, targets) for metric in metrics}
+        frame = pd.DataFrame({"trained on": truth["subset"], **columns, "seconds": truth["seconds"].astype(float)})
+        order = "test loss" if "test loss" in columns else "validation loss"
+        frame = frame.groupby("trained on", as_index=False).mean().sort_values(order)
+        marked = frame["trained on"].isin(["", self.everything])
+        best = pd.concat([frame[~marked].head(shown), frame[marked]]).sort_values(order)
+        called = {"": "nothing (base model)", self.everything: f"all {len(self.tasks)} sources"}
+        best["trained on"] = [
+            called.get(x) or tables.names_of(parse_subset(x), self.tasks, 6) for x in best["trained on"]
+        ]
+        note = f"<p class=muted>The best {shown} of {len(frame)} by {order}.</p>" if len(frame) > len(best) else ""
+        return table_html(best, sortable=True) + note
 
 
-def answer_html(folder: Path, tasks: Sequence[str]) -> str:
-    """What to do, where something was fine-tuned."""
-    if not (folder / RESULTS_FILE).is_file():
-        return ""
-    headline, *more = best_fine_tuned(folder, tasks).lines
-    return f"<h2>{escape(headline)}</h2><p>{escape(' '.join(more))}</p>"
+def search_html(run: Run) -> str:
+    """The path of the search as a figure and as a table, and what it does to other targets."""
+    path = figure_html(
+        run.folder / artifacts.SELECTION_FIGURE,
+        "The estimate along the search, step by step",
+        run.manifest.get("next", ""),
+    )
+    if len(run.steps):
+        path += details_html("The path as a table", table_html(run.steps.drop(columns=["task"])))
+    if (figure := run.folder / artifacts.TRADEOFF_FIGURE).is_file():
+        caption = "The target's estimate against the rise of the worst of the targets to keep, step by step"
+        path += "<h2>What the selection does to other targets</h2>" + figure_html(figure, caption, "")
+    return path
 
 
-def later_commands(folder: Path) -> list[str]:
-    """What was typed after stage 3 for the tables that are there."""
-    described = (folder / Path(name).with_suffix(".json") for name in (SELECTION_FILE, SCORES_FILE, COMPARISON_FILE))
-    return [json.loads(path.read_text(encoding="utf-8"))["command"] for path in described if path.is_file()]
+def judged_html(run: Run) -> str:
+    """Estimates against fine-tuned values."""
+    compared, parts = run.table(artifacts.COMPARISON_FILE), []
+    if len(compared):
+        several = compared[compared["target"].isin([evaluation.AVERAGE, evaluation.MEAN])]
+        kept = ["target", "predictor", "lds", "lds_low", "lds_high", "relative_error", "attainable"]
+        parts.append(table_html((several if len(several) else compared)[kept]))
+    truth = run.manifest["calibrate"] or (run.folder / artifacts.RESULTS_FILE if run.measured else "TRUTH.csv")
+    command = f"python notebook/compare_estimates.py {run.folder / artifacts.ESTIMATES_FILE} {truth}"
+    figures = (run.folder / name for name in (artifacts.COMPARISON_FIGURE, artifacts.ESTIMATES_FIGURE))
+    figure = next((path for path in figures if path.is_file()), run.folder / artifacts.COMPARISON_FIGURE)
+    return figure_html(figure, "Estimates against fine-tuned losses, a point for each subset", command) + "".join(parts)
+
+
+def affinity_html(run: Run) -> str:
+    """How much each source alone helps each target."""
+    select = f"{run.facts.get('command') or run.manifest.get('next', '')} --per_target"
+    heat = figure_html(
+        run.folder / artifacts.AFFINITY_FIGURE, "How much each source alone lowers each target's loss", select
+    )
+    table = run.table(artifacts.AFFINITY_FILE)
+    return heat + (details_html("The heat map as a table", table_html(table, sortable=True)) if len(table) else "")
 
 
 def page(folder: Path) -> str:
     """The page of a results folder."""
-    manifest = read_manifest(folder, "stage 3 (fast_estimate_linear_regression*.py) with this --results_name")
-    tasks, targets = manifest["tasks"], own_targets(manifest["targets"], manifest["tasks"])
-    question = (
-        f"Which of {len(tasks)} data sources should {manifest['model_key']} be fine-tuned on for {', '.join(targets)}?"
+    run = Run(
+        folder,
+        artifacts.read_manifest(folder, "stage 3 (fast_estimate_linear_regression*.py) with this --results_name"),
     )
-    sections = [
-        f"<h1>{escape(folder.name)}</h1><p class=lead>{escape(question)}</p>",
-        answer_html(folder, tasks),
-        selected_html(folder, tasks),
-        "<h2>Are the estimates right?</h2>",
-    ]
-    if (folder / COMPARISON_FILE).is_file():
-        compared = read_table(folder / COMPARISON_FILE)
-        several = compared[compared["target"].isin([AVERAGE, MEAN])]
-        shown = several if len(several) else compared
-        kept = ["target", "predictor", "lds", "lds_low", "lds_high", "relative_error", "attainable"]
-        sections.append(table_html(shown[kept]))
-    truth = manifest["calibrate"] or "TRUTH.csv"
-    compare = f"python notebook/compare_estimates.py {folder / ESTIMATES_FILE} {truth}"
-    name = COMPARISON_FIGURE if (folder / COMPARISON_FIGURE).is_file() else ESTIMATES_FIGURE
-    select = "fast_estimate_forward_selection.py with stage 3's flags"
-    sections += [
-        figure_html(folder / name, "Estimates against fine-tuned losses", compare),
-        "<h2>How the selection went</h2>",
-        figure_html(folder / SELECTION_FIGURE, "The estimate along forward selection", select),
-        figure_html(
-            folder / SCORES_FIGURE, "Random-ensemble scores and how soon they settle",
-            f"python notebook/select_random_ensemble.py {folder}",
+    targets, (headline, *more) = ", ".join(run.targets), run.answer.lines
+    seconds = {stage: value for stage, value in run.seconds().items() if value}
+    costs = ", ".join(f"{stage} {console.duration(value)}" for stage, value in seconds.items())
+    described = (
+        run.described(name) for name in (artifacts.SELECTION_FILE, artifacts.SCORES_FILE, artifacts.COMPARISON_FILE)
+    )
+    commands = [*run.manifest["commands"], *(facts["command"] for facts in described if facts)]
+    scores = "Random-ensemble scores of the sources with standard errors, and how soon their ranking settles"
+    facts = {
+        "How far to trust it": f"<p>{escape(run.trust())}</p>",
+        "What it cost": f"<p>{console.duration(sum(seconds.values()))} ({escape(costs)}).</p>",
+        "What to run next": run.next_html(),
+    }
+    sections = {
+        "Are the estimates right?": judged_html(run),
+        "How the search went": search_html(run),
+        "Every source": run.sources_html()
+        + figure_html(
+            run.folder / artifacts.SCORES_FIGURE, scores, f"python notebook/select_random_ensemble.py {folder}"
         ),
-        figure_html(folder / AFFINITY_FIGURE, "How much each task alone helps each target", f"{select} --per_target"),
-        "<h2>Really fine-tuned</h2>",
-        fine_tuned_html(folder, tasks),
-        "<h2>What it cost</h2>",
-        table_html(pd.DataFrame({stage.replace("_", " ") + " (s)": [float(v)] for stage, v in manifest["seconds"].items()})),
-        "<h2>To make it again</h2>",
-        f"<pre>{escape(chr(10).join([*manifest['commands'], *later_commands(folder)]))}</pre>",
-    ]  # fmt: skip
-    head = f"<meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>\n"
+        "What each source does to each target": affinity_html(run),
+        "Really fine-tuned": run.fine_tuned_html(),
+        "What it cost, stage by stage": table_html(
+            pd.DataFrame({"stage": list(seconds), "seconds": list(seconds.values())})
+        ),
+        "To make it again": f"<pre>{escape(chr(10).join(commands))}</pre>",
+    }
+    question = f"Which of {len(run.tasks)} data sources should {run.model} be fine-tuned on for {targets}?"
+    title = escape(f"{run.model} for {targets}: which of {len(run.tasks)} data sources")
+    style, script = (Path(__file__).with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js"))
+    return (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title>"
+        f"<meta name=viewport content='width=device-width, initial-scale=1'><style>{style}</style></head><body>"
+        f"<h1>{escape(question)}</h1><h2 class=answer>{escape(headline)}</h2>"
+        f"{''.join(f'<p>{escape(line)}</p>' for line in more)}{run.chart()}"
+        f"<dl>{''.join(f'<dt>{name}</dt><dd>{content}</dd>' for name, content in facts.items())}</dl>"
+        f"{''.join(f'<h2>{name}</h2>{content}' for name, content in sections.items())}"
+        f"<script>{script}</script></body></html>\n"
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -201,9 +409,9 @@ def main(args: argparse.Namespace) -> None:
     """A page for each."""
     for name in args.results:
         folder = results_folder(name)
-        with atomic_write(folder / REPORT_FILE) as temporary:
+        with artifacts.atomic_write(folder / artifacts.REPORT_FILE) as temporary:
             temporary.write_text(page(folder), encoding="utf-8")
-        print(f"Wrote {folder / REPORT_FILE}. Open it in a browser.")
+        print(f"Wrote {folder / artifacts.REPORT_FILE}. Open it in a browser.")
 
 
 if __name__ == "__main__":
