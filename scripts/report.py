@@ -38,7 +38,7 @@ def table_html(frame: pd.DataFrame, sortable: bool = False, marked: Sequence[boo
     def cell(value: Any, tag: str, numeric: bool) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         plain = f' class=number data-value="{value if value == value else 1e300}"' if numeric and tag == "td" else ""
-        return f"<{tag}{plain or (' class=number' if numeric else '')}>{escape('–' if text == 'nan' else text)}</{tag}>"
+        return f"<{tag}{plain or (' class=number' if numeric else '')}>{escape('-' if text == 'nan' else text)}</{tag}>"
 
     numeric = [pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns]
     head = "".join(cell(name, "th", is_number) for name, is_number in zip(frame.columns, numeric, strict=True))
@@ -225,7 +225,7 @@ class Run:
         seeds = self.truth["run"].nunique() if self.measured else 0
         caption += f" Lines are 90 % intervals over {seeds} seeds." if seeds > 1 else ""
         if seeds == 1:
-            caption += " One seed each, so that other bars have no interval; intervals of differences stand above."
+            caption += " One seed each: bars have no intervals, those of differences stand above."
         return bars_html(bars, caption)
 
     def trust(self) -> str:
@@ -259,8 +259,9 @@ class Run:
         """What to run next."""
         training, file = self.facts.get("training", "python custom_train*.py"), self.facts.get("subset_file", "FILE")
         chosen, flags = " ".join(map(str, self.answer.subset)), training.partition(".py")[2]
+        seeds = self.truth["run"].nunique() if self.measured else 1
         subset = f"--task_idxes {chosen}" if chosen else f"--subset_file {file}"
-        commands = {"See whether another seed says the same": f"{training} {subset} --runs 2"}
+        commands = {"See whether another seed says the same": f"{training} {subset} --runs {seeds + 1}"}
         if not self.selected:
             commands = {
                 "Search for the best subset": self.manifest.get("next", "python fast_estimate_forward_selection.py")

@@ -42,7 +42,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 def about_run(facts: Mapping[str, Any], target: str = "", *more: str) -> str:
     """The subtitle of a figure: model, data, number of sources, target, and what else is to be said, of `Estimator.facts`."""
     known = [str(facts["model_key"]).rstrip("/").rpartition("/")[2]] if "model_key" in facts else []
-    known += [shorten(facts["data"], 36)] if "data" in facts else []
+    known += [f"data {shorten(facts['data'], 36)}"] if "data" in facts else []
     known += [f"{len(facts['tasks'])} sources"] if "tasks" in facts else []
     known += [f"target {shorten(target, 40)}"] if target else []
     known += [f"seed {facts['seed']}"] if "seed" in facts else []
