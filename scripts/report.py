@@ -62,9 +62,9 @@ def figure_html(path: Path, caption: str, made_by: str) -> str:
     """A figure inside the page, or what would make it."""
     if not path.is_file():
         return f"<p class=muted>{escape(caption)}: not made yet. <code>{escape(made_by)}</code></p>"
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    data, text = path.read_bytes(), escape(caption)
+    wide = " class=wide" if int.from_bytes(data[16:20]) > 1200 else ""  # the width in a PNG's head
+    return f'<figure{wide}><img alt="{text}" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{text}</figcaption></figure>'
 
 
 class Bar(NamedTuple):
@@ -108,11 +108,18 @@ class Run:
 
     def __post_init__(self) -> None:
         self.tasks: list[str] = self.manifest["tasks"]
-        kept, _ = evaluation.kept_targets(self.folder)
-        self.targets = [name for name in tables.own_targets(self.manifest["targets"], self.tasks) if name not in kept]
-        self.model = str(self.manifest["model_key"]).rstrip("/").rpartition("/")[2]
-        self.everything = subset_text(range(len(self.tasks)))
         self.facts, self.summary = self.described(artifacts.SELECTION_FILE), self.described(artifacts.SUMMARY_FILE)
+        self.steps, self.truth = (
+            self.table(artifacts.SELECTION_FILE),
+            self.table(artifacts.RESULTS_FILE, of_subsets=True),
+        )
+        self.scores, self.estimates = self.table(artifacts.SCORES_FILE), self.table(artifacts.ESTIMATES_FILE)
+        self.measured, self.everything = set(self.truth.get("subset", ())), subset_text(range(len(self.tasks)))
+        self.seeds = self.truth["run"].nunique() if self.measured else 0
+        kept, known = evaluation.kept_targets(self.folder)[0], tables.columns_of(self.truth, tables.VALIDATION_LOSS)
+        own = [name for name in tables.own_targets(self.manifest["targets"], self.tasks) if name not in kept]
+        self.targets = [name for name in own if name in known] or own
+        self.model = str(self.manifest["model_key"]).rstrip("/").rpartition("/")[2]
 
     def described(self, name: str) -> dict[str, Any]:
         """What stands beside a table."""
@@ -125,148 +132,137 @@ class Run:
         return read_table(path, of_subsets) if path.is_file() else pd.DataFrame()
 
     @cached_property
-    def steps(self) -> pd.DataFrame:
-        return self.table(artifacts.SELECTION_FILE)
-
-    @cached_property
-    def truth(self) -> pd.DataFrame:
-        return self.table(artifacts.RESULTS_FILE, of_subsets=True)
-
-    @cached_property
-    def measured(self) -> set[str]:
-        return set(self.truth["subset"]) if len(self.truth) else set()
-
-    @cached_property
     def selected(self) -> dict[str, tuple[str, float]]:
         """Of each search, by target: the subset and its estimate."""
         found = {}
         for target, steps in self.steps.groupby("target", sort=False) if len(self.steps) else ():
-            base = next(iter(self.facts.get("references", {}).get(target, {"": math.nan}).values()))
-            value = tables.SCORE if tables.SCORE in steps else tables.ESTIMATE
             last = steps[steps["selected"]].iloc[-1:]
-            found[str(target)] = (last["subset"].item(), float(last[value].item())) if len(last) else ("", base)
+            value = tables.SCORE if tables.SCORE in steps else tables.ESTIMATE
+            nothing = next(iter(self.references(str(target)).values()), math.nan)
+            found[str(target)] = (last["subset"].item(), float(last[value].item())) if len(last) else ("", nothing)
         return found
+
+    def references(self, target: str) -> dict[str, float]:
+        """Of a search: the estimates, or losses, of the base model and of all tasks."""
+        return self.facts.get("references", {}).get(target, {})
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether what is selected, or something else where nothing is, was fine-tuned."""
+        texts = {text for text, _ in self.selected.values()}
+        return texts <= self.measured | {""} and bool(self.measured - {"", self.everything} | (self.measured & texts))
 
     @cached_property
     def answer(self) -> evaluation.Answer:
         """The best of what was fine-tuned, or what is selected by estimates."""
-        texts = {text for text, _ in self.selected.values()}
-        if self.measured - {"", self.everything} | (self.measured & texts) and texts <= self.measured | {""}:
+        if self.is_measured:
             return evaluation.best_fine_tuned(self.folder, self.tasks)
-        lines, what = [], tables.RANKING_ONLY if self.manifest["ranks_only"] else "estimated validation loss"
+        lines, ranks_only = [], self.manifest["ranks_only"]
         for target, (text, estimate) in self.selected.items():
-            subset, references = parse_subset(text), self.facts.get("references", {}).get(target, {})
-            lines.append(f"Estimated to be best for {target}: {tables.names_of(subset, self.tasks) or 'no source'} "
-                         f"({len(subset)} of {len(self.tasks)} sources).")  # fmt: skip
+            subset, references = parse_subset(text), self.references(target)
+            names, count = (
+                tables.names_of(subset, self.tasks) or "no source",
+                f"{len(subset)} of {len(self.tasks)} sources",
+            )
+            what = tables.RANKING_ONLY.capitalize() if ranks_only else "Estimated validation loss"
             beside = "".join(f", {value:.4g} of {name}" for name, value in references.items())
-            lines.append(f"{what.capitalize()}: {estimate:.4g} of these{beside}.")
-            if not self.manifest["ranks_only"] and references and estimate >= next(iter(references.values())):
+            lines += [
+                f"Estimated to be best for {target}: {names} ({count}).",
+                f"{what}: {estimate:.4g} of these{beside}.",
+            ]
+            if not ranks_only and estimate >= next(iter(references.values()), math.inf):
                 lines[-1] += " No selection is estimated to beat the base model."
+        lines += ["It has not been fine-tuned yet."] if lines else ["Nothing is selected yet."]
         only = next(iter(self.selected.values()))[0] if len(self.selected) == 1 else ""
-        lines = [*lines, "It has not been fine-tuned yet."] if lines else ["Nothing is selected yet."]
         return evaluation.Answer(parse_subset(only), tuple(lines))
 
     def losses(self, metric: str, texts: Sequence[str]) -> pd.DataFrame:
         """Losses by subset and run, the mean over targets."""
+        if not self.measured:
+            return pd.DataFrame()
         rows = self.truth.assign(loss=tables.mean_over_targets(self.truth, metric, self.targets))
         return rows.pivot_table(index="subset", columns="run", values="loss").loc[list(texts)]
 
     def chart(self) -> str:
         """The answer's loss beside that of the other selections, of all sources, random subsets, and the base model."""
-        sizes, best = f"{len(self.tasks)} sources", subset_text(self.answer.subset)
-        named = {best: f"this answer ({console.counted(len(self.answer.subset), 'source')})" if best else "base model"}
-        estimates = {}
-        scores = self.table(artifacts.SCORES_FILE)
-        ensemble = subset_text(scores.loc[scores["selected"], "task"].tolist()) if len(scores) else ""
+        best, estimates = subset_text(self.answer.subset), {}
+        others = [(self.everything, f"all {len(self.tasks)} sources"), ("", "base model")]
+        if len(self.scores) and (text := subset_text(self.scores.loc[self.scores["selected"], "task"].tolist())):
+            others.insert(0, (text, f"by the random ensemble ({len(parse_subset(text))})"))
         if len(self.selected) == 1 and not self.manifest["ranks_only"]:
             ((target, (text, estimate)),) = self.selected.items()
-            estimates = dict(
-                zip(["", self.everything], self.facts.get("references", {}).get(target, {}).values(), strict=False)
-            )
-            estimates |= {text: estimate} if text else {}
-            named |= {text: named.get(text, f"by the search ({len(parse_subset(text))})")}
-        if ensemble in self.measured - {""}:
-            named |= {ensemble: named.get(ensemble, f"by the random ensemble ({len(parse_subset(ensemble))})")}
-        named |= {text: named.get(text, name) for text, name in ((self.everything, f"all {sizes}"), ("", "base model"))}
-        shown = [text for text in named if text in self.measured or text in estimates]
-        if not shown:
+            estimates = dict(zip(("", self.everything), self.references(target).values(), strict=False)) | {
+                text: estimate
+            }
+            others[:0] = [(text, f"by the search ({len(parse_subset(text))})")] if text else []
+        named = {best: f"this answer ({console.counted(len(self.answer.subset), 'source')})" if best else "base model"}
+        named |= {text: name for text, name in others if text != best and text in {*self.measured, *estimates}}
+        if not set(named) <= {*self.measured, *estimates}:
             return "<p class=muted>No losses are known yet, so there is no chart: nothing is fine-tuned.</p>"
         of_test = (
-            bool(set(tables.columns_of(self.truth, tables.TEST_LOSS)) >= set(self.targets)) if self.measured else False
+            set(self.targets) <= set(tables.columns_of(self.truth, tables.TEST_LOSS)) and set(named) <= self.measured
         )
-        metric = tables.TEST_LOSS if of_test and set(shown) <= self.measured else tables.VALIDATION_LOSS
-        found = self.losses(metric, sorted(self.measured)) if self.measured else pd.DataFrame()
-        bars = []
-        for text in shown:
-            if text not in self.measured:
-                bars.append(Bar(named[text], estimates[text], measured=text == ""))
-                continue
-            runs = found.loc[text].dropna().to_numpy()
-            half = (
-                student.ppf(0.95, len(runs) - 1) * runs.std(ddof=1) / math.sqrt(len(runs))
-                if len(runs) > 1
-                else math.nan
-            )
-            bars.append(Bar(named[text], runs.mean(), runs.mean() - half, runs.mean() + half))
-        estimated = self.table(artifacts.ESTIMATES_FILE)
-        random = sorted((self.measured & set(estimated.get("subset", ()))) - set(named))
+        metric = tables.TEST_LOSS if of_test else tables.VALIDATION_LOSS
+        found, bars = self.losses(metric, sorted(self.measured)), []
+        for text, name in named.items():
+            if text in self.measured:
+                runs = found.loc[text].dropna().to_numpy()
+                spread = runs.std(ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
+                half = student.ppf(0.95, max(len(runs) - 1, 1)) * spread
+                bars.append(Bar(name, runs.mean(), runs.mean() - half, runs.mean() + half))
+            else:
+                bars.append(Bar(name, estimates[text], measured=text == ""))
+        caption = f"Mean {metric.replace('_', ' ')} of {', '.join(self.targets)} in nats per token, lower is better."
+        random = sorted((self.measured & set(self.estimates["subset"])) - set(named))
         if len(random) > 1:
-            means = found.loc[random].mean(axis=1)
-            bars.insert(
-                -1 if best else len(bars),
-                Bar(f"random subsets (mean of {len(random)})", means.mean(), means.min(), means.max()),
-            )
-        kind = metric.replace("_", " ")
-        caption = f"Mean {kind} of {', '.join(self.targets)} in nats per token, lower is better."
-        if len(random) > 1:
+            means, label = found.loc[random].mean(axis=1), f"random subsets (mean of {len(random)})"
+            bars.insert(-1 if best else len(bars), Bar(label, means.mean(), means.min(), means.max()))
             caption += " The line of the random subsets goes from the lowest to the highest."
-        if not all(bar.measured for bar in bars):
-            caption += " Pale bars are estimates."
-        seeds = self.truth["run"].nunique() if self.measured else 0
-        caption += f" Lines are 90 % intervals over {seeds} seeds." if seeds > 1 else ""
-        if seeds == 1:
-            caption += " One seed each: bars have no intervals, those of differences stand above."
+        caption += "" if all(bar.measured for bar in bars) else " Pale bars are estimates."
+        caption += f" Lines are 90 % intervals over {self.seeds} seeds." if self.seeds > 1 else ""
+        caption += (
+            " One seed each: bars have no intervals, those of differences stand above." if self.seeds == 1 else ""
+        )
         return bars_html(bars, caption)
 
     def trust(self) -> str:
         """How far estimates can be trusted: against what was fine-tuned, and by the agreement of checkpoints."""
-        said, estimates = [], self.table(artifacts.ESTIMATES_FILE)
-        common = sorted((self.measured & set(estimates.get("subset", ()))) - {""})
-        prefix = tables.estimate_prefix(estimates)
-        if len(common) >= 3 and set(self.targets) <= set(tables.columns_of(estimates, prefix)):
-            guess = tables.mean_over_targets(estimates.set_index("subset").loc[common], prefix, self.targets)
+        common, prefix = (
+            sorted((self.measured & set(self.estimates["subset"])) - {""}),
+            tables.estimate_prefix(self.estimates),
+        )
+        said = "No three subsets have both an estimate and a fine-tuned loss, so nothing was measured here."
+        if len(common) >= 3 and set(self.targets) <= set(tables.columns_of(self.estimates, prefix)):
+            guess = tables.mean_over_targets(self.estimates.set_index("subset").loc[common], prefix, self.targets)
             true = self.losses(tables.VALIDATION_LOSS, common).mean(axis=1).to_numpy()
             low, high = evaluation.bootstrap_interval(np.stack([guess, true], axis=1))
-            said.append(f"Over {len(common)} subsets that were really fine-tuned, estimates rank losses with Spearman "
-                        f"{evaluation.linear_datamodeling_score(guess, true):.2f} (90 % interval {low:.2f} to {high:.2f}).")  # fmt: skip
-        else:
-            said.append("No three subsets have both an estimate and a fine-tuned loss, so nothing was measured here.")
-        return " ".join([*said, self.facts.get("trust", "")])
+            spearman = (
+                f"{evaluation.linear_datamodeling_score(guess, true):.2f} (90 % interval {low:.2f} to {high:.2f})"
+            )
+            said = f"Over {len(common)} subsets that were really fine-tuned, estimates rank losses with Spearman {spearman}."
+        return f"{said} {self.facts.get('trust', '')}"
 
     def seconds(self) -> dict[str, float]:
         """What each stage took."""
-        known = {
-            name: value for name, value in self.summary.get("seconds", {}).items() if not name.startswith("fine_tuning")
-        }
+        known = {name: value for name, value in self.summary.get("seconds", {}).items() if "fine_tuning" not in name}
         known |= self.manifest["seconds"]
-        for stage, facts in (("selection", self.facts), ("random_ensemble", self.described(artifacts.SCORES_FILE))):
-            known |= {stage: facts["seconds"]} if facts else {}
-        known.pop("forward_selection", None)
-        known |= {"fine_tuning": float(self.truth["seconds"].astype(float).sum())} if self.measured else {}
-        return {name.replace("_", " "): value for name, value in known.items()}
+        for stage, name in (
+            ("forward_selection", artifacts.SELECTION_FILE),
+            ("random_ensemble", artifacts.SCORES_FILE),
+        ):
+            known |= {stage: facts["seconds"]} if (facts := self.described(name)) else {}
+        known |= {"fine-tuning": float(self.truth["seconds"].astype(float).sum())} if self.measured else {}
+        return {name.replace("_", " "): value for name, value in known.items() if value}
 
     def next_html(self) -> str:
         """What to run next."""
         training, file = self.facts.get("training", "python custom_train*.py"), self.facts.get("subset_file", "FILE")
         chosen, flags = " ".join(map(str, self.answer.subset)), training.partition(".py")[2]
-        seeds = self.truth["run"].nunique() if self.measured else 1
         subset = f"--task_idxes {chosen}" if chosen else f"--subset_file {file}"
-        commands = {"See whether another seed says the same": f"{training} {subset} --runs {seeds + 1}"}
+        commands = {"See whether another seed says the same": f"{training} {subset} --runs {self.seeds + 1}"}
         if not self.selected:
-            commands = {
-                "Search for the best subset": self.manifest.get("next", "python fast_estimate_forward_selection.py")
-            }
-        elif not {text for text, _ in self.selected.values()} <= self.measured | {""}:
+            commands = {"Search for the best subset": self.manifest.get("next", "stage 4")}
+        elif not self.is_measured:
             commands = {"Fine-tune what is selected": f"{training} --subset_file {file}"}
         elif chosen:
             write = f"python scripts/export_selection.py{flags} --task_idxes {chosen}"
@@ -275,21 +271,18 @@ class Run:
 
     def sources_html(self) -> str:
         """Every source, a table for each target of a search."""
-        sources, scores = self.table(artifacts.SOURCES_FILE), self.table(artifacts.SCORES_FILE)
-        parts = []
+        sources, parts = self.table(artifacts.SOURCES_FILE), []
         for target, frame in sources.groupby("target", sort=False) if len(sources) else ():
-            shown = frame.rename(columns={"name": "source", "affinity": "alone, lowers the loss by"})
-            if len(scores):
-                shown.insert(
-                    4, "random-ensemble score", scores.set_index("name")["score"].reindex(frame["name"]).to_numpy()
-                )
-            shown["in or out"] = ["in" if is_in else "out" for is_in in frame["selected"]]
-            shown["change of the loss if taken out or put in"] = frame["change"]
-            table = table_html(shown.drop(columns=["target", "selected", "change"]), True, frame["selected"].tolist())
-            several = sources["target"].nunique() > 1
-            parts.append(details_html(f"For {target}", table) if several else table)
-        what = "Losses are estimates" if not self.manifest["ranks_only"] else "Losses are scores that only rank"
-        note = f"<p class=muted>{what}. A heading sorts by its column.</p>"
+            columns = {"source": frame["name"], "rows": frame["rows"], "tokens": frame["tokens"]}
+            if len(self.scores):
+                columns["random-ensemble score"] = frame["name"].map(self.scores.set_index("name")["score"])
+            columns["alone, lowers the loss by"] = frame["affinity"]
+            columns["in or out"] = frame["selected"].map({True: "in", False: "out"})
+            columns["change of the loss if taken out or put in"] = frame["change"]
+            table = table_html(pd.DataFrame(columns), True, frame["selected"].tolist())
+            parts.append(details_html(f"For {target}", table) if sources["target"].nunique() > 1 else table)
+        what = "scores that only rank" if self.manifest["ranks_only"] else "estimates"
+        note = f"<p class=muted>Losses are {what}. A heading sorts by its column.</p>"
         return "".join(parts) + note if parts else "<p class=muted>Not known yet: stage 4 writes it.</p>"
 
     def fine_tuned_html(self, shown: int = 15) -> str:
@@ -297,8 +290,8 @@ class Run:
         if not self.measured:
             return "<p class=muted>Nothing fine-tuned yet: stage 1's script with --subset_file.</p>"
         targets, truth = self.targets, self.truth
-        metrics = [m for m in (tables.VALIDATION_LOSS, tables.TEST_LOSS, tables.TEST_ACCURACY)
-                   if set(targets) <= set(tables.columns_of(truth, m))]  # fmt: skip
+        known = (tables.VALIDATION_LOSS, tables.TEST_LOSS, tables.TEST_ACCURACY)
+        metrics = [metric for metric in known if set(targets) <= set(tables.columns_of(truth, metric))]
         columns = {metric.replace("_", " "): tables.mean_over_targets(truth, metric, targets) for metric in metrics}
         frame = pd.DataFrame({"trained on": truth["subset"], **columns, "seconds": truth["seconds"].astype(float)})
         order = "test loss" if "test loss" in columns else "validation loss"
@@ -306,20 +299,16 @@ class Run:
         marked = frame["trained on"].isin(["", self.everything])
         best = pd.concat([frame[~marked].head(shown), frame[marked]]).sort_values(order)
         called = {"": "nothing (base model)", self.everything: f"all {len(self.tasks)} sources"}
-        best["trained on"] = [
-            called.get(x) or tables.names_of(parse_subset(x), self.tasks, 6) for x in best["trained on"]
-        ]
+        texts = best["trained on"]
+        best["trained on"] = [called.get(text) or tables.names_of(parse_subset(text), self.tasks, 6) for text in texts]
         note = f"<p class=muted>The best {shown} of {len(frame)} by {order}.</p>" if len(frame) > len(best) else ""
         return table_html(best, sortable=True) + note
 
 
 def search_html(run: Run) -> str:
     """The path of the search as a figure and as a table, and what it does to other targets."""
-    path = figure_html(
-        run.folder / artifacts.SELECTION_FIGURE,
-        "The estimate along the search, step by step",
-        run.manifest.get("next", ""),
-    )
+    figure, caption = run.folder / artifacts.SELECTION_FIGURE, "The estimate along the search, step by step"
+    path = figure_html(figure, caption, run.manifest.get("next", ""))
     if len(run.steps):
         path += details_html("The path as a table", table_html(run.steps.drop(columns=["task"])))
     if (figure := run.folder / artifacts.TRADEOFF_FIGURE).is_file():
@@ -359,7 +348,7 @@ def page(folder: Path) -> str:
         artifacts.read_manifest(folder, "stage 3 (fast_estimate_linear_regression*.py) with this --results_name"),
     )
     targets, (headline, *more) = ", ".join(run.targets), run.answer.lines
-    seconds = {stage: value for stage, value in run.seconds().items() if value}
+    seconds = run.seconds()
     costs = ", ".join(f"{stage} {console.duration(value)}" for stage, value in seconds.items())
     described = (
         run.described(name) for name in (artifacts.SELECTION_FILE, artifacts.SCORES_FILE, artifacts.COMPARISON_FILE)

@@ -184,7 +184,7 @@ def test_each_source_has_the_estimates_of_subsets_that_differ_by_it(copy):
         described["trust"].startswith("Estimates are from")
         and described["training"] == f"python {TRAIN} --save_name toy"
     )
-    estimates = {tuple(): described["references"]["goal"]["base model (measured)"]}
+    estimates = {(): described["references"]["goal"]["base model (measured)"]}
     asked = [chosen, *({task} for task in range(4)), *(chosen ^ {task} for task in range(4))]
     texts = {" ".join(map(str, sorted(subset))) for subset in asked if subset}
     Path("asked.txt").write_text("\n".join(sorted(texts)) + "\n")
