@@ -13,7 +13,6 @@ Writes  results/<name>/report.html
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import math
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,72 +30,7 @@ from src import artifacts, console, evaluation, tables
 from src.stage_select import results_folder
 from src.tables import parse_subset, read_table, subset_text
 
-
-def table_html(frame: pd.DataFrame, sortable: bool = False, marked: Sequence[bool] = ()) -> str:
-    """A frame as an HTML table, numbers with four significant digits; some rows may be marked."""
-
-    def cell(value: Any, tag: str, numeric: bool) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-        plain = f' class=number data-value="{value if value == value else 1e300}"' if numeric and tag == "td" else ""
-        return f"<{tag}{plain or (' class=number' if numeric else '')}>{escape('-' if text == 'nan' else text)}</{tag}>"
-
-    numeric = [pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns]
-    head = "".join(cell(name, "th", is_number) for name, is_number in zip(frame.columns, numeric, strict=True))
-    lines = "".join(
-        f"<tr{' class=in' if place < len(marked) and marked[place] else ''}>"
-        f"{''.join(cell(value, 'td', is_number) for value, is_number in zip(row, numeric, strict=True))}</tr>"
-        for place, row in enumerate(frame.itertuples(index=False))
-    )
-    kind = " class=sortable" if sortable else ""
-    return (
-        f"<div class=scroll tabindex=0><table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
-
-
-def details_html(summary: str, content: str) -> str:
-    """Content that a click opens."""
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
-
-
-def figure_html(path: Path, caption: str, made_by: str) -> str:
-    """A figure inside the page, or what would make it."""
-    if not path.is_file():
-        return f"<p class=muted>{escape(caption)}: not made yet. <code>{escape(made_by)}</code></p>"
-    data, text = path.read_bytes(), escape(caption)
-    wide = " class=wide" if int.from_bytes(data[16:20]) > 1200 else ""  # the width in a PNG's head
-    return f'<figure{wide}><img alt="{text}" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{text}</figcaption></figure>'
-
-
-class Bar(NamedTuple):
-    """A bar of the chart: a loss, measured or estimated, and an interval, nan where it is not known."""
-
-    label: str
-    value: float
-    low: float = math.nan
-    high: float = math.nan
-    measured: bool = True
-
-
-def bars_html(bars: Sequence[Bar], caption: str) -> str:
-    """Bars from zero, the first marked; widths are shares of the page's, so that it may have any."""
-    longest = max(float(np.nanmax([bar.value, bar.high])) for bar in bars)
-    drawn, said = [], []
-    for place, bar in enumerate(bars):
-        top, share, kind = 42 * place, 100 / longest, "best" if place == 0 else "bar"
-        value = f"{bar.value:.3f}{'' if bar.measured else ' estimated'}"
-        said.append(f"{bar.label}: {value}" + (f" ({bar.low:.3f} to {bar.high:.3f})" if bar.low == bar.low else ""))
-        drawn.append(
-            f'<text x="0" y="{top + 15}">{escape(bar.label)}</text>'
-            f'<text x="100%" y="{top + 15}" text-anchor="end">{value}</text>'
-            f'<rect class="{kind}{"" if bar.measured else " estimated"}" x="0" y="{top + 20}" height="14" '
-            f'width="{bar.value * share:.2f}%"/>'
-        )
-        if bar.low == bar.low:
-            ends = f'x1="{max(bar.low, 0) * share:.2f}%" x2="{bar.high * share:.2f}%"'
-            drawn.append(f'<line {ends} y1="{top + 27}" y2="{top + 27}"/>')
-    label = escape(f"Bar chart. {'; '.join(said)}.")
-    svg = f'<svg role="img" aria-label="{label}" width="100%" height="{42 * len(bars)}">{"".join(drawn)}</svg>'
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+html = console.load_script("scripts/html_page.py")
 
 
 @dataclass
@@ -187,8 +121,10 @@ class Run:
         """The answer's loss beside that of the other selections, of all sources, random subsets, and the base model."""
         best, estimates = subset_text(self.answer.subset), {}
         others = [(self.everything, f"all {len(self.tasks)} sources"), ("", "base model")]
+        by_search = {text for text, _ in self.selected.values()}
         if len(self.scores) and (text := subset_text(self.scores.loc[self.scores["selected"], "task"].tolist())):
-            others.insert(0, (text, f"by the random ensemble ({len(parse_subset(text))})"))
+            both = "search and " if text in by_search else "random "
+            others.insert(0, (text, f"by the {both}ensemble ({len(parse_subset(text))})"))
         if len(self.selected) == 1 and not self.manifest["ranks_only"]:
             ((target, (text, estimate)),) = self.selected.items()
             estimates = dict(zip(("", self.everything), self.references(target).values(), strict=False)) | {
@@ -209,21 +145,21 @@ class Run:
                 runs = found.loc[text].dropna().to_numpy()
                 spread = runs.std(ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
                 half = student.ppf(0.95, max(len(runs) - 1, 1)) * spread
-                bars.append(Bar(name, runs.mean(), runs.mean() - half, runs.mean() + half))
+                bars.append(html.Bar(name, runs.mean(), runs.mean() - half, runs.mean() + half))
             else:
-                bars.append(Bar(name, estimates[text], measured=text == ""))
+                bars.append(html.Bar(name, estimates[text], measured=text == ""))
         caption = f"Mean {metric.replace('_', ' ')} of {', '.join(self.targets)} in nats per token, lower is better."
         random = sorted((self.measured & set(self.estimates["subset"])) - set(named))
         if len(random) > 1:
             means, label = found.loc[random].mean(axis=1), f"random subsets (mean of {len(random)})"
-            bars.insert(-1 if best else len(bars), Bar(label, means.mean(), means.min(), means.max()))
+            bars.insert(-1 if best else len(bars), html.Bar(label, means.mean(), means.min(), means.max()))
             caption += " The line of the random subsets goes from the lowest to the highest."
         caption += "" if all(bar.measured for bar in bars) else " Pale bars are estimates."
         caption += f" Lines are 90 % intervals over {self.seeds} seeds." if self.seeds > 1 else ""
         caption += (
             " One seed each: bars have no intervals, those of differences stand above." if self.seeds == 1 else ""
         )
-        return bars_html(bars, caption)
+        return html.bar_chart(bars, caption)
 
     def trust(self) -> str:
         """How far estimates can be trusted: against what was fine-tuned, and by the agreement of checkpoints."""
@@ -279,8 +215,8 @@ class Run:
             columns["alone, lowers the loss by"] = frame["affinity"]
             columns["in or out"] = frame["selected"].map({True: "in", False: "out"})
             columns["change of the loss if taken out or put in"] = frame["change"]
-            table = table_html(pd.DataFrame(columns), True, frame["selected"].tolist())
-            parts.append(details_html(f"For {target}", table) if sources["target"].nunique() > 1 else table)
+            table = html.table(pd.DataFrame(columns), True, frame["selected"].tolist())
+            parts.append(html.details(f"For {target}", table) if sources["target"].nunique() > 1 else table)
         what = "scores that only rank" if self.manifest["ranks_only"] else "estimates"
         note = f"<p class=muted>Losses are {what}. A heading sorts by its column.</p>"
         return "".join(parts) + note if parts else "<p class=muted>Not known yet: stage 4 writes it.</p>"
@@ -302,18 +238,18 @@ class Run:
         texts = best["trained on"]
         best["trained on"] = [called.get(text) or tables.names_of(parse_subset(text), self.tasks, 6) for text in texts]
         note = f"<p class=muted>The best {shown} of {len(frame)} by {order}.</p>" if len(frame) > len(best) else ""
-        return table_html(best, sortable=True) + note
+        return html.table(best, sortable=True) + note
 
 
 def search_html(run: Run) -> str:
     """The path of the search as a figure and as a table, and what it does to other targets."""
     figure, caption = run.folder / artifacts.SELECTION_FIGURE, "The estimate along the search, step by step"
-    path = figure_html(figure, caption, run.manifest.get("next", ""))
+    path = html.figure(figure, caption, run.manifest.get("next", ""))
     if len(run.steps):
-        path += details_html("The path as a table", table_html(run.steps.drop(columns=["task"])))
+        path += html.details("The path as a table", html.table(run.steps.drop(columns=["task"])))
     if (figure := run.folder / artifacts.TRADEOFF_FIGURE).is_file():
         caption = "The target's estimate against the rise of the worst of the targets to keep, step by step"
-        path += "<h2>What the selection does to other targets</h2>" + figure_html(figure, caption, "")
+        path += "<h2>What the selection does to other targets</h2>" + html.figure(figure, caption, "")
     return path
 
 
@@ -323,38 +259,36 @@ def judged_html(run: Run) -> str:
     if len(compared):
         several = compared[compared["target"].isin([evaluation.AVERAGE, evaluation.MEAN])]
         kept = ["target", "predictor", "lds", "lds_low", "lds_high", "relative_error", "attainable"]
-        parts.append(table_html((several if len(several) else compared)[kept]))
+        parts.append(html.table((several if len(several) else compared)[kept]))
     truth = run.manifest["calibrate"] or (run.folder / artifacts.RESULTS_FILE if run.measured else "TRUTH.csv")
     command = f"python notebook/compare_estimates.py {run.folder / artifacts.ESTIMATES_FILE} {truth}"
     figures = (run.folder / name for name in (artifacts.COMPARISON_FIGURE, artifacts.ESTIMATES_FIGURE))
     figure = next((path for path in figures if path.is_file()), run.folder / artifacts.COMPARISON_FIGURE)
-    return figure_html(figure, "Estimates against fine-tuned losses, a point for each subset", command) + "".join(parts)
+    return html.figure(figure, "Estimates against fine-tuned losses, a point for each subset", command) + "".join(parts)
 
 
 def affinity_html(run: Run) -> str:
     """How much each source alone helps each target."""
     select = f"{run.facts.get('command') or run.manifest.get('next', '')} --per_target"
-    heat = figure_html(
-        run.folder / artifacts.AFFINITY_FIGURE, "How much each source alone lowers each target's loss", select
-    )
+    figure, caption = run.folder / artifacts.AFFINITY_FIGURE, "How much each source alone lowers each target's loss"
+    heat = html.figure(figure, caption, select)
     table = run.table(artifacts.AFFINITY_FILE)
-    return heat + (details_html("The heat map as a table", table_html(table, sortable=True)) if len(table) else "")
+    return heat + (html.details("The heat map as a table", html.table(table, sortable=True)) if len(table) else "")
 
 
 def page(folder: Path) -> str:
     """The page of a results folder."""
-    run = Run(
-        folder,
-        artifacts.read_manifest(folder, "stage 3 (fast_estimate_linear_regression*.py) with this --results_name"),
-    )
+    stage_3 = "stage 3 (fast_estimate_linear_regression*.py) with this --results_name"
+    run = Run(folder, artifacts.read_manifest(folder, stage_3))
     targets, (headline, *more) = ", ".join(run.targets), run.answer.lines
     seconds = run.seconds()
     costs = ", ".join(f"{stage} {console.duration(value)}" for stage, value in seconds.items())
-    described = (
-        run.described(name) for name in (artifacts.SELECTION_FILE, artifacts.SCORES_FILE, artifacts.COMPARISON_FILE)
-    )
-    commands = [*run.manifest["commands"], *(facts["command"] for facts in described if facts)]
-    scores = "Random-ensemble scores of the sources with standard errors, and how soon their ranking settles"
+    later = (artifacts.SELECTION_FILE, artifacts.SCORES_FILE, artifacts.COMPARISON_FILE)
+    commands = [*run.manifest["commands"], *(facts["command"] for name in later if (facts := run.described(name)))]
+    caption = "Random-ensemble scores of the sources with standard errors, and how soon their ranking settles"
+    ensemble = f"python notebook/select_random_ensemble.py {folder}"
+    scores = html.figure(folder / artifacts.SCORES_FIGURE, caption, ensemble)
+    stages = html.table(pd.DataFrame({"stage": list(seconds), "seconds": list(seconds.values())}))
     facts = {
         "How far to trust it": f"<p>{escape(run.trust())}</p>",
         "What it cost": f"<p>{console.duration(sum(seconds.values()))} ({escape(costs)}).</p>",
@@ -363,29 +297,21 @@ def page(folder: Path) -> str:
     sections = {
         "Are the estimates right?": judged_html(run),
         "How the search went": search_html(run),
-        "Every source": run.sources_html()
-        + figure_html(
-            run.folder / artifacts.SCORES_FIGURE, scores, f"python notebook/select_random_ensemble.py {folder}"
-        ),
+        "Every source": run.sources_html() + scores,
         "What each source does to each target": affinity_html(run),
         "Really fine-tuned": run.fine_tuned_html(),
-        "What it cost, stage by stage": table_html(
-            pd.DataFrame({"stage": list(seconds), "seconds": list(seconds.values())})
-        ),
+        "What it cost, stage by stage": stages,
         "To make it again": f"<pre>{escape(chr(10).join(commands))}</pre>",
     }
     question = f"Which of {len(run.tasks)} data sources should {run.model} be fine-tuned on for {targets}?"
-    title = escape(f"{run.model} for {targets}: which of {len(run.tasks)} data sources")
-    style, script = (Path(__file__).with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js"))
-    return (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{title}</title>"
-        f"<meta name=viewport content='width=device-width, initial-scale=1'><style>{style}</style></head><body>"
+    title = f"{run.model} for {targets}: which of {len(run.tasks)} data sources"
+    body = (
         f"<h1>{escape(question)}</h1><h2 class=answer>{escape(headline)}</h2>"
         f"{''.join(f'<p>{escape(line)}</p>' for line in more)}{run.chart()}"
         f"<dl>{''.join(f'<dt>{name}</dt><dd>{content}</dd>' for name, content in facts.items())}</dl>"
         f"{''.join(f'<h2>{name}</h2>{content}' for name, content in sections.items())}"
-        f"<script>{script}</script></body></html>\n"
     )
+    return html.document(title, body)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

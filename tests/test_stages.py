@@ -192,8 +192,8 @@ def test_each_source_has_the_estimates_of_subsets_that_differ_by_it(copy):
     found = table("toy/estimates").set_index("subset")["estimate/goal"]
     estimates |= {tuple(map(int, text.split())): value for text, value in found.items()}
     of = [estimates[tuple(sorted(chosen ^ {task}))] - estimates[tuple(sorted(chosen))] for task in range(4)]
-    np.testing.assert_allclose(sources["change"], of, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(sources["affinity"], [estimates[()] - estimates[task,] for task in range(4)], atol=1e-9)
+    np.testing.assert_allclose(sources["change"], of, atol=1e-5)
+    np.testing.assert_allclose(sources["affinity"], [estimates[()] - estimates[task,] for task in range(4)], atol=1e-5)
     part = open_store(next(Path("gradients").glob("*_toy_dim_32_run_0")), None, "")[0]
     for task, row in sources.iterrows():
         own = part.samples["task"] == task
