@@ -212,8 +212,8 @@ def approximation_error(config: CollectConfig, store_folder: Path) -> None:
     table, figure = folder / artifacts.APPROXIMATION_FILE, folder / artifacts.APPROXIMATION_FIGURE
     facts = {"checkpoint": part.manifest["checkpoint_dir"], **console.spent(started)}
     write_result(table, frame, **facts, command=console.command_typed())
-    rows, at_checkpoint = f"{len(indices):,} validation rows", f"{function} at {part.folder.name}"
-    about = about_run({**part.manifest, "data": config.data_name}, "", at_checkpoint, rows)
+    where = (f"{len(indices):,} validation rows", f"{function} at {part.folder.name}")
+    about = about_run({**part.manifest, "data": config.data_name}, "", *where)
     approximation_figure(frame, figure, about=about)
     for scale, row in frame.groupby("scale")[["first_order", "zero_order"]].mean().iterrows():
         print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
