@@ -25,8 +25,8 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from src import config, console
-from src.artifacts import DATA, SCORES_FILE, results_dir
-from src.figures import BLUE, ORANGE, plt, save_figure
+from src.artifacts import DATA, SCORES_FILE, read_manifest, results_dir
+from src.figures import BLUE, ORANGE, about_run, plt, save_figure, titled
 from src.tables import read_table
 
 NAME = "noisy_addition"
@@ -109,7 +109,8 @@ def main(args: argparse.Namespace) -> None:
     for label, chosen, color in (("right sum", ~is_noisy, BLUE), ("random sum", is_noisy, ORANGE)):
         axes.hist(scores[chosen], bins=edges, color=color, alpha=0.6, label=f"{label} ({chosen.sum()})")
     axes.set(xlabel="mean estimated loss of the subsets with the sample (nats per token)", ylabel="samples")
-    axes.set_title(f"Noisy addition, AUC {auc:.3f}")
+    facts = read_manifest(results_dir(NAME), "stage 3")
+    titled(axes, f"Noisy addition, AUC {auc:.3f}", about_run(facts, ", ".join(facts["targets"])))
     axes.legend()
     save_figure(drawn, figure)
     print(f"\nAUC of the scores, noisy against clean: {auc:.3f}\nWrote {figure}.")

@@ -34,7 +34,7 @@ from src import config, console
 from src.artifacts import RESULTS_FILE, results_dir, subset_file
 from src.estimation import ESTIMATORS, Part, estimate
 from src.evaluation import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
-from src.figures import BLUE, GREEN, GREY, ORANGE, plt, save_figure
+from src.figures import BLUE, GREEN, GREY, ORANGE, plt, save_figure, titled
 from src.subsets import load_or_draw_subsets, membership_matrix
 from src.tables import VALIDATION_LOSS, fine_tuned_values, own_targets, read_table, subset_text, write_table
 
@@ -122,7 +122,7 @@ def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(right=1.02)
     axes.set_xlabel("linear datamodeling score (Spearman over random half-size subsets)")
-    axes.set_title("Estimators against really fine-tuned values")
+    titled(axes, "Estimators against really fine-tuned values", f"{len(worlds)} worlds, means over their targets")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 

@@ -35,7 +35,7 @@ from src.artifacts import (
     weights_file,
 )
 from src.estimation import Part, estimate, mixture_weights
-from src.figures import BLUE, GREY, ORANGE, plt, save_figure
+from src.figures import BLUE, GREY, ORANGE, plt, save_figure, titled
 from src.selection import forward_selection, random_ensemble_scores, select_by_score
 from src.stage_estimate import Estimator
 from src.subsets import draw_subsets, membership_matrix, write_subsets, write_task_weights
@@ -236,7 +236,7 @@ def regret_figure(table: pd.DataFrame, path: Path) -> None:
     axes.set_yticks(positions, methods, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("regret in test loss: 0 = oracle (orange line), 1 = all tasks (dashed)")
-    axes.set_title("What a method's selection costs; bars are means over worlds")
+    titled(axes, "What a method's selection costs", f"bars are means over {len(worlds)} worlds, marks single worlds")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 

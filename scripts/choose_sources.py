@@ -30,7 +30,7 @@ import pandas as pd
 
 from src import artifacts, config, console, figures, tables
 from src.distributed import started_from_outside
-from src.evaluation import Answer, best_fine_tuned, linear_datamodeling_score
+from src.evaluation import Answer, best_fine_tuned, bootstrap_interval, linear_datamodeling_score
 from src.export import TRAINERS, check_trainer
 from src.subsets import read_subsets, tasks_in_subset, write_subsets
 
@@ -235,17 +235,21 @@ class Pipeline:
         estimates = tables.read_table(folder / artifacts.ESTIMATES_FILE).set_index("subset").loc[halves]
         prefix = tables.estimate_prefix(estimates)
         estimated = tables.mean_over_targets(estimates, prefix, targets)
-        fine_tuned = tables.mean_over_targets(truth.loc[halves], tables.VALIDATION_LOSS, targets)
+        rows = tables.read_table(folder / artifacts.RESULTS_FILE, of_subsets=True)
+        rows["loss"] = tables.mean_over_targets(rows, tables.VALIDATION_LOSS, targets)
+        by_run = rows.pivot_table(index="subset", columns="run", values="loss").loc[halves].to_numpy()
         steps = tables.read_table(folder / artifacts.SELECTION_FILE)
         estimate = float(steps.loc[steps["subset"] == selected, prefix].iloc[0])
         value = float(tables.mean_over_targets(truth.loc[[selected]], tables.VALIDATION_LOSS, targets)[0])
-        spearman = linear_datamodeling_score(estimated, fine_tuned)
+        spearman = linear_datamodeling_score(estimated, by_run.mean(axis=1))
+        low, high = bootstrap_interval(np.stack([estimated, by_run.mean(axis=1)], axis=1))
         figure, axes = figures.plt.subplots(figsize=(5.6, 4.4))
-        label = f"random subset (Spearman {spearman:.2f})"
-        figures.scatter(axes, estimated, fine_tuned, ranks_only=prefix == tables.SCORE, label=label)
+        figures.scatter(axes, estimated, by_run, ranks_only=prefix == tables.SCORE, label="random half")
         style = {"color": figures.ORANGE, "marker": "*", "s": 110, "edgecolor": "black", "linewidth": 0.6}
         axes.scatter(estimate, value, label="forward selection", **style)
-        axes.set_title(f"Validation loss of {', '.join(targets)}, {len(halves)} random subsets")
+        manifest, runs = artifacts.read_manifest(folder, "stage 3"), console.counted(by_run.shape[1], "training seed")
+        about = figures.about_run(manifest, ", ".join(targets), f"{len(halves)} random halves", runs)
+        figures.titled(axes, f"Spearman {spearman:.2f} (90 % interval {low:.2f} to {high:.2f})", about)
         axes.legend(fontsize=8)
         figures.save_figure(figure, folder / artifacts.ESTIMATES_FIGURE)
         return spearman

@@ -43,7 +43,7 @@ ESTIMATES_FILE, ESTIMATES_FIGURE = "estimates.csv", "estimates.png"
 AFFINITY_FILE, AFFINITY_FIGURE = "affinity.csv", "affinity.png"
 COMPARISON_FILE, COMPARISON_FIGURE = "comparison.csv", "comparison.png"
 SELECTION_FILE, SELECTION_FIGURE, TRADEOFF_FIGURE = "selection.csv", "selection.png", "tradeoff.png"
-SCORES_FILE, SCORES_FIGURE = "scores.csv", "scores.png"
+SCORES_FILE, SCORES_FIGURE, SOURCES_FILE = "scores.csv", "scores.png", "sources.csv"
 APPROXIMATION_FILE, APPROXIMATION_FIGURE = "approximation_error.csv", "approximation_error.png"
 
 ARTIFACT_VERSION = 5

@@ -367,13 +367,17 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, NameConfig, HardwareCon
 
     def name(self, run: int = 0, suffix: str | None = None) -> str:
         """`<model>_<data>[_<preset>][_lora_r_<r>][_<suffix>]_run_<k>`."""
-        names = dict.fromkeys(artifacts.source_names(self.sources).values())
-        data = "instruction" if self.train_instruction and not self.dataset_key else "+".join(names)
-        parts = [slug(self.model_key), slug(self.dataset_key or data)]
+        parts = [slug(self.model_key), slug(self.data_name)]
         parts += [slug(self.preset_key)] if self.dataset_key else []
         parts += [f"lora_r_{self.lora}"] if self.lora else []
         parts += [slug(suffix)] if suffix else []
         return f"{slug('_'.join(parts))}_run_{run}"
+
+    @property
+    def data_name(self) -> str:
+        """What folder names and figures call the training data."""
+        names = dict.fromkeys(artifacts.source_names(self.sources).values())
+        return self.dataset_key or ("instruction" if self.train_instruction else "+".join(names))
 
     @property
     def results(self) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 
 from src.artifacts import atomic_write, shorten
-from src.evaluation import AVERAGE, MEAN, linear_datamodeling_score
+from src.evaluation import AVERAGE, MEAN
 from src.tables import ESTIMATE, RANKING_ONLY, SCORE
 
 matplotlib.use("Agg")
@@ -37,24 +39,57 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def about_run(facts: Mapping[str, Any], target: str = "", *more: str) -> str:
+    """The subtitle of a figure: model, data, number of sources, target, and what else is to be said, of `Estimator.facts`."""
+    known = [str(facts["model_key"]).rstrip("/").rpartition("/")[2]] if "model_key" in facts else []
+    known += [f"data {shorten(facts['data'], 36)}"] if "data" in facts else []
+    known += [f"{len(facts['tasks'])} sources"] if "tasks" in facts else []
+    known += [f"target {shorten(target, 40)}"] if target else []
+    known += [f"seed {facts['seed']}"] if "seed" in facts else []
+    return ", ".join([*known, *more])
+
+
+def titled(axes: plt.Axes, title: str, about: str) -> None:
+    """A title, and smaller below it what the figure is about, in as many lines as it needs."""
+    width = axes.figure.get_size_inches()[0] / axes.get_subplotspec().get_gridspec().ncols
+    lines = textwrap.wrap(_plain(about), int(15 * width) - 6)
+    axes.set_title(_plain(title), loc="left", fontsize=11, pad=6 + 11 * len(lines))
+    place = {"xytext": (0, 5), "xycoords": "axes fraction", "textcoords": "offset points", "in_layout": False}
+    axes.annotate("\n".join(lines), (0, 1), fontsize=8, color="#555555", **place)
+
+
+def _plain(text: object) -> str:
+    """One line in which dollars are no mathematics."""
+    return " ".join(str(text).split()).replace("$", r"\$")
+
+
 def scatter(axes: plt.Axes, estimates: np.ndarray, values: np.ndarray, ranks_only: bool, label: str = "") -> None:
-    """Plot estimates (m,) against fine-tuned losses (m,)."""
-    axes.scatter(estimates, values, color=BLUE, s=28, label=label)
+    """Plot estimates (m,) against fine-tuned losses of some runs (m, r): means, and where there are several runs their standard
+    deviation."""
+    spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+    style = {"fmt": "o", "color": BLUE, "ecolor": GREY, "markersize": 5}
+    axes.errorbar(estimates, values.mean(axis=1), yerr=spread, label=label, **style)
     axes.set(xlabel=LABELS[ranks_only], ylabel="loss after fine-tuning (nats per token)")
 
 
 def comparison_figure(
-    estimates: np.ndarray, fine_tuned: np.ndarray, table: pd.DataFrame, predictor: str, path: Path, *, ranks_only: bool
-) -> None:
-    """Estimates (m, k) of a `predictor` against fine-tuned values (m, k), means over targets; of several targets also the
+    estimates: np.ndarray, fine_tuned: np.ndarray, table: pd.DataFrame, predictor: str, path: Path, *, about: str,
+    ranks_only: bool,
+) -> None:  # fmt: skip
+    """Estimates (m, k) of a `predictor` against fine-tuned values (m, k, r), means over targets; of several targets also the
     score of each, with its interval and the attainable maximum, from the `table` of `accuracy.comparison`."""
     rows = table[(table["predictor"] == predictor) & ~table["target"].isin([AVERAGE, MEAN])].sort_values("lds")
-    means, is_one = (estimates.mean(axis=1), fine_tuned.mean(axis=1)), len(rows) == 1
+    (num_subsets, _, num_runs), is_one = fine_tuned.shape, len(rows) == 1
     size = (5.6, 4.4) if is_one else (10.5, max(4.4, 0.19 * len(rows)))
     figure, panels = plt.subplots(1, 2 - is_one, figsize=size, squeeze=False)
-    scatter(panels[0, 0], *means, ranks_only)
-    what = shorten(rows["target"].iloc[0], 40) if is_one else f"Mean over {len(rows)} targets"
-    panels[0, 0].set_title(f"{what}: Spearman {linear_datamodeling_score(*means):.2f} over {len(estimates)} subsets")
+    scatter(panels[0, 0], estimates.mean(axis=1), fine_tuned.mean(axis=1), ranks_only)
+    overall = rows if is_one else table[(table["predictor"] == predictor) & (table["target"] == MEAN)]
+    lds, low, high = overall[["lds", "lds_low", "lds_high"]].iloc[0]
+    what = (
+        f"{num_subsets} subsets, {num_runs} {'seed' if num_runs == 1 else 'seeds, bars are their standard deviation'}"
+    )
+    what += "" if is_one else f", mean over {len(rows)} targets"
+    titled(panels[0, 0], f"Spearman {lds:.2f} (90 % interval {low:.2f} to {high:.2f})", f"{about}, {what}")
     for axes in panels[0, 1:]:
         positions, style = np.arange(len(rows)), {"fmt": "o", "color": BLUE, "ecolor": GREY, "markersize": 4}
         interval = np.abs(rows[["lds_low", "lds_high"]].to_numpy(float).T - rows["lds"].to_numpy(float))
@@ -72,12 +107,13 @@ def comparison_figure(
 
 
 def _names(names: Iterable[str]) -> list[str]:
-    return [shorten(" ".join(str(name).split()), 36) for name in names]
+    return [shorten(" ".join(str(name).split()), 36).replace("$", r"\$") for name in names]
 
 
 def selection_figure(
-    steps: pd.DataFrame, names: Sequence[str], path: Path, *, title: str, references: dict[str, float], ranks_only: bool
-) -> None:
+    steps: pd.DataFrame, names: Sequence[str], path: Path, *, title: str, about: str, references: dict[str, float],
+    ranks_only: bool,
+) -> None:  # fmt: skip
     """Plot the estimate along a search, with lines at the estimates `references`. Columns of `steps`: `step`, `task` (an index of
     `names`), `estimate` (with `ranks_only` `score`), `selected`."""
     figure, axes = plt.subplots(figsize=(max(5.6, 0.3 * len(steps) + 1.5), 4.8))
@@ -90,18 +126,21 @@ def selection_figure(
     axes.set_xticks(steps["step"], _names(names[task] for task in steps["task"]), rotation=60, ha="right", fontsize=8)
     for (label, level), style in zip(references.items(), ("--", ":"), strict=False):
         axes.axhline(level, color=BLUE, linestyle=style, linewidth=1, label=label)
-    axes.set(xlabel="task of each step", ylabel=LABELS[ranks_only], title=title)
+    axes.set(xlabel="task of each step", ylabel=LABELS[ranks_only])
+    titled(axes, title, about)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def tradeoff_figure(paths: Sequence[pd.DataFrame], bases: Sequence[float], path: Path, limit: float | None) -> None:
+def tradeoff_figure(
+    paths: Sequence[pd.DataFrame], bases: Sequence[float], path: Path, limit: float | None, about: str
+) -> None:
     """The estimate of each search's target against the rise of the worst target to keep, from the base model (0, `bases`) on.
     Columns of `paths`: `target`, `step`, `estimate`, `worst_rise`, `selected`; a `limit` of the rise is a line."""
     figure, axes = plt.subplots(figsize=(6.4, 4.8))
     for table, base, color in zip(paths, bases, itertools.cycle(plt.cm.tab10.colors)):
         rises, estimates = [0.0, *table["worst_rise"]], [base, *table[ESTIMATE]]
-        label = shorten(table["target"].iloc[0], 36)
+        (label,) = _names(table["target"].iloc[:1])
         axes.plot(rises, estimates, color=color, marker="o", markersize=4, linewidth=1, label=label)
         last = int(table["selected"].sum())
         axes.scatter(
@@ -116,13 +155,13 @@ def tradeoff_figure(paths: Sequence[pd.DataFrame], bases: Sequence[float], path:
     if limit is not None:
         axes.axvline(limit, color=ORANGE, linestyle="--", linewidth=1, label="--tolerance_keep")
     axes.set(xlabel="worst rise of a kept target's loss above the base model's (nats per token)", ylabel=LABELS[False])
-    axes.set_title("What the selection does to the rest; numbers are steps", fontsize=10)
+    titled(axes, "What the selection does to the rest", f"{about}; numbers are steps")
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
 def affinity_figure(
-    affinity: np.ndarray, tasks: Sequence[str], targets: Sequence[str], path: Path, *, ranks_only: bool
+    affinity: np.ndarray, tasks: Sequence[str], targets: Sequence[str], path: Path, *, about: str, ranks_only: bool
 ) -> None:
     """How much each task alone lowers each target's loss, (n, k), as a heat map around zero."""
     figure, axes = plt.subplots(figsize=(max(5.0, 0.28 * len(targets) + 3.2), max(3.6, 0.2 * len(tasks) + 1.4)))
@@ -132,14 +171,14 @@ def affinity_figure(
     axes.set_yticks(range(len(tasks)), _names(tasks), fontsize=7)
     axes.grid(visible=False)
     axes.set(xlabel="target", ylabel="task trained on")
-    axes.set_title("What each task alone does", fontsize=10)
+    titled(axes, "What each task alone does", about)
     label = f"fall of the {RANKING_ONLY}" if ranks_only else "estimated fall of the loss (nats per token)"
     figure.colorbar(image, ax=axes, shrink=0.8, label=label)
     save_figure(figure, path)
 
 
 def scores_figure(
-    table: pd.DataFrame, convergence: tuple[np.ndarray, np.ndarray], path: Path, *, target: str, ranks_only: bool
+    table: pd.DataFrame, convergence: tuple[np.ndarray, np.ndarray], path: Path, *, about: str, ranks_only: bool
 ) -> None:
     """Sorted scores of the random ensemble, the selected marked, and the `selection.ranking_convergence`. Columns of `table`:
     `name`, `score`, `standard_error`, `selected`."""
@@ -152,19 +191,19 @@ def scores_figure(
     left.set_yticks(positions, _names(table["name"]), fontsize=7)
     left.invert_yaxis()
     left.set_xlabel(f"mean over the subsets with the task: {LABELS[ranks_only]}", fontsize=9)
-    left.set_title(f"Random-ensemble scores for {target}")
+    titled(left, "Random-ensemble scores", about)
     left.legend(fontsize=8)
     sizes, correlations = convergence
     ticks = sizes[:: max(1, len(sizes) // 5)]
     right.plot(sizes, correlations, color=BLUE, marker="o", markersize=4)
     right.set(xscale="log", xlabel="number of subsets", ylabel="Spearman with the final ranking")
-    right.set_title("How soon the ranking settles")
+    titled(right, "How soon the ranking settles", "of the first subsets with that of all")
     right.xaxis.set_minor_locator(ticker.NullLocator())
     right.set_xticks(ticks, [f"{size:,}" for size in ticks])
     save_figure(figure, path)
 
 
-def approximation_figure(frame: pd.DataFrame, path: Path, *, title: str) -> None:
+def approximation_figure(frame: pd.DataFrame, path: Path, *, about: str) -> None:
     """Errors by distance, of every seed and the mean. Columns of `frame`: `scale`, `seed`, `first_order`, `zero_order`."""
     means, num_seeds = frame.groupby("scale").mean(numeric_only=True), frame["seed"].nunique()
     of = f", mean of {num_seeds} seeds" if num_seeds > 1 else ""
@@ -177,6 +216,6 @@ def approximation_figure(frame: pd.DataFrame, path: Path, *, title: str) -> None
         axes.scatter(frame["scale"], frame[column], color=color, marker=marker, s=12, alpha=0.4)
     axes.set(yscale="log", ylabel="relative squared error of the outputs")
     axes.set_xlabel("length of the displacement, |δ| / |w*|")
-    axes.set_title(shorten(title, 64), fontsize=10)
+    titled(axes, "Errors by distance from the checkpoint", about)
     axes.legend(fontsize=8)
     save_figure(figure, path)

@@ -17,7 +17,7 @@ from src.config import AUTO, CollectConfig, StoreConfig, recorded
 from src.datamodule import tokenizer_fingerprint
 from src.distributed import launch
 from src.estimation import first_order_error, zero_order_error
-from src.figures import approximation_figure
+from src.figures import about_run, approximation_figure
 from src.models import LanguageModel, displaced
 from src.projection import make_projection
 from src.stage_train import base_fingerprint, load_data, make_datamodule, model_at, named
@@ -212,7 +212,9 @@ def approximation_error(config: CollectConfig, store_folder: Path) -> None:
     table, figure = folder / artifacts.APPROXIMATION_FILE, folder / artifacts.APPROXIMATION_FIGURE
     facts = {"checkpoint": part.manifest["checkpoint_dir"], **console.spent(started)}
     write_result(table, frame, **facts, command=console.command_typed())
-    approximation_figure(frame, figure, title=f"{function} at {part.folder.name}, {len(indices):,} validation rows")
+    where = (f"{len(indices):,} validation rows", f"{function} at {part.folder.name}")
+    about = about_run({**part.manifest, "data": config.data_name}, "", *where)
+    approximation_figure(frame, figure, about=about)
     for scale, row in frame.groupby("scale")[["first_order", "zero_order"]].mean().iterrows():
         print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
     print(f"Wrote {table} and {figure}. Next: estimates (stage 3).")

@@ -21,7 +21,7 @@ from src.console import command_typed, counted, progress, say_notices, spent, wa
 from src.data import TaskData
 from src.datamodule import read_arrays, write_arrays
 from src.estimation import ESTIMATORS, Part, estimate, part_weights, solutions
-from src.figures import comparison_figure
+from src.figures import about_run, comparison_figure
 from src.finetune import evaluate, target_metrics
 from src.models import displaced
 from src.stage_collect import ModelAtPart
@@ -133,9 +133,11 @@ class Estimator:
         self.targets, self.tasks = self.stored[0].targets, list(manifest["tasks"])
         self.division: str | None = None  # names another division into tasks than the data's own
         task_of_row = None
+        samples = self.stored[-1].samples
+        self.task_of_row, self.target_tokens = samples["task"], samples["target_tokens"]
         if config.load_clusters:
-            task_of_row, self.tasks = cluster_tasks(store, self.stored[-1], config.num_clusters, config.run)
-            self.division = f"clusters_{len(self.tasks)}"
+            self.task_of_row, self.tasks = cluster_tasks(store, self.stored[-1], config.num_clusters, config.run)
+            self.division, task_of_row = f"clusters_{len(self.tasks)}", self.task_of_row
         if kind.output_function not in (None, manifest["output_function"]):
             wanted = f"take the gradients with --output_function {kind.output_function} too"
             raise ValueError(f"--estimator {config.estimator} is of {kind.output_function}s; {wanted}")
@@ -271,6 +273,7 @@ class Estimator:
         seconds = {"meta_training": trained["seconds"]} if trained else {}
         return {
             **{name: manifest[name] for name in shown},
+            "data": self.config.data_name,
             "store": str(self.store),
             "tasks": self.tasks,
             "checkpoints": [part.folder.name for part in self.stored],
@@ -348,13 +351,19 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
     tables.write_table(written, frame)
     facts["seconds"]["estimation"] = round(time.perf_counter() - started, 2)
     facts["commands"].append(command_typed())
-    facts |= {"targets": estimator.targets, "subsets": str(path), "peak_memory": spent(started)["peak_memory"]}
+    select = f"python fast_estimate_forward_selection.py{named(config)}"
+    facts |= {
+        "next": select,
+        "targets": estimator.targets,
+        "subsets": str(path),
+        "peak_memory": spent(started)["peak_memory"],
+    }
     facts |= {"files": artifacts.file_sizes(folder, [written.name]), **calibration}
     artifacts.write_manifest(folder, facts)
     print(
         f"Wrote {written}: estimates of {counted(len(subsets), 'subset')} ({path}) for "
-        f"{counted(len(columns), 'target')} in {time.perf_counter() - started:.1f} s. Next: python "
-        f"fast_estimate_forward_selection.py{named(config)}, or python notebook/select_random_ensemble.py {folder}"
+        f"{counted(len(columns), 'target')} in {time.perf_counter() - started:.1f} s. "
+        f"Next: {select}, or python notebook/select_random_ensemble.py {folder}"
     )
 
 
@@ -428,7 +437,11 @@ def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Se
     written = [path.with_name(artifacts.COMPARISON_FILE), path.with_name(artifacts.COMPARISON_FIGURE)]
     facts = {"estimates": str(path), "truth": str(truth_file), "metric": metric, **spent(started)}
     tables.write_result(written[0], table, **facts, command=command_typed())
-    comparison_figure(predictions[estimated], values.mean(axis=2), table, estimated, written[1], ranks_only=ranks_only)
+    drawn: dict[str, Any] = {
+        "about": about_run(manifest, *(targets if len(targets) == 1 else [])),
+        "ranks_only": ranks_only,
+    }
+    comparison_figure(predictions[estimated], values, table, estimated, written[1], **drawn)
     shown = table[table["target"].isin([evaluation.AVERAGE, evaluation.MEAN] if len(targets) > 1 else targets)]
     print(shown.round(3).to_string(index=False))
     print(LEGEND)

@@ -81,18 +81,23 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
         "tolerance_keep": config.tolerance_keep,
         **estimator.facts,
     }
-    facts |= {**spent(started), "command": command_typed()}
+    references = [reference_estimates(estimator, group) for group in groups]
+    training, trust = f"python {config.training_script}{named(config)}", estimator.trust(columns)
+    facts |= {"references": dict(zip(labels, references, strict=True)), "trust": trust, "training": training}
+    facts |= {"subset_file": str(chosen), **spent(started), "command": command_typed()}
     tables.write_result(written[1], pd.concat(steps), **facts)
+    written.append(folder / artifacts.SOURCES_FILE)
+    of_groups = zip(groups, labels, selected, strict=True)
+    tables.write_table(written[-1], pd.concat(source_table(estimator, *of_group) for of_group in of_groups))
     comment = "\n".join(f"{method} for {label}" for label in labels)
     write_subsets(chosen, selected, comment=comment, tasks=estimator.tasks)
-    references = [reference_estimates(estimator, group) for group in groups]
     if config.per_target:
         written += write_affinity(estimator, columns, folder)
     else:
         written.append(folder / artifacts.SELECTION_FIGURE)
-        title = f"{method.capitalize()} for {artifacts.shorten(labels[0], 40)}"
-        about: dict[str, Any] = {"title": title, "references": references[0], "ranks_only": estimator.ranks_only}
-        figures.selection_figure(steps[0], estimator.tasks, written[-1], **about)
+        drawn: dict[str, Any] = {"title": method.capitalize(), "about": figures.about_run(facts, labels[0])}
+        drawn |= {"references": references[0], "ranks_only": estimator.ranks_only}
+        figures.selection_figure(steps[0], estimator.tasks, written[-1], **drawn)
     if config.weights:
         weights = estimator.part_weights(columns)
         shares, course = mixture_weights(estimator.parts, columns, rho=config.rho, weights=weights, progress=progress)
@@ -105,10 +110,9 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
         say_selected(estimator, *of_group)
     if kept:
         say_kept(config, estimator, kept, selected, paths)
-    print(estimator.trust(columns))
+    print(trust)
     print(
-        f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it: python {config.training_script}"
-        f"{named(config)} --subset_file {chosen}"
+        f"Wrote {', '.join(map(str, written))}. Next: fine-tune the base model on it: {training} --subset_file {chosen}"
     )
     return selected
 
@@ -186,7 +190,8 @@ def write_tradeoff(
         members = membership_matrix([step.subset for step in path.steps], num_tasks)
         table["worst_rise"] = estimator.above_base(members, others).max(axis=1)
         table["refused"] = ["; ".join(estimator.tasks[task] for task in step.refused) for step in path.steps]
-    figures.tradeoff_figure(steps, [estimator.base_losses(group).mean() for group in groups], figure, limit)
+    bases, about = [estimator.base_losses(group).mean() for group in groups], figures.about_run(estimator.facts)
+    figures.tradeoff_figure(steps, bases, figure, limit, about)
 
 
 def path_table(path: SelectionPath, selected: tuple[int, ...], label: str, estimator: Estimator) -> pd.DataFrame:
@@ -213,10 +218,35 @@ def write_affinity(estimator: Estimator, columns: Sequence[int], folder: Path) -
     targets = [estimator.targets[column] for column in columns]
     frame = pd.DataFrame(estimates[0] - estimates[1:], columns=targets)
     table, figure = folder / artifacts.AFFINITY_FILE, folder / artifacts.AFFINITY_FIGURE
-    figures.affinity_figure(frame.to_numpy(), estimator.tasks, targets, figure, ranks_only=estimator.ranks_only)
+    drawn: dict[str, Any] = {"about": figures.about_run(estimator.facts), "ranks_only": estimator.ranks_only}
+    figures.affinity_figure(frame.to_numpy(), estimator.tasks, targets, figure, **drawn)
     frame.insert(0, "task", estimator.tasks)
     tables.write_table(table, frame)
     return [table, figure]
+
+
+def source_table(estimator: Estimator, columns: Sequence[int], label: str, subset: Sequence[int]) -> pd.DataFrame:
+    """What each source has and does to the mean over some targets: rows, tokens that are trained on, `affinity` (how much it
+    alone is estimated to lower the loss), and `change` of the selection's estimate if it alone is taken out or put in."""
+    num_tasks, one = len(estimator.tasks), np.eye(len(estimator.tasks), dtype=bool)
+    chosen = membership_matrix([tuple(subset)], num_tasks) > 0
+    asked = np.concatenate([np.zeros_like(chosen), one, chosen, chosen ^ one])
+    nothing, alone, of_chosen, changed = np.split(
+        estimator(asked & estimator.has_rows, columns).mean(axis=1), [1, 1 + num_tasks, 2 + num_tasks]
+    )
+    is_training = estimator.task_of_row >= 0
+    tokens = np.bincount(estimator.task_of_row[is_training], estimator.target_tokens[is_training], num_tasks)
+    return pd.DataFrame(
+        {
+            "target": label,
+            "name": estimator.tasks,
+            "rows": estimator.parts[0].train.counts,
+            "tokens": tokens.astype(int),
+            "affinity": nothing - alone,
+            "selected": chosen[0],
+            "change": changed - of_chosen,
+        }
+    )
 
 
 def results_folder(typed: str) -> Path:
@@ -251,8 +281,9 @@ def random_ensemble(
     written, figure = folder / artifacts.SCORES_FILE, folder / artifacts.SCORES_FIGURE
     facts = {"targets": targets, **spent(started), "command": command_typed()}
     tables.write_result(written, table.sort_values("score"), **facts)
-    about = {"target": artifacts.shorten(", ".join(targets), 40), "ranks_only": manifest.get("ranks_only", False)}
-    figures.scores_figure(table, selection.ranking_convergence(membership, values), figure, **about)
+    about = figures.about_run(manifest, ", ".join(targets), counted(len(values), "random subset"))
+    drawn: dict[str, Any] = {"about": about, "ranks_only": manifest.get("ranks_only", False)}
+    figures.scores_figure(table, selection.ranking_convergence(membership, values), figure, **drawn)
     write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}", tasks=tasks)
     print(
         f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: {tables.names_of(selected, tasks)}\n"

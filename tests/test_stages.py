@@ -143,7 +143,7 @@ def test_estimates_selection_and_the_one_fine_tuning(copy):
     run_script(TRAIN, *TOY, "--task_idxes", "1", "3")
     run_script("scripts/report.py", "results/toy")
     page = Path("results/toy/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "not made yet" in page and "by estimates for goal" in page
+    assert page.count("data:image/png;base64,") == 2 and "not made yet" in page
     results = table("toy/results", keep_default_na=False)
     columns = [f"{split}_loss/{target}" for split in ("validation", "test") for target in targets]
     assert list(results.columns) == ["subset", "run", "num_rows", *columns, "seconds"]
@@ -164,10 +164,40 @@ def test_estimates_selection_and_the_one_fine_tuning(copy):
     others = ("moments_", "/models/", "/losses/")
     new = {name for name in files_below(Path()) - before if not any(part in name for part in others)}
     drawn = {f"sampled_tasks/toy{end}.txt" for end in ("", "_forward_selection", "_random_ensemble")}
-    tables = {f"results/toy/{name}" for name in ("estimates.csv", "manifest.json", "report.html")}
+    tables = {f"results/toy/{name}" for name in ("estimates.csv", "manifest.json", "report.html", "sources.csv")}
     described = ("approximation_error", "selection", "scores")
     tables |= {f"results/toy/{name}.{end}" for name in described for end in ("csv", "json", "png")}
     assert new == drawn | tables | {"results/toy/results.csv", "results/toy/results.json"}
+
+
+def test_each_source_has_the_estimates_of_subsets_that_differ_by_it(copy):
+    """Those that stage 3 gives of these subsets; and its rows and the tokens that are trained on are all of the data's."""
+    run_script(SELECT, *TOY)
+    sources, steps = table("toy/sources"), table("toy/selection")
+    chosen = set(map(int, steps.loc[steps["selected"], "subset"].iloc[-1].split()))
+    assert (
+        set(sources.index[sources["selected"]]) == chosen
+        and sources["name"].tolist() == facts("toy/selection")["tasks"]
+    )
+    described = facts("toy/selection")
+    assert (
+        described["trust"].startswith("Estimates are from")
+        and described["training"] == f"python {TRAIN} --save_name toy"
+    )
+    estimates = {(): described["references"]["goal"]["base model (measured)"]}
+    asked = [chosen, *({task} for task in range(4)), *(chosen ^ {task} for task in range(4))]
+    texts = {" ".join(map(str, sorted(subset))) for subset in asked if subset}
+    Path("asked.txt").write_text("\n".join(sorted(texts)) + "\n")
+    run_script(ESTIMATE, *TOY, "--sampled_tasks", "asked.txt", "--target_task", "goal")
+    found = table("toy/estimates").set_index("subset")["estimate/goal"]
+    estimates |= {tuple(map(int, text.split())): value for text, value in found.items()}
+    of = [estimates[tuple(sorted(chosen ^ {task}))] - estimates[tuple(sorted(chosen))] for task in range(4)]
+    np.testing.assert_allclose(sources["change"], of, atol=1e-5)
+    np.testing.assert_allclose(sources["affinity"], [estimates[()] - estimates[task,] for task in range(4)], atol=1e-5)
+    part = open_store(next(Path("gradients").glob("*_toy_dim_32_run_0")), None, "")[0]
+    for task, row in sources.iterrows():
+        own = part.samples["task"] == task
+        assert (row["rows"], row["tokens"]) == (own.sum(), part.samples["target_tokens"][own].sum())
 
 
 def test_estimates_are_compared_and_calibrated(copy, capsys):
