@@ -27,6 +27,8 @@ from src.subsets import draw_subsets
 from src.tables import read_table, write_table
 
 BENCHMARK_APPROXIMATION = "benchmark_approximation"
+WHEN = {"base model": 0, "half-way": 0.5, "end": 1}
+"""Where on the way of meta-training, as shares of its steps."""
 MEASURE = "fast_estimate_eval_approximation_alpaca.py"
 worlds = console.load_script("scripts/worlds.py")
 
@@ -37,7 +39,8 @@ def measure(world: Any, args: argparse.Namespace) -> pd.DataFrame:
     name = f"{world.folder.name}_way"
     if world.made_by:
         console.run_command(world.made_by)
-    console.run_command(f"{train} {world.data} {world.training} --save_name {name} --checkpoint_at 0 0.5 1")
+    shares = " ".join(map(str, WHEN.values()))
+    console.run_command(f"{train} {world.data} {world.training} --save_name {name} --checkpoint_at {shares}")
     console.run_command(f"{gradients} --save_name {name} --project_dim {args.project_dim}")
     typed = config.typed_flags(console.load_script(MEASURE).parse_args(["--save_name", name]))
     stored = open_store(config.from_store(config.CollectConfig, typed)[1], None, "stage 2")
@@ -48,18 +51,19 @@ def measure(world: Any, args: argparse.Namespace) -> pd.DataFrame:
         console.run_command(f"{train} --save_name {name} {world.tasks} --results_name {results} --task_idxes {ids}")
         models.append(str(model_dir(results_dir(results), tasks_label(subset, num_tasks), 0)))
     frames = []
-    for part in stored:
-        step, checkpoint = part.manifest["step"], part.manifest["checkpoint_dir"]
-        words = ["--save_name", name, "--load_model_dir", checkpoint, "--results_name", f"{results}/{step}"]
+    for part, when in zip(stored, WHEN, strict=True):  # in the order of training
+        words = ["--save_name", name, "--load_model_dir", part.manifest["checkpoint_dir"]]
+        words += ["--results_name", f"{results}/{args.seeds}_{args.halves}/{part.manifest['step']}"]
         words += ["--seed", *map(str, range(args.seeds)), "--toward", *models]
-        console.run_command(MEASURE, *words)
-        file = results_dir(f"{results}/{step}") / APPROXIMATION_FILE
+        file = results_dir(words[5]) / APPROXIMATION_FILE
+        if not file.is_file():
+            console.run_command(MEASURE, *words)
         frame = read_table(file).rename(columns={"scale": "distance"})
         protocol = {
             "model": Path(args.model_key or "own").name,
             "data": world.name.partition(",")[0],
             "world": world.name,
-            "checkpoint": f"{step / stored[-1].manifest['step']:.0%}",
+            "checkpoint": when,
             "rows": json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["rows"],
         }
         for place, (column, value) in enumerate(protocol.items()):

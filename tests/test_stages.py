@@ -381,7 +381,9 @@ def test_the_error_towards_a_fine_tuned_model(copy, model_folders):
     model = Path("results/toy/models/tasks_0_1_run_0")
     run_script(COLLECT[0], *exact, "--scale", "0.01", "0.1", "--toward", model)
     found = table("toy/approximation_error", keep_default_na=False)
-    assert found["toward"].tolist() == 2 * [""] + 3 * ["tasks_0_1_run_0"] and found["whole_way"].tolist() == 4 * [False] + [True]
+    assert found["toward"].tolist() == 2 * [""] + 3 * ["tasks_0_1_run_0"] and found["whole_way"].tolist() == 4 * [
+        False
+    ] + [True]
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, model)]
     way = {name: weights[1][name] - weights[0][name] for name in sorted(weights[0])}
     length, norm = (np.sqrt(sum((part**2).sum() for part in of.values())) for of in (way, weights[0]))
@@ -392,7 +394,9 @@ def test_the_error_towards_a_fine_tuned_model(copy, model_folders):
     made = settings(*TOY, "--task_idxes")
     tuned, data = load_checkpoint(model, made.model_key), stage_train.load_data(made)
     rows = part.samples["target"] >= 0
-    moved = outputs_of(tuned, stage_train.make_datamodule(made, data, tuned), part.samples["sample_index"][rows], "loss")
+    moved = outputs_of(
+        tuned, stage_train.make_datamodule(made, data, tuned), part.samples["sample_index"][rows], "loss"
+    )
     change = np.concatenate([part.flatten() for part in way.values()]) @ part.rows[rows].astype(float).T
     residual, moves = (np.linalg.norm(moved - part.outputs[rows] - linear) for linear in (change, 0))
     assert whole["first_order"] == pytest.approx((residual / np.linalg.norm(moved)) ** 2, rel=1e-3)
