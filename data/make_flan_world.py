@@ -57,11 +57,11 @@ def write_world(args: argparse.Namespace) -> tuple[int, int]:
     for task, prompt, answer in short_rows(Path(args.flan_file), Path(args.alpaca_file), args.max_characters):
         of_task.setdefault(task, []).append((prompt, answer))
     sources: dict[str, list[tuple[str, str]]] = {}
-    for task in (*FLAN_SOURCES, *SKILLS):
+    for task in args.sources:
         rows = sources[task] = of_task.get(task, [])[: args.rows]
-        if task in SHUFFLED:
+        if task in args.shuffled:
             sources[f"{task}_shuffled"] = calendar.shuffled(rows, args.seed)
-    targets = {task: of_task.get(task, [])[: args.target_rows] for task in TARGETS}
+    targets = {task: of_task.get(task, [])[: args.target_rows] for task in args.targets}
     for file, rows_of in (("flan.jsonl", sources), ("target.jsonl", targets)):
         for task, rows in rows_of.items():
             wanted = args.rows if rows_of is sources else args.target_rows
@@ -88,6 +88,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--output_dir", default="data/flan_world", metavar="FOLDER", help="where to (default: data/flan_world)"
     )
+    for name, tasks, what in (
+        ("sources", (*FLAN_SOURCES, *SKILLS), "tasks to train on"),
+        ("shuffled", SHUFFLED, "those that stand there a second time, with answers shuffled"),
+        ("targets", TARGETS, "tasks that no source holds"),
+    ):
+        group.add_argument(
+            f"--{name}", nargs="*", default=tasks, metavar="TASK", help=f"{what} (default: {', '.join(tasks)})"
+        )
     group.add_argument("--rows", type=config.COUNT, default=24, help="rows of each source (default: 24)")
     group.add_argument("--target_rows", type=config.COUNT, default=48, help="rows of each target (default: 48)")
     group.add_argument(

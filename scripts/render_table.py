@@ -1,16 +1,20 @@
-"""A table of the paper from the results of its stages, as Markdown and CSV; published figures stand beside ours.
+"""A table of the paper from the results of its stages, as Markdown and CSV; published figures stand beside ours. Or the
+tables of a document, from the results that are kept beside it.
 
-Called by the shell files in `scripts/tables/`, which make the results.
+Called by the shell files in `scripts/tables/`, which make the results. In a document a table stands between
+`<!-- FILE.csv VIEW WORD… -->`, which names the file below its folder, and `<!-- end -->`.
 
-Reads   results/tables/<name>/<data set>/
-Writes  results/tables/<name>/table.md and table.csv
+Reads   results/tables/<name>/<data set>/; with --into the files that the document names
+Writes  results/tables/<name>/table.md and table.csv; with --into the tables of the document
 
     python scripts/render_table.py correlation --results strategy_qa commonsense_qa instruction
+    python scripts/render_table.py --into docs/paper.md
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,25 +119,97 @@ def cost(sets: dict[str, Path]) -> pd.DataFrame:
 TABLES = {table.__name__: table for table in (approximation_error, correlation, fine_tuned, cost)}
 
 
+# --- tables of a document ------------------------------------------------------------------------------------
+
+
+def percent(share: float) -> str:
+    """A share in per cent, to two digits, or whole where it is large."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def by_distance(kept: pd.DataFrame, data: str) -> pd.DataFrame:
+    """Mean errors of one data set by distance in norms of the weights, for each checkpoint and kind of direction."""
+    kept = kept[kept["data"] == data]
+    kind = kept["toward"].where(kept["toward"] == "", "towards halves").replace("", "random")
+    distance = [percent(value) for value in kept["distance"]]
+    kept = kept.assign(kind=kind, at=pd.Series(distance, kept.index).where(~kept["whole_way"], "whole way"))
+    records = []
+    for (checkpoint, direction), of_kind in kept.groupby(["checkpoint", "kind"], sort=False):
+        whole = of_kind.loc[of_kind["whole_way"], "distance"]
+        means = of_kind.groupby("at", sort=False)[["first_order", "zero_order", "change"]].mean()
+        for column, label in (("first_order", "first order"), ("zero_order", "no change"), ("change", "of the change")):
+            shown = {
+                at: f"{value:.2g}" if column != "change" else percent(value) for at, value in means[column].items()
+            }
+            records.append({"checkpoint": checkpoint, "direction": direction, "error": label, **shown,
+                            "length of the way": percent(whole.mean()) if len(whole) else ""})  # fmt: skip
+    return pd.DataFrame(records).fillna("")
+
+
+def by_method(kept: pd.DataFrame) -> pd.DataFrame:
+    """What selecting costs, for each setting and method."""
+    named = ["setting", "method", "forward and backward", "forward alone", "operations", "times", "seconds"]
+    counts = {name: [f"{count:,}" for count in kept[name]] for name in named[2:4]}
+    times = {"times": [f"{value:.3g}" for value in kept["times"]]}
+    seconds = {"seconds": ["" if pd.isna(value) else f"{value:,.0f}" for value in pd.to_numeric(kept["seconds"])]}
+    return kept.assign(**counts, **times, **seconds)[named]
+
+
+VIEWS = {view.__name__: view for view in (by_distance, by_method)}
+
+
+def rendered_document(path: Path) -> str:
+    """A document with every table put anew. ValueError: a comment names an unknown view, or has no end."""
+    text = path.read_text(encoding="utf-8")
+    marks = re.findall(r"<!-- (\S+\.csv .*?) -->", text)
+
+    def rendered(match: re.Match[str]) -> str:
+        file, view, *words = match[1].split()
+        if view not in VIEWS:
+            raise ValueError(f"{path}: {match[1]}: no view {view}; choose one of {', '.join(VIEWS)}")
+        table = VIEWS[view](read_table(path.parent / file), *words)
+        return f"<!-- {match[1]} -->\n{markdown(table)}\n<!-- end -->"
+
+    new, count = re.subn(r"<!-- (\S+\.csv [^>]*?) -->\n(?:(?!<!--).)*<!-- end -->", rendered, text, flags=re.DOTALL)
+    if count < len(marks):
+        raise ValueError(f"{path}: {len(marks)} tables begin and {count} have an end; put <!-- end --> below each")
+    return new
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown, numbers to four digits."""
+    lines = [[str(name) for name in table.columns], ["---"] * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = console.Parser(__doc__, "TABLE")
-    parser.add_argument("name", choices=tuple(TABLES), help="which table")
+    parser.add_argument("name", nargs="?", choices=tuple(TABLES), help="which table; none with --into")
     group = parser.add_argument_group("data sets")
-    group.add_argument("--results", nargs="+", required=True, metavar="SET", help="data sets, folders below "
-                       "results/tables/<name>/ (required)")  # fmt: skip
-    return parser.parse_args(argv)
+    group.add_argument("--results", nargs="+", metavar="SET", help="data sets, folders below results/tables/<name>/ "
+                       "(required with a table's name)")  # fmt: skip
+    group = parser.add_argument_group("documents")
+    group.add_argument("--into", metavar="FILE", help="put the tables of a document anew (default: none)")
+    args = parser.parse_args(argv)
+    if bool(args.into) == bool(args.name) or bool(args.results) != bool(args.name):
+        parser.error("give a table's name with --results, or --into alone")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Read, put together, write, show."""
+    if args.into:
+        text = rendered_document(Path(args.into))
+        with atomic_write(Path(args.into)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"Wrote the tables of {args.into}.")
+        return
     folder = results_dir(f"tables/{args.name}")
     table = TABLES[args.name]({name: folder / name for name in args.results})
-    lines = [[str(name) for name in table.columns], ["---"] * len(table.columns)]
-    for row in table.itertuples(index=False):
-        lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = "\n\n".join([markdown, *([PUBLISHED[args.name]] if args.name in PUBLISHED else [])])
+    text = "\n\n".join([markdown(table), *([PUBLISHED[args.name]] if args.name in PUBLISHED else [])])
     write_table(folder / "table.csv", table)
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

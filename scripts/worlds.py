@@ -1,9 +1,10 @@
 """Worlds to measure on: what benchmarks share, from a world's name to finished gradients.
 
 A world is `synthetic:SEED` or `cot:SEED`, with settings of its own after commas (`synthetic:1,num_tasks=12,noise=0/0.5`,
-`epochs=2`, `lr=1e-3`); `real:flan`, FLAN tasks and Alpaca skills for a pretrained model (`data/make_flan_world.py`); or a
-jsonl file in the FLAN layout, whose every task is a target. Everything is kept, so that a second run goes on where the
-first one ended, also one that was killed.
+`epochs=2`, `lr=1e-3`); for a pretrained model `real:flan`, FLAN tasks and Alpaca skills, `real:alpaca`, skills alone (both of
+`data/make_flan_world.py`), or `real:strategy_qa`, short questions with the teacher's reasoning, clusters as tasks; or a jsonl
+file in the FLAN layout, whose every task is a target. Everything is kept, so that a second run goes on where the first one
+ended, also one that was killed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src import config, console
-from src.artifacts import BENCHMARK_DATA, clusters_file, slug
+from src import config, console, cot
+from src.artifacts import BENCHMARK_DATA, clusters_file, slug, write_json
 from src.estimation import TaskMoments
 from src.stage_estimate import Estimator, stored
 
@@ -32,6 +33,13 @@ SUITE = (
 )
 """12 to 30 sources, mild to strong noise, short and long fine-tuning; fixed before any of them was run."""
 TRAINING = ("epochs", "lr")
+COT_SCRIPTS = ("custom_train.py", "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py")
+SKILLS_WORLD = {
+    "sources": "classify/rewrite/name/categorize/calculate/identify",
+    "shuffled": "",
+    "targets": "find/determine",
+}
+"""`real:alpaca`, where nothing else is typed: the skills that have most short rows."""
 
 
 @dataclass
@@ -75,22 +83,31 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         return World(name, folder, f"{data} --train_lora", flags, made_by=command)
     if kind == "cot" and seed.isdigit():
         data = f"--dataset_key addsub --preset_key ft_cot_t70_4aug --data_dir {folder}/data --saved_dir {folder}/saved"
-        scripts = ("custom_train.py", "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py")
         command = f"data/make_synthetic_cot.py --seed {seed} --output_dir {folder} {made}"
         flags += " --inference_batch_size 128 --max_new_tokens 40"
         return World(
             name, folder, f"{data} --model_key {folder}/model --train_lora", flags,
-            f"--load_clusters --num_clusters {args.num_clusters}", scripts, command,
+            f"--load_clusters --num_clusters {args.num_clusters}", COT_SCRIPTS, command,
         )  # fmt: skip
-    if first == "real:flan" and args.model_key and args.flan_file and args.alpaca_file:
-        data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl --model_key {args.model_key}"
+    typed = [(f.name, getattr(args, f.name)) for f in fields(config.HardwareConfig)]
+    hardware = shlex.join(word for name, value in typed for word in console.as_typed(name, value))
+    hardware += " --base_dtype bfloat16" if args.precision == "bf16" else ""
+    of_model = f"--model_key {args.model_key} --max_length 128 --train_lora {hardware}"
+    if first in ("real:flan", "real:alpaca") and args.model_key and args.flan_file and args.alpaca_file:
+        if first == "real:alpaca":
+            options = SKILLS_WORLD | options
+        data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl {of_model}"
         files = f"--flan_file {args.flan_file} --alpaca_file {args.alpaca_file}"
         command = f"data/make_flan_world.py {files} --output_dir {folder} {made}"
-        typed = [(f.name, getattr(args, f.name)) for f in fields(config.HardwareConfig)]
-        hardware = shlex.join(word for name, value in typed for word in console.as_typed(name, value))
-        hardware += " --base_dtype bfloat16" if args.precision == "bf16" else ""
-        data = f"{data} --max_length 128 --train_lora {hardware}"
         return World(name, folder, data, flags, made_by=command)
+    if first == "real:strategy_qa" and args.model_key and args.cot_dir:
+        rows = short_questions(Path(args.cot_dir), folder, **{key: int(value) for key, value in options.items()})
+        print(f"{args.cot_dir}: {rows} questions")
+        data = f"--dataset_key strategy_qa --data_dir {folder} --saved_dir {args.cot_dir}/saved --heldout_share 0.2 {of_model}"
+        return World(
+            name, folder, data, f"{flags} --inference_batch_size 32 --max_new_tokens 64",
+            f"--load_clusters --num_clusters {args.num_clusters}", COT_SCRIPTS,
+        )  # fmt: skip
     if Path(first).suffix == ".jsonl" and args.model_key:
         folder.mkdir(parents=True, exist_ok=True)
         rows = shorten(Path(first), folder / "flan.jsonl", args.rows_per_task, args.max_characters)
@@ -98,9 +115,39 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         data = f"--data_files {folder}/flan.jsonl --model_key {args.model_key} --heldout_share 0.2"
         return World(name, folder, f"{data} --max_length 256 --train_lora", flags)
     raise ValueError(
-        f"--world {name}: expected synthetic:SEED, cot:SEED, real:flan with --model_key, --flan_file and --alpaca_file, or a "
-        ".jsonl file with --model_key"
+        f"--world {name}: expected synthetic:SEED, cot:SEED, real:flan or real:alpaca with --model_key, --flan_file and "
+        "--alpaca_file, real:strategy_qa with --model_key and --cot_dir, or a .jsonl file with --model_key"
     )
+
+
+def short_questions(source: Path, folder: Path, rows: int = 96, test_rows: int = 24, max_characters: int = 260) -> int:
+    """Write a split of the first questions of StrategyQA that are short with what they are trained on, beside a copy of the
+    data set: of those to train on, ones that the teacher answers right. Returns their number; ValueError: there are fewer."""
+    dataset = source / "dataset" / "strategy_qa.json"
+    samples = json.loads(dataset.read_text(encoding="utf-8"))["data"]
+    split = json.loads((source / "split" / "strategy_qa__default.json").read_text(encoding="utf-8"))
+    file = source / "saved" / "completion_data" / f"B_{cot.TEACHER}__C_zs_cot" / f"D_{dataset.name}"
+    completions = json.loads(file.read_text(encoding="utf-8"))["data"]
+
+    def is_short(index: int, reasoning: str) -> bool:
+        return len(samples[index]["question"]) + len(reasoning) <= max_characters
+
+    def is_kept(index: int) -> bool:
+        (of_teacher,) = completions[str(index)]
+        right = cot.judge("strategy_qa", of_teacher["completion"], samples[index]["answer"], None)["correct"]
+        return right and is_short(index, of_teacher["reasoning_completion"])
+
+    train = [index for index in split["train"] if is_kept(index)][:rows]
+    test = [index for index in split["test"] if is_short(index, samples[index]["rationale"])][:test_rows]
+    if len(train) < rows:
+        raise ValueError(
+            f"{source}: {len(train)} questions to train on have at most {max_characters} characters, {rows} are needed"
+        )
+    for name in ("dataset", "split"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(dataset, folder / "dataset" / dataset.name)
+    write_json(folder / "split" / "strategy_qa__default.json", {"train": train, "test": test})
+    return len(train) + len(test)
 
 
 def shorten(source: Path, path: Path, rows_per_task: int, max_characters: int) -> int:
@@ -177,10 +224,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Which worlds, and how they are trained."""
     group = parser.add_argument_group("worlds")
     group.add_argument("--world", nargs="+", default=list(SUITE), metavar="WORLD", help="synthetic:SEED, cot:SEED, "
-                       "real:flan or a .jsonl file, with settings after commas (default: the suite of five)")  # fmt: skip
+                       "real:flan, real:alpaca, real:strategy_qa or a .jsonl file, with settings after commas (default: the suite of five)")  # fmt: skip
     group.add_argument("--model_key", metavar="MODEL", help="base model of real:flan or a .jsonl world (default: none)")
     group.add_argument("--flan_file", metavar="JSONL", help="FLAN rows of real:flan (default: none)")
     group.add_argument("--alpaca_file", metavar="PKL", help="Alpaca frame of real:flan (default: none)")
+    group.add_argument(
+        "--cot_dir", metavar="FOLDER", help="dataset/, split/ and saved/ of real:strategy_qa (default: none)"
+    )
     group.add_argument("--rows_per_task", type=config.COUNT, default=80, help="rows of each task of a .jsonl world "
                        "(default: 80)")  # fmt: skip
     group.add_argument("--max_characters", type=config.COUNT, default=450, help="longer rows of a .jsonl world are "

@@ -326,6 +326,8 @@ class ApproximationConfig:
     scale: tuple[float, ...] = flag((0.02, 0.04, 0.06, 0.08, 0.1), "lengths of the displacements as a share of the "
         "norm of the trained weights", POSITIVE, nargs="+")  # fmt: skip
     seed: tuple[int, ...] = flag((0,), "seeds of the random directions", int, nargs="+")
+    toward: tuple[str, ...] = flag((), "fine-tuned models, folders: also measure towards each, at these lengths and at the "
+        "model itself", metavar="FOLDER", nargs="+", shown="random directions alone")  # fmt: skip
 
 
 @dataclass(frozen=True)

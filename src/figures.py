@@ -204,16 +204,20 @@ def scores_figure(
 
 
 def approximation_figure(frame: pd.DataFrame, path: Path, *, about: str) -> None:
-    """Errors by distance, of every seed and the mean. Columns of `frame`: `scale`, `seed`, `first_order`, `zero_order`."""
-    means, num_seeds = frame.groupby("scale").mean(numeric_only=True), frame["seed"].nunique()
-    of = f", mean of {num_seeds} seeds" if num_seeds > 1 else ""
+    """Plot errors by distance, of every direction and the mean. Columns of `frame`: `scale`, `toward` (empty: a random direction),
+    `whole_way` (the fine-tuned model itself), `first_order`, `zero_order`."""
     figure, axes = plt.subplots(figsize=(5.6, 4.4))
-    for column, color, marker, label in (
-        ("first_order", ORANGE, "o", f"first order: outputs(w*) + g·δ{of}"),
-        ("zero_order", GREY, "s", f"zero order: outputs(w*){of}"),
-    ):
-        axes.plot(means.index, means[column], color=color, marker=marker, label=label)
-        axes.scatter(frame["scale"], frame[column], color=color, marker=marker, s=12, alpha=0.4)
+    for is_random, style, kind in ((True, "-", "random"), (False, "--", "towards fine-tuned models")):
+        of_kind = frame[(frame["toward"] == "") == is_random]
+        if of_kind.empty:
+            continue
+        means = of_kind[~of_kind["whole_way"]].groupby("scale").mean(numeric_only=True)
+        for column, color, marker, label in (
+            ("first_order", ORANGE, "o", f"first order: outputs(w*) + g·δ, {kind}"),
+            ("zero_order", GREY, "s", f"zero order: outputs(w*), {kind}"),
+        ):
+            axes.plot(means.index, means[column], style, color=color, marker=marker, label=label)
+            axes.scatter(of_kind["scale"], of_kind[column], color=color, marker=marker, s=12, alpha=0.4)
     axes.set(yscale="log", ylabel="relative squared error of the outputs")
     axes.set_xlabel("length of the displacement, |δ| / |w*|")
     titled(axes, "Errors by distance from the checkpoint", about)

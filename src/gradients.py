@@ -10,7 +10,7 @@ Letters: B batch, T tokens, d projection dimension, H hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from src.console import is_out_of_memory, progress, say_once
 from src.datamodule import Batch, TaskDataModule
 from src.distributed import Processes
 from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
-from src.projection import Projection
+from src.projection import Directions, Projection
 from src.store import StoreWriter
 
 LARGEST_BUDGET = 1 << 16
@@ -263,3 +263,20 @@ def outputs_of(
         values = kind.function(*model.target_logits(batch), len(batch["labels"]))
         outputs[batch["sample_index"].cpu()] = kind.sign * values.double().cpu()
     return outputs[indices]
+
+
+def products_with(
+    model: LanguageModel,
+    datamodule: TaskDataModule,
+    indices: np.ndarray,
+    output_function: str,
+    directions: Sequence[Mapping[str, Tensor]],
+) -> np.ndarray:
+    """Exact products g.delta of the given samples' gradients, as a store holds them, with k displacements (name -> (out, in)):
+    (len(indices), k) float64, in their order."""
+    products = np.full((len(datamodule.data), len(directions)), np.nan)
+    with GradientCollector(model, Directions(directions), output_function) as collector:
+        for batch in datamodule.evaluation_batches(indices):
+            rows, _ = collector(batch)
+            products[batch["sample_index"].cpu()] = rows.double().cpu()
+    return OUTPUT_FUNCTIONS[output_function].sign * products[indices]

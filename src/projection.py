@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -241,10 +241,42 @@ class _Identity:
         return np.empty(0, np.uint8)
 
 
+class Directions(Projection):
+    """Given directions in the place of random ones: rows are the exact products g.delta, and `lift` is sum_k x_k delta_k.
+
+    Args:
+        directions: d displacements, name -> (out, in) of every adapted matrix.
+    """
+
+    def __init__(self, directions: Sequence[Mapping[str, Tensor]]) -> None:
+        super().__init__("directions", len(directions), 0, {})
+        self.directions = directions
+
+    def _draw(self, name: str, shape: Shape, device: torch.device) -> _Matrix:
+        return _Given(torch.stack([direction[name] for direction in self.directions]).float().to(device))
+
+
+class _Given:
+    """The parts (d, out, in) of given directions in one matrix: g.delta = sum_t delta_t^T D a_t, of which no G is formed."""
+
+    def __init__(self, parts: Tensor) -> None:
+        self.parts = parts
+
+    def add(self, output_gradients: Tensor, inputs: Tensor, rows: Tensor) -> None:
+        for column, part in enumerate(self.parts):
+            rows[:, column] += (output_gradients * (inputs @ part.T)).sum(dim=(1, 2))
+
+    def lift(self, solution: Tensor) -> Tensor:
+        return torch.einsum("d,doi->oi", solution, self.parts.to(solution))
+
+    def packed_signs(self) -> np.ndarray:
+        return np.empty(0, np.uint8)
+
+
 RANDOM: dict[str, type[_Sketch] | type[_TwoSided] | type[_Dense]]
 RANDOM = {"sketch": _Sketch, "two_sided": _TwoSided, "dense": _Dense}
 KINDS = (*RANDOM, "none")
-_Matrix = _Sketch | _TwoSided | _Dense | _Identity
+_Matrix = _Sketch | _TwoSided | _Dense | _Identity | _Given
 
 
 def projected_sides(shape: Shape, dim: int) -> Shape:

@@ -189,32 +189,63 @@ def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
     return float(torch.stack([tensor.double().square().sum() for tensor in tensors.values()]).sum().sqrt())
 
 
+def way_to(at: ModelAtPart, config: StoreConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """The displacement, name -> (out, in), from a part's checkpoint to a model that was fine-tuned. ValueError: they differ in
+    more than the matrices whose gradient is taken."""
+    start, model, matrices = at.model.trainable_state(), model_at(config, folder), at.model.layout.matrices
+    goal, shapes = model.trainable_state(), at.model.layout.shapes
+    other = [name for name in start if name not in shapes and not start[name].equal(goal.get(name, start[name][:0]))]
+    if other or model.layout.shapes != shapes:
+        found = f"{other[0]}, of which no gradient is taken, differs" if other else "its adapter is of other layers"
+        raise ValueError(f"--toward {folder}: {found}; pass LoRA adapters of the layers that {at.part.folder} is of")
+    ways = {matrix.name: (goal[matrix.name] - start[matrix.name], matrix.transposed) for matrix in matrices}
+    return {name: change.T if transposed else change for name, (change, transposed) in ways.items()}
+
+
 def approximation_error(config: CollectConfig, store_folder: Path) -> None:
     """Measure how far outputs at displaced weights are from their first-order approximation, by length.
 
-    Directions are random in the projected space, where the stored rows give g.δ exactly; outputs are those of the
-    validation rows at the last checkpoint of the store, or the one that `load_model_dir` names.
+    Outputs are those of the validation rows at the last checkpoint of the store, or the one that `load_model_dir` names.
+    Directions are random in the projected space, where the stored rows give g.delta exactly, and towards the models of
+    `toward`, for which it is computed; of those the whole way is measured too.
     """
     started, part = time.perf_counter(), store.open_store(store_folder, config.load_model_dir, "stage 2")[-1]
     at, function = ModelAtPart(config, part), part.manifest["output_function"]
     validation = part.samples["target"] >= 0
     indices, rows, start = part.samples["sample_index"][validation], part.rows[validation], part.outputs[validation]
-    records = []
-    settings = [(seed, scale) for seed in config.seed for scale in config.scale]
-    for seed, scale in console.progress(settings, desc="displaced models", unit="model"):
+    ways: list[tuple[dict[str, Any], dict[str, torch.Tensor], np.ndarray]] = []
+    for seed in config.seed:
         solution = np.random.default_rng(seed).standard_normal((rows.shape[1],))
-        displacement, factor = at.displacement(solution, scale)
-        with displaced(at.model, displacement):
-            moved = gradients.outputs_of(at.model, at.datamodule, indices, function)
-        errors = (first_order_error(start, rows, factor * solution, moved), zero_order_error(start, moved))
-        records.append({"scale": scale, "seed": seed, "first_order": errors[0], "zero_order": errors[1]})
-    folder, frame = artifacts.results_dir(config.results), pd.DataFrame(records)
+        ways.append(({"seed": seed, "toward": ""}, at.displacement(solution, None)[0], rows.astype(float) @ solution))
+    folders = [artifacts.resolve_checkpoint(folder) for folder in config.toward]
+    models = [way_to(at, config, folder) for folder in folders]
+    none = np.zeros((0, len(indices)))
+    products = gradients.products_with(at.model, at.datamodule, indices, function, models).T if models else none
+    ways += [({"seed": None, "toward": f.name}, *way) for f, *way in zip(folders, models, products, strict=True)]
+    records = []
+    total = len(ways) * len(config.scale) + len(models)
+    with console.progress(desc="displaced models", total=total, unit="model") as bar:
+        for direction, way, slopes in ways:
+            whole = norm_of(way) / at.norm
+            scales = [(scale, False) for scale in config.scale]
+            for scale, is_whole in [*scales, *([(whole, True)] if direction["toward"] else [])]:
+                factor = scale / max(whole, np.finfo(float).tiny)
+                with displaced(at.model, {name: factor * change for name, change in way.items()}):
+                    moved = gradients.outputs_of(at.model, at.datamodule, indices, function)
+                first = first_order_error(start, slopes[:, None], np.array([factor]), moved)
+                errors = {"first_order": first, "zero_order": (zero := zero_order_error(start, moved))}
+                errors["change"] = float(np.sqrt(first / zero)) if zero else 0.0
+                records.append({"scale": scale, **direction, "whole_way": is_whole, **errors})
+                bar.update(1)
+    folder, frame = artifacts.results_dir(config.results), pd.DataFrame(records).astype({"seed": "Int64"})
     table, figure = folder / artifacts.APPROXIMATION_FILE, folder / artifacts.APPROXIMATION_FIGURE
-    facts = {"checkpoint": part.manifest["checkpoint_dir"], **console.spent(started)}
+    facts = {"checkpoint": part.manifest["checkpoint_dir"], "rows": len(indices), **console.spent(started)}
     write_result(table, frame, **facts, command=console.command_typed())
     where = (f"{len(indices):,} validation rows", f"{function} at {part.folder.name}")
     about = about_run({**part.manifest, "data": config.data_name}, "", *where)
     approximation_figure(frame, figure, about=about)
-    for scale, row in frame.groupby("scale")[["first_order", "zero_order"]].mean().iterrows():
-        print(f"distance {scale:g}: first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}")
+    kinds = frame["toward"].where(frame["toward"] == "", " towards fine-tuned models")
+    for (kind, whole, scale), row in frame.groupby([kinds, "whole_way", "scale"])[list(errors)].mean().iterrows():
+        of_change = f"first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}, of the change {row['change']:.1%}"
+        print(f"distance {scale:.3g}{kind}{', the whole way' if whole else ''}: {of_change}")
     print(f"Wrote {table} and {figure}. Next: estimates (stage 3).")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.gradients import GradientCollector, outputs_of
+from src.gradients import GradientCollector, outputs_of, products_with
 from src.models import LORA_TARGETS, OUTPUT_FUNCTIONS, BaseWeights, LanguageModel, LoraShape, load_model
-from src.projection import make_projection
+from src.projection import Directions, make_projection
 from src.store import save_projection_signs
 from tests.commands import COLLECT, TRAIN, refused, run_script
 from tests.conftest import write_sources
@@ -47,6 +47,22 @@ def collected(model, datamodule, indices: np.ndarray, projection=None, output="l
 
 def assert_near(rows: np.ndarray, expected: np.ndarray) -> None:
     assert np.linalg.norm(rows - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("kind", "output"), [*((kind, "loss") for kind in KINDS), ("llama", "margin")])
+def test_products_with_directions_are_those_of_the_for_loop_gradients(kind, output, model_folders, tmp_path):
+    model = adapted(model_folders[kind])
+    datamodule, indices = make_datamodule(model, tmp_path), np.arange(14)[::-1]
+    gradients, _ = oracle(model, datamodule, indices, output)
+    random = torch.Generator().manual_seed(0)
+    shapes = model.layout.shapes
+    ways = [{name: torch.randn(shape, generator=random) for name, shape in shapes.items()} for _ in range(2)]
+    flat = np.stack([torch.cat([way[name].flatten() for name in shapes]).numpy() for way in ways], axis=1)
+    sign = -1 if output == "margin" else 1  # of what a store holds
+    assert_near(products_with(model, datamodule, indices, output, ways), sign * gradients @ flat)
+    together = Directions(ways).lift(torch.tensor([2.0, -1.0]), shapes)
+    for name in shapes:
+        torch.testing.assert_close(together[name], 2 * ways[0][name] - ways[1][name])
 
 
 @pytest.mark.parametrize("output", ["loss", "margin"])

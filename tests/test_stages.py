@@ -245,7 +245,7 @@ def test_a_truth_run_goes_on_at_the_next_missing_line(copy, monkeypatch, capsys)
     that stands there twice is trained once."""
     Path("three.txt").write_text("0\n1\n2 3\n1\n")
     run_script(TRAIN, *TOY, "--subset_file", "three.txt", "--results_name", "whole")
-    assert "three.txt: 1 line with a subset that stands there before" in capsys.readouterr().out
+    assert "three.txt: 1 line with a subset that appears before" in capsys.readouterr().out
     original, calls = finetune.fine_tune_on_subset, []
 
     def killed_at_the_second(*arguments, **options):
@@ -400,6 +400,41 @@ def test_unprojected_gradients_go_through_the_stages(copy):
     assert errors["scale"].tolist() == [0.01, 0.1] and (errors["first_order"] < errors["zero_order"]).all()
     # the first-order residual falls with the fourth power of the distance, the zero-order one with the square
     assert errors["first_order"][1] > 100 * errors["first_order"][0]
+
+
+def test_the_error_towards_a_fine_tuned_model(copy, model_folders):
+    """At the model itself, the whole way, the outputs are its own; g.delta is that of the stored gradients."""
+    (checkpoint,) = Path("external_lightning_logs").glob("*_toy_run_0/step_step=8")
+    exact = [*TOY, "--projection", "none", "--load_model_dir", checkpoint]
+    run_script(*COLLECT, *exact)
+    run_script(TRAIN, *TOY, "--task_idxes", "0", "1")
+    model = Path("results/toy/models/tasks_0_1_run_0")
+    run_script(COLLECT[0], *exact, "--scale", "0.01", "0.1", "--toward", model)
+    found = table("toy/approximation_error", keep_default_na=False)
+    assert found["toward"].tolist() == 2 * [""] + 3 * ["tasks_0_1_run_0"] and found["whole_way"].tolist() == 4 * [
+        False
+    ] + [True]
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, model)]
+    way = {name: weights[1][name] - weights[0][name] for name in sorted(weights[0])}
+    length, norm = (np.sqrt(sum((part**2).sum() for part in of.values())) for of in (way, weights[0]))
+    whole = found.iloc[4]
+    assert whole["scale"] == pytest.approx(length / norm, rel=1e-5)
+    (folder,) = Path("gradients").glob("*_toy_dim_full_run_0")
+    (part,) = open_store(folder, None, "")
+    made = settings(*TOY, "--task_idxes")
+    tuned, data = load_checkpoint(model, made.model_key), stage_train.load_data(made)
+    rows = part.samples["target"] >= 0
+    moved = outputs_of(
+        tuned, stage_train.make_datamodule(made, data, tuned), part.samples["sample_index"][rows], "loss"
+    )
+    change = np.concatenate([part.flatten() for part in way.values()]) @ part.rows[rows].astype(float).T
+    residual, moves = (np.linalg.norm(moved - part.outputs[rows] - linear) for linear in (change, 0))
+    assert whole["first_order"] == pytest.approx((residual / np.linalg.norm(moved)) ** 2, rel=1e-3)
+    assert whole["zero_order"] == pytest.approx((moves / np.linalg.norm(moved)) ** 2, rel=1e-3)
+    assert whole["change"] == pytest.approx(residual / moves, rel=1e-3)
+    of_way = found[found["toward"] != ""]["change"].tolist()
+    assert of_way[0] < 0.1 * of_way[1]  # falls with the distance
+    refused("no folder", run_script, COLLECT[0], *exact, "--toward", "nowhere", error=FileNotFoundError)
 
 
 def test_each_run_has_its_gradients_and_its_status(copy, capsys):
