@@ -36,9 +36,9 @@ from src.artifacts import (
     SELECTION_FILE,
     atomic_write,
     read_manifest,
+    results_folder,
 )
 from src.evaluation import AVERAGE, MEAN, best_fine_tuned
-from src.stage_select import results_folder
 from src.tables import (
     TEST_ACCURACY,
     TEST_LOSS,
