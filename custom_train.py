@@ -36,7 +36,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Train."""
-    from src import stage_estimate, stage_train
+    with console.waiting_for("loading the libraries"):
+        from src import stage_estimate, stage_train
 
     typed = config.typed_flags(args)
     training = config.for_training(typed, **DEFAULTS)

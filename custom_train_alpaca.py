@@ -31,7 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Train."""
-    from src import stage_train
+    with console.waiting_for("loading the libraries"):
+        from src import stage_train
 
     stage_train.train(config.for_training(config.typed_flags(args)))
 

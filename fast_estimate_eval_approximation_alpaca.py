@@ -30,7 +30,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Take gradients, or measure the approximation error."""
-    from src import stage_collect
+    with console.waiting_for("loading the libraries"):
+        from src import stage_collect
 
     typed = config.typed_flags(args)
     if typed.get("compute_pretrained_outputs"):

@@ -31,7 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Select."""
-    from src import stage_estimate, stage_select
+    with console.waiting_for("loading the libraries"):
+        from src import stage_estimate, stage_select
 
     stage_select.select(*stage_estimate.stored(config.SelectConfig, config.typed_flags(args)))
 

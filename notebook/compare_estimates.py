@@ -34,7 +34,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Compare."""
-    from src.stage_estimate import compare
+    with console.waiting_for("loading the libraries"):
+        from src.stage_scores import compare
 
     compare(Path(args.estimates), Path(args.truth), args.metric, args.target_task)
 

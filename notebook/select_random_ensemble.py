@@ -31,7 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Score and select."""
-    from src.stage_select import random_ensemble
+    with console.waiting_for("loading the libraries"):
+        from src.stage_scores import random_ensemble
 
     random_ensemble(**config.typed_flags(args))
 

@@ -45,7 +45,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Export."""
-    from src import export, stage_estimate
+    with console.waiting_for("loading the libraries"):
+        from src import export
 
     typed = config.typed_flags(args)
     names = ("total_rows", "max_repeat", "seed", "trainer_samples")
@@ -53,7 +54,11 @@ def main(args: Any) -> None:
     if sampling and trainer is None:
         raise ValueError(f"--{next(iter(sampling))} has no effect without --for; name a trainer, or leave it out")
     chosen = config.for_training(typed)
-    data = stage_estimate.clustered(chosen, typed) if chosen.load_clusters else None
+    data = None
+    if chosen.load_clusters:
+        from src.stage_estimate import clustered
+
+        data = clustered(chosen, typed)
     export.export(chosen, data, trainer, **sampling)
 
 

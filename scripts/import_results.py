@@ -73,7 +73,8 @@ def results_table(path: Path, tasks: Sequence[str], targets: Sequence[str]) -> p
 
 def main(args: Any) -> None:
     """Read, check, write."""
-    from src.stage_estimate import Estimator, stored
+    with console.waiting_for("loading the libraries"):
+        from src.stage_estimate import Estimator, stored
 
     typed = config.typed_flags(args)
     path = Path(typed.pop("table"))

@@ -27,7 +27,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from src import artifacts, console, evaluation, tables
-from src.stage_select import results_folder
+from src.artifacts import results_folder
 from src.tables import parse_subset, read_table, subset_text
 
 html = console.load_script("scripts/html_page.py")

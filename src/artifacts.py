@@ -101,6 +101,11 @@ def results_dir(name: str) -> Path:
     return RESULTS.joinpath(*(slug(part) for part in parts if part not in ("/", ".", "..")))
 
 
+def results_folder(typed: str) -> Path:
+    """The folder that `results/<name>`, `<name>`, or a file in there names."""
+    return results_dir(str(Path(typed).parent if Path(typed).is_file() else typed))
+
+
 def tasks_label(subset: Sequence[int], num_tasks: int | None = None) -> str:
     """Label of models and losses of tasks that no subset file names."""
     ids = "_".join(map(str, subset))

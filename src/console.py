@@ -157,10 +157,9 @@ def waiting_for(what: str) -> Iterator[None]:
 
 def spent(started: float) -> dict[str, float]:
     """Seconds since `started` (`time.perf_counter`) and the process's largest memory so far in bytes, for a manifest."""
-    import torch
-
+    torch = sys.modules.get("torch")
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    on_gpu = {"peak_gpu_memory": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    on_gpu = {"peak_gpu_memory": torch.cuda.max_memory_allocated()} if torch and torch.cuda.is_available() else {}
     return {"seconds": time.perf_counter() - started, "peak_memory": taken, **on_gpu}
 
 
@@ -216,20 +215,11 @@ def run_command(command: str, *more: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries print on every start and a user cannot act on; imports the slowest of them."""
-    import logging
-
-    import pytorch_lightning  # noqa: F401
-
-    for name in ("lightning_fabric", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Silence what libraries print on every start and a user cannot act on; to be called before they are imported."""
+    for name in ("TOKENIZERS_PARALLELISM=false", "TRANSFORMERS_VERBOSITY=error", "HF_HUB_DISABLE_PROGRESS_BARS=1"):
+        os.environ.setdefault(*name.split("="))
     warnings.filterwarnings("ignore", module="pytorch_lightning.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|bad_alloc|ALLOC_FAILED", re.I)
@@ -278,8 +268,7 @@ def run_stage(main: Callable[[Any], Any], args: Any) -> Any:
     where = "; the same command goes on, or starts again, where it was"
     before = signal.signal(signal.SIGTERM, lambda *_: end_at_sigterm(where))
     try:
-        with waiting_for("loading the libraries"):
-            quiet_libraries()
+        quiet_libraries()
         return main(args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on, or starts again, where it was", file=sys.stderr)

@@ -23,7 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from src.artifacts import shorten
+from src.artifacts import atomic_write, shorten
+from src.console import say_once
 
 HELD_OUT = ("validation", "test")
 SPLITS = ("train", *HELD_OUT)
@@ -230,3 +231,23 @@ def text_field(record: Mapping, field: str, where: str, allow_empty: bool = Fals
         found = f"half a character ({value[error.start]!r}, a lone surrogate, as in text that was cut)"
         raise ValueError(f"{where}: {field} holds {found}; correct the row or leave it out") from error
     return value
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cached .npz; None where there is none, or with a notice where its checksums find damage."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except OSError:
+        raise
+    except Exception as error:  # damage can make the zip reader raise anything
+        say_once(f"note: {path} is damaged ({type(error).__name__}: {error}); it is made anew.")
+        return None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a .npz as `read_arrays` reads it, atomically."""
+    with atomic_write(path) as temporary:
+        np.savez(temporary, **arrays)

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 from transformers import PreTrainedTokenizerBase
 
-from src.artifacts import atomic_write, whole_folder, write_json
+from src.artifacts import whole_folder, write_json
 from src.console import progress, say_once
 from src.data import TaskData
 
@@ -214,26 +214,6 @@ def tokenize_once(
     with whole_folder(folder) as unfinished:
         tokenize(data, tokenizer, kind, unfinished, **lengths)
     return open_tokens(folder)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a cached .npz; None where there is none, or with a notice where its checksums find damage."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except OSError:
-        raise
-    except Exception as error:  # damage can make the zip reader raise anything
-        say_once(f"note: {path} is damaged ({type(error).__name__}: {error}); it is made again.")
-        return None
-
-
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a .npz as `read_arrays` reads it, atomically."""
-    with atomic_write(path) as temporary:
-        np.savez(temporary, **arrays)
 
 
 def _pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> torch.Tensor:

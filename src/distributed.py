@@ -103,6 +103,8 @@ def resolve_hardware(config: HardwareConfig, say: Callable[[str], None]) -> Hard
 
 def started_from_outside() -> tuple[int, int] | None:
     """Processes on this node and number of nodes, where torchrun or srun started this process; else None."""
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & set(os.environ):  # what Lightning, slow to import, looks at
+        return None
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     if TorchElasticEnvironment.detect():

@@ -15,9 +15,7 @@ from src import artifacts
 from src.config import TrainConfig
 from src.console import command_typed, counted, say_notices
 from src.data import Example, TaskData
-from src.datamodule import token_counts
-from src.models import load_tokenizer, resolve_model_key
-from src.stage_train import chosen_subsets, load_data
+from src.run_data import chosen_subsets, load_data
 from src.subsets import drawn_rows, row_counts
 from src.tables import ESTIMATE, SCORE, read_table, subset_text
 
@@ -184,6 +182,9 @@ def _write_for(
             (folder / file).write_text(text, encoding="utf-8")
         lengths = dict[int, int]()
         try:
+            from src.datamodule import token_counts
+            from src.models import load_tokenizer, resolve_model_key
+
             tokenizer = load_tokenizer(resolve_model_key(config.model_key))
             lengths = token_counts(data, np.unique(np.concatenate(drawn)).tolist(), tokenizer)
         except FileNotFoundError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pickle
 import random
 import shutil
@@ -33,6 +34,9 @@ from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.distributed import Hardware, cluster
 from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
+
+for _name in ("lightning_fabric", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # what it says of every start; being imported, it has set INFO
 
 # Optimizer steps times learning rate below which training is noted: AdamW moves a weight by about the learning rate in a
 # step. SmolLM2-135M stays at its first loss at 0.0002 and learns at 0.05; the published commands are at 0.08 and above.

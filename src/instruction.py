@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -300,6 +299,8 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record]]:
     name, _, split = source.partition(":")
     *organisation, name = name.split("/", 1)
     name, *configuration = name.split("/", 1)
+    import datasets
+
     try:
         stream = datasets.load_dataset(
             "/".join([*organisation, name]), *configuration, split=split or "train", streaming=True
@@ -326,6 +327,8 @@ def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
     """Records of a source, each with where it stands; whatever a damaged file raises in the libraries is one error."""
     try:
         if Path(source).is_dir():
+            import datasets
+
             yield from _numbered(source, cast(datasets.Dataset, datasets.load_from_disk(source)).with_format(None))
         elif _format_of(source) == ".pkl":
             yield from _pickle_records(source, use_dev_map)

@@ -20,7 +20,8 @@ from src.estimation import first_order_error, zero_order_error
 from src.figures import about_run, approximation_figure
 from src.models import LanguageModel, displaced
 from src.projection import make_projection
-from src.stage_train import base_fingerprint, load_data, make_datamodule, model_at, named
+from src.run_data import load_data, named
+from src.stage_train import base_fingerprint, make_datamodule, model_at
 from src.tables import write_result
 
 

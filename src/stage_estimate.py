@@ -18,14 +18,9 @@ import pandas as pd
 from src import artifacts, evaluation, tables
 from src.config import Config, EstimateConfig, EstimationConfig, TrainConfig, from_store
 from src.console import command_typed, counted, progress, say_notices, spent, waiting_for
-from src.data import TaskData
-from src.datamodule import read_arrays, write_arrays
+from src.data import TaskData, read_arrays, write_arrays
 from src.estimation import ESTIMATORS, Part, estimate, part_weights, solutions
-from src.figures import about_run, comparison_figure
-from src.finetune import evaluate, target_metrics
-from src.models import displaced
-from src.stage_collect import ModelAtPart
-from src.stage_train import load_data, named, training_plan
+from src.run_data import load_data, named
 from src.store import StoredPart, open_store
 from src.subsets import DEFAULT_SUBSET_SIZE, cluster_samples, load_or_draw_subsets, membership_matrix, tasks_in_subset
 from src.tables import ESTIMATE, VALIDATION_LOSS, parse_subset, subset_text
@@ -374,6 +369,11 @@ def displaced_values(config: EstimateConfig, estimator: Estimator, membership: n
     w* is the last checkpoint of the store, or the one that `load_model_dir` names. With `scale` the displacement has
     that length, relative to the norm of the trained weights.
     """
+    from src.finetune import evaluate, target_metrics
+    from src.models import displaced
+    from src.stage_collect import ModelAtPart
+    from src.stage_train import training_plan
+
     at = ModelAtPart(config, estimator.stored[-1])
     found = solutions(estimator.parts[-1], membership, estimator=config.estimator, rho=config.rho)
     records = []
@@ -384,70 +384,3 @@ def displaced_values(config: EstimateConfig, estimator: Estimator, membership: n
         metrics = target_metrics(at.data, evaluation, ("validation",))
         records.append({name.replace("validation_", "displaced_"): value for name, value in metrics.items()})
     return pd.DataFrame(records)
-
-
-# --- how good they are ---------------------------------------------------------------------------------------
-
-LEGEND = """lds: Spearman over subsets, with its 90 % bootstrap interval; lds_top_quarter: of the quarter with the lowest
-fine-tuned values; attainable: the highest lds that is to be expected of any estimate, as far as the runs agree."""
-
-
-def compare(estimates_file: Path, truth_file: Path, metric: str, target_task: Sequence[str] | None) -> pd.DataFrame:
-    """Compare estimates with fine-tuned values: a table and a figure beside them.
-
-    The targets that are no training task, else all that both tables have, are judged over the subsets that both have.
-    The base model and training on all tasks, where the truth has them, stand as predictors: they give every subset the
-    same value. ValueError: the tables have no such target in common, or fewer than three subsets.
-    """
-    started, path, truth = time.perf_counter(), estimates_file, tables.read_table(truth_file, of_subsets=True)
-    estimates = tables.read_table(path, of_subsets=True).drop_duplicates("subset").set_index("subset")
-    manifest = artifacts.manifest_of(path.parent)
-    tasks, ranks_only = manifest.get("tasks", []), manifest.get("ranks_only", False)
-    of_estimates = tables.estimate_prefix(estimates)
-    in_truth = tables.columns_of(truth, metric)
-    available = [name for name in tables.columns_of(estimates, of_estimates) if name in in_truth]
-    targets = target_task or tables.own_targets(available, tasks)
-    if unknown := [name for name in targets if name not in available]:
-        both = ", ".join(available) or "no target in common"
-        raise ValueError(f"--target_task {unknown[0]}: both tables have {both}")
-    subsets, values = tables.fine_tuned_values(truth, metric, targets)
-    common = [position for position, text in enumerate(subsets) if text in estimates.index]
-    if len(common) < 3:
-        raise ValueError(f"{path} and {truth_file} have {len(common)} subsets in common; a rank correlation needs 3")
-    subsets, values = [subsets[position] for position in common], values[common]
-    estimated = tables.RANKING_ONLY if ranks_only else ESTIMATE
-    predictions = {
-        name: estimates.loc[subsets, [f"{prefix}/{target}" for target in targets]].to_numpy(float)
-        for name, prefix in ((estimated, of_estimates), (tables.CALIBRATED, tables.CALIBRATED))
-        if tables.columns_of(estimates, prefix)
-    }
-    known = {"base model": "", "all tasks": subset_text(range(len(tasks)))} if tasks else {"base model": ""}
-    for name, text in known.items():
-        if (truth["subset"] == text).any():
-            rows = truth.loc[truth["subset"] == text, [f"{metric}/{target}" for target in targets]]
-            constant = tables.lower_is_better(rows, metric).mean(axis=0)
-            predictions[name] = np.broadcast_to(constant, predictions[estimated].shape)
-    members = membership_matrix([parse_subset(text) for text in subsets], len(tasks)) if tasks else None
-    inclusion = evaluation.own_inclusion(members, targets, tasks) if members is not None else None
-    with waiting_for("bootstrap intervals"):
-        table = evaluation.comparison(predictions, values, targets, inclusion)
-    table.insert(2, "subsets", len(subsets))
-    if ranks_only:
-        table.loc[table["predictor"] == estimated, ["relative_error", "squared_relative_error"]] = np.nan
-    written = [path.with_name(artifacts.COMPARISON_FILE), path.with_name(artifacts.COMPARISON_FIGURE)]
-    facts = {"estimates": str(path), "truth": str(truth_file), "metric": metric, **spent(started)}
-    tables.write_result(written[0], table, **facts, command=command_typed())
-    drawn: dict[str, Any] = {
-        "about": about_run(manifest, *(targets if len(targets) == 1 else [])),
-        "ranks_only": ranks_only,
-    }
-    comparison_figure(predictions[estimated], values, table, estimated, written[1], **drawn)
-    shown = table[table["target"].isin([evaluation.AVERAGE, evaluation.MEAN] if len(targets) > 1 else targets)]
-    print(shown.round(3).to_string(index=False))
-    print(LEGEND)
-    if left_out := len(set(subsets) & set(manifest.get("calibrated_on", []))):
-        of = f"{counted(left_out, 'subset')} of {len(subsets)}"
-        print(f"{tables.CALIBRATED}: {of} calibrated the others; each of these is estimated without itself.")
-    about = f"{counted(len(subsets), 'subset')}, {counted(len(targets), 'target')}"
-    print(f"Wrote {written[0]} and {written[1]}: {about}. Next: stage 3 again with --calibrate {truth_file}")
-    return table

@@ -1,4 +1,4 @@
-"""Stage 4: the subset to train on, by a search on the estimates or by random-ensemble scores."""
+"""Stage 4: the subset to train on, by a search on the estimates."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from src import artifacts, figures, selection, tables
 from src.config import SelectConfig, TrainConfig, recorded
 from src.console import command_typed, counted, progress, spent
 from src.estimation import mixture_weights
+from src.run_data import load_data, named, valid_subset
 from src.selection import SelectionPath
 from src.stage_estimate import Estimator, clustered
-from src.stage_train import fine_tune_subsets, load_data, named, valid_subset
 from src.subsets import membership_matrix, write_subsets, write_task_weights
-from src.tables import ESTIMATE, VALIDATION_LOSS, parse_subset, subset_text
+from src.tables import ESTIMATE, VALIDATION_LOSS, subset_text
 
 
 def search(config: SelectConfig, estimator: Estimator, columns: Sequence[int], kept: Sequence[int]) -> SelectionPath:
@@ -144,6 +144,8 @@ def say_selected(
 def refined(config: SelectConfig, estimator: Estimator, columns: Sequence[int], path: SelectionPath) -> tuple[int, ...]:
     """Fine-tune the subsets on a search's path with the best estimates, and return the best of them:
     the lowest mean validation loss of the targets. Their results stand with those of stage 1's script."""
+    from src.stage_train import fine_tune_subsets
+
     steps = sorted(path.steps, key=lambda step: step.estimate)[: config.refine]
     names = {f.name for f in dataclasses.fields(TrainConfig)} - {"load_model_dir"}
     training = TrainConfig(**{name: value for name, value in vars(config).items() if name in names})
@@ -247,47 +249,3 @@ def source_table(estimator: Estimator, columns: Sequence[int], label: str, subse
             "change": changed - of_chosen,
         }
     )
-
-
-def results_folder(typed: str) -> Path:
-    """The results folder that `results/<name>`, `<name>` or a file in it names."""
-    return artifacts.results_dir(str(Path(typed).parent if Path(typed).is_file() else typed))
-
-
-def random_ensemble(
-    results: str, target_task: Sequence[str] | None = None, *,
-    top_k: int | None = None, ratio: float | None = None, threshold: float | None = None,
-) -> tuple[int, ...]:  # fmt: skip
-    """Score each task by the mean estimate, over some targets, of the subsets that hold it, and keep the best-scoring tasks
-    as `selection.select_by_score` does. `results` is the folder of stage 3's estimates, below `results/`, or its name."""
-    started = time.perf_counter()
-    folder = results_folder(results)
-    stage_3 = "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py"
-    manifest, repair = (
-        artifacts.read_manifest(folder, stage_3),
-        "Run stage 3 again, it was cut off or the table was changed.",
-    )
-    artifacts.check_files(folder, manifest, repair, [artifacts.ESTIMATES_FILE])
-    tasks, frame = manifest["tasks"], tables.read_table(folder / artifacts.ESTIMATES_FILE, of_subsets=True)
-    prefix = tables.estimate_prefix(frame)
-    targets = target_task or tables.own_targets(tables.columns_of(frame, prefix), tasks)
-    membership = membership_matrix([parse_subset(text) for text in frame["subset"]], len(tasks))
-    values = tables.mean_over_targets(frame, prefix, targets)
-    scores, errors = selection.random_ensemble_scores(membership, values)
-    selected = selection.select_by_score(scores, top_k=top_k, ratio=ratio, threshold=threshold)
-    table = pd.DataFrame({"task": range(len(tasks)), "name": tasks, "score": scores, "standard_error": errors})
-    table["selected"] = table["task"].isin(selected)
-    chosen = artifacts.subset_file(f"{folder.relative_to(artifacts.RESULTS)}_random_ensemble")
-    written, figure = folder / artifacts.SCORES_FILE, folder / artifacts.SCORES_FIGURE
-    facts = {"targets": targets, **spent(started), "command": command_typed()}
-    tables.write_result(written, table.sort_values("score"), **facts)
-    about = figures.about_run(manifest, ", ".join(targets), counted(len(values), "random subset"))
-    drawn: dict[str, Any] = {"about": about, "ranks_only": manifest.get("ranks_only", False)}
-    figures.scores_figure(table, selection.ranking_convergence(membership, values), figure, **drawn)
-    write_subsets(chosen, [selected], comment=f"random ensemble for {', '.join(targets)}", tasks=tasks)
-    print(
-        f"Selected {len(selected)} of {len(tasks)} tasks for {', '.join(targets)}: {tables.names_of(selected, tasks)}\n"
-        f"Wrote {chosen}, {written}, {figure}. Next: fine-tune the base model on it with stage 1's script and "
-        f"--subset_file {chosen}"
-    )
-    return selected

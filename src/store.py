@@ -17,15 +17,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from src.artifacts import MANIFEST, atomic_write, check_files, check_manifest, file_sizes, read_manifest, write_manifest
 from src.console import progress, waiting_for
-from src.datamodule import read_arrays, write_arrays
+from src.data import read_arrays, write_arrays
 from src.estimation import Part, Rows, TaskMoments, principal_basis, task_moments, token_weights
-from src.projection import Projection
+
+if TYPE_CHECKING:
+    from src.projection import Projection
 
 PROJECTED = "projected.npy"
 OUTPUTS = "outputs.npy"

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans
 
 from src.artifacts import atomic_write
 from src.data import key_digest, require_file
@@ -205,6 +204,8 @@ def cluster_samples(rows: np.ndarray, num_clusters: int, seed: int) -> np.ndarra
     if not 1 <= num_clusters <= len(directed):
         asked = f"{num_clusters} clusters of {len(directed)} samples with a gradient"
         raise ValueError(f"{asked}: expected 1 to {len(directed)} clusters")
+    from sklearn.cluster import AgglomerativeClustering, MiniBatchKMeans
+
     directions = rows[directed] / norms[directed]
     if len(directed) <= MAX_LINKAGE_SAMPLES:
         method = AgglomerativeClustering(num_clusters, metric="cosine", linkage="average")

@@ -8,16 +8,18 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from src.console import quiet_libraries
+
+quiet_libraries()  # before it is imported, which reads what this sets
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from src.console import quiet_libraries
 from tests.commands import COLLECT, TRAIN, run_script, write_jsonl
 from tests.faults import Stages
 
-quiet_libraries()
 torch.set_num_threads(1)  # tiny models lose more than they gain by a second thread
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -190,11 +190,12 @@ def fork(request: dict, number: int, environment: dict[str, str]) -> tuple[int, 
 
 def serve() -> None:
     """Answer requests until standard input ends."""
+    quiet_libraries()
+    import src.stage_collect
     import src.stage_select  # noqa: F401 what a child would have to import
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    quiet_libraries()
     for line in sys.stdin:
         request = json.loads(line)
         started = time.perf_counter()

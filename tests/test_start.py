@@ -1,0 +1,63 @@
+"""A stage that trains nothing starts without the libraries of training."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+
+from tests.commands import COMPARE, ENSEMBLE, ESTIMATE, EXPORT, ROOT, SELECT
+
+OF_TRAINING = {
+    "pytorch_lightning",
+    "lightning_fabric",
+    "peft",
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "torchmetrics",
+}
+SLOW = {"sklearn", "torch._dynamo", "scipy.signal"}
+RUN = """
+import json, runpy, sys
+commands, watched = json.loads(sys.argv[1])
+for script, *arguments in commands:
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+    print("loaded", json.dumps([script, sorted(set(watched) & set(sys.modules))]))
+"""
+
+
+def test_tables_estimates_and_selections_load_no_library_of_training(copy):
+    """One process runs them in turn, so that the first one that loads too much is named; tables alone need no torch."""
+    name, selected = ["--save_name", "toy"], "sampled_tasks/toy_forward_selection.txt"
+    estimates, truth = "results/toy/estimates.csv", "truth.csv"
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    of_store = [
+        [ESTIMATE, *name],
+        [SELECT, *name],
+        [EXPORT, *name, "--subset_file", selected],
+        ["scripts/import_results.py", "measured.csv", *name, "--results_name", "imported"],
+    ]
+    of_tables = [["scripts/status.py"], [COMPARE, estimates, truth], [ENSEMBLE, "results/toy"]]
+    of_tables.append(["scripts/report.py", "results/toy"])
+
+    def loaded(commands: list[list[str]], watched: set[str]) -> dict[str, list[str]]:
+        paths = [[str(ROOT / script), *arguments] for script, *arguments in commands]
+        child = [sys.executable, "-c", RUN, json.dumps([paths, sorted(watched)])]
+        done = subprocess.run(child, capture_output=True, text=True, check=False, env=here)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith("loaded ")]
+        assert len(lines) == len(commands)
+        return dict(json.loads(line.removeprefix("loaded ")) for line in lines)
+
+    targets = ("up a", "down", "up b", "down/2", "goal")
+    rows = [{"subset": "0 1", "target": target, "loss": 1.0} for target in targets]
+    pd.DataFrame(rows).to_csv("measured.csv", index=False)
+    watched = OF_TRAINING | SLOW
+    assert not {script: found for script, found in loaded(of_store, watched).items() if found}
+    table = pd.read_csv(estimates, dtype={"subset": str})
+    table.columns = [column.replace("estimate/", "validation_loss/") for column in table.columns]
+    table.to_csv(truth, index=False)
+    assert not {script: found for script, found in loaded(of_tables, watched | {"torch"}).items() if found}
