@@ -221,7 +221,11 @@ def export(config: TrainConfig, data: TaskData | None = None, trainer: str | Non
     weights = (np.array(counts) / sum(counts) if shares is None else shares[list(subsets[0])]).tolist()
     chosen, folder = [data.tasks[task] for task in subsets[0]], artifacts.results_dir(config.results)
     if trainer is not None:
-        known = [] if shares is not None else _estimates(folder / artifacts.SELECTION_FILE, subsets[0], data.tasks)
+        known = _estimates(folder / artifacts.SELECTION_FILE, subsets[0], data.tasks)
+        if config.task_weights:  # what the stage that wrote them says of them
+            known = artifacts.described(Path(config.task_weights).parent, f"{Path(config.task_weights).stem}.json").get(
+                "estimates", []
+            )
         path, of_file = _write_for(trainer, config, data, dict(zip(chosen, weights, strict=True)), known, **sampling)
         written, counts = str(path), [source.rows for source in of_file]
     else:

@@ -106,6 +106,8 @@ def select(config: SelectConfig, store: Path) -> list[tuple[int, ...]]:
         course += estimator.shift(columns, config.rho).mean()
         called = tables.RANKING_ONLY if estimator.ranks_only else ESTIMATE
         print(f"Mixture weights: {called} {course[0]:.4f} with equal weights, {course.min():.4f} with these.")
+        found = {"target": ", ".join(estimator.targets[column] for column in columns), called: float(course.min())}
+        artifacts.write_json(written[-1].with_suffix(".json"), {"estimates": [found], "command": command_typed()})
     for of_group in zip(selected, labels, groups, references, strict=True):
         say_selected(estimator, *of_group)
     if kept:

@@ -323,6 +323,10 @@ def test_mixture_weights_are_what_training_draws(copy):
     run_script(SELECT, *TOY, "--weights", "--target_task", "goal")
     weights = pd.read_csv("sampled_tasks/toy_weights.csv")
     assert weights["name"].tolist() == ["down", "down/2", "up a", "up b"] and weights["share"].sum() == pytest.approx(1)
+    (estimate,) = json.loads(Path("sampled_tasks/toy_weights.json").read_text())["estimates"]
+    run_script(EXPORT, *TOY, "--task_weights", "sampled_tasks/toy_weights.csv", "--for", "trl")
+    assert json.loads(Path("results/toy/export_trl/mixture.json").read_text())["estimates"] == [estimate]
+    assert estimate["target"] == "goal" and np.isfinite(estimate["estimate"])
     run_script(TRAIN, *TOY, "--task_weights", "sampled_tasks/toy_weights.csv")
     result = table("toy/results")
     some = " ".join(str(task) for task, share in enumerate(weights["share"]) if share > 0)
