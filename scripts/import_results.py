@@ -68,7 +68,7 @@ def results_table(path: Path, tasks: Sequence[str], targets: Sequence[str]) -> p
             raise ValueError(
                 f"{path}: no loss of target {row.index[row.isna().argmax()]} for {names}, run {run}; add it"
             )
-    return table.add_prefix(f"{tables.VALIDATION_LOSS}/").reset_index()
+    return table.add_prefix(f"{tables.VALIDATION_LOSS}/").reset_index().assign(seconds=float("nan"))  # not known
 
 
 def main(args: Any) -> None:
@@ -84,7 +84,7 @@ def main(args: Any) -> None:
         raise ValueError(f"{written} is there already; choose another --results_name, or move it away")
     table = results_table(path, estimator.tasks, estimator.targets)
     tables.write_result(written, table, imported_from=str(path), command=console.command_typed())
-    models = f"{console.counted(len(table), 'model')}, {console.counted(len(table.columns) - 2, 'target')}"
+    models = f"{console.counted(len(table), 'model')}, {console.counted(len(table.columns) - 3, 'target')}"
     print(
         f"Wrote {written}: losses of {models}. Next: python notebook/compare_estimates.py "
         f"{written.with_name(artifacts.ESTIMATES_FILE)} {written}, or stage 3 with --calibrate {written}"

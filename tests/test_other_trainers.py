@@ -159,6 +159,8 @@ def test_losses_that_others_measured_judge_and_calibrate(rows: list, model_folde
     run_script("fast_estimate_linear_regression_alpaca.py", *named, "--target_task", "up", "--calibrate",
                "results/law/results.csv")  # fmt: skip
     assert "calibrated/up" in pd.read_csv("results/law/estimates.csv").columns
+    run_script("scripts/report.py", "results/law")
+    assert Path("results/law/report.html").is_file()
     for header, line, message in (
         ("subset,target", "up,up", "no column 'loss'"),
         ("subset,target,loss", "up,up,high", "line 2: loss is 'high', expected a number"),
