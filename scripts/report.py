@@ -13,7 +13,6 @@ Writes  results/<name>/report.html
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,8 +56,7 @@ class Run:
 
     def described(self, name: str) -> dict[str, Any]:
         """What stands beside a table."""
-        path = (self.folder / name).with_suffix(".json")
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return artifacts.described(self.folder, str(Path(name).with_suffix(".json")), "make it again")
 
     def table(self, name: str, of_subsets: bool = False) -> pd.DataFrame:
         """A table, empty where it is not there."""

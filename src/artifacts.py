@@ -190,16 +190,16 @@ def resolve_checkpoint(load_model_dir: str) -> Path:
     raise FileNotFoundError(f"--load_model_dir {load_model_dir}: no folder {ours} ({parent} holds: {there}); {repair}")
 
 
-def described(checkpoint: Path, file: str) -> dict[str, Any]:
-    """Read a JSON file of a checkpoint's folder, such as `ADAPTER_CONFIG`; empty where it is absent. ValueError: it
-    cannot be read."""
-    path = checkpoint / file
+def described(folder: Path, file: str, repair: str = "copy the checkpoint again") -> dict[str, Any]:
+    """Read a JSON file that describes a checkpoint or a table, such as `ADAPTER_CONFIG`; empty where it is absent.
+    ValueError: it cannot be read, with the `repair`."""
+    path = folder / file
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+        raise ValueError(f"{path} cannot be read ({error}); {repair}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no settings; copy the checkpoint again")
+        raise ValueError(f"{path} holds no settings; {repair}")
     return found
 
 

@@ -6,7 +6,6 @@ Shapes: m subsets, c fine-tuned subsets, k targets, r runs.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from scipy.stats import norm, pearsonr, rankdata, spearmanr
 from scipy.stats import t as student
 
 from src import tables
-from src.artifacts import RESULTS_FILE, SELECTION_FILE, losses_file
+from src.artifacts import RESULTS_FILE, SELECTION_FILE, described, losses_file
 
 CONSTANT, INCLUSION = "constant", "own task in the subset"
 AVERAGE, MEAN = "(average)", "(mean over targets)"
@@ -301,8 +300,7 @@ def best_fine_tuned(folder: Path, tasks: Sequence[str], chosen_by: Mapping[str, 
 
 def kept_targets(folder: Path) -> tuple[list[str], float]:
     """The targets that the selection in a results folder was told to keep, and by how much their losses may rise."""
-    described = (folder / SELECTION_FILE).with_suffix(".json")
-    facts = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+    facts = described(folder, str(Path(SELECTION_FILE).with_suffix(".json")), "select again")
     return facts.get("keep_task", []), facts.get("tolerance_keep", 0.0)
 
 
