@@ -60,9 +60,7 @@ def measure(world: Any, args: argparse.Namespace) -> pd.DataFrame:
             console.run_command(MEASURE, *words)
         frame = read_table(file).rename(columns={"scale": "distance"})
         protocol = {
-            "model": Path(args.model_key or "own").name,
-            "data": world.name.partition(",")[0],
-            "world": world.name,
+            **worlds.protocol(world.name, args),
             "checkpoint": when,
             "rows": json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["rows"],
         }
@@ -72,15 +70,6 @@ def measure(world: Any, args: argparse.Namespace) -> pd.DataFrame:
     table = pd.concat(frames, ignore_index=True)
     table["command"] = f"python scripts/{Path(__file__).name} --world {world.name}"
     return table
-
-
-def keep(file: Path, table: pd.DataFrame) -> None:
-    """Put a world's rows into a table of all worlds, in the place of those it has; numbers to five digits."""
-    there = read_table(file) if file.is_file() else table[:0]
-    others = there[~there["world"].isin(table["world"]) | ~there["model"].isin(table["model"])]
-    numbers = ["distance", "first_order", "zero_order", "change"]
-    rounded = table.assign(**{name: [float(f"{value:.5g}") for value in table[name]] for name in numbers})
-    write_table(file, pd.concat([others, rounded]) if len(others) else rounded)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -103,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         file = results_dir(f"{BENCHMARK_APPROXIMATION}/{world.folder.name}") / "table.csv"
         write_table(file, table)
         if args.keep:
-            keep(Path(args.keep), table)
+            worlds.keep(Path(args.keep), table)
         print(f"Wrote {file}{f' and {args.keep}' if args.keep else ''}.")
 
 

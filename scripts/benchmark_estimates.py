@@ -12,7 +12,8 @@ first one ended.
 
 `scripts/worlds.py` says what a world is.
 
-Writes  results/benchmark_estimates/table.csv and figure.png; one line of JSON for each world and estimator
+Writes  results/benchmark_estimates/table.csv and figure.png; one line of JSON for each world and estimator; with --keep also
+        the world's rows of a table of all worlds
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ ATTAINABLE = ("attainable", "attainable_low", "attainable_high")
 BENCHMARK_ESTIMATES = "benchmark_estimates"
 BENCHMARK_TABLE, BENCHMARK_FIGURE = "table.csv", "figure.png"
 worlds = console.load_script("scripts/worlds.py")
+PROBABILITIES, MERGED = worlds.experts.PROBABILITIES, worlds.experts.MERGED
+DATAMODEL = "linear datamodel"
 
 
 def make_world(world: Any, args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], np.ndarray]:
@@ -60,47 +63,50 @@ def make_world(world: Any, args: argparse.Namespace) -> tuple[pd.DataFrame, list
 
 
 def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
-    """A row for every estimator."""
+    """A row for every estimator, and for the baselines: of these no seconds and no calibration, but for the linear datamodel,
+    which is the calibration without estimates."""
     truth, texts, membership = make_world(world, args)
-    first, records = args.calibration_subsets, {}
+    first, ridge = args.calibration_subsets, worlds.estimator_of(world, args, "ridge")
+    targets = own_targets(ridge.targets, ridge.tasks)
+    columns = [ridge.targets.index(target) for target in targets]
+    found, values = fine_tuned_values(truth, VALIDATION_LOSS, targets)
+    values, known = values[[found.index(text) for text in texts]], truth[truth["subset"].isin(texts[:first] or texts)]
+    predictions: dict[str, np.ndarray] = {worlds.MEAN_MATCHING: worlds.mean_matching(ridge.parts, membership, columns)}
+    if args.experts:
+        experts = worlds.experts_of(world, args)
+        of_targets = [experts.data.targets.index(target) for target in targets]
+        for name, losses in ((PROBABILITIES, experts.probabilities), (MERGED, experts.merged)):
+            predictions[name] = losses(membership)[:, of_targets]
+    calibrated, seconds = {}, {}
     for name in ESTIMATORS:
         estimator = worlds.estimator_of(world, args, name)
-        targets = own_targets(estimator.targets, estimator.tasks)
-        columns = [estimator.targets.index(target) for target in targets]
         started = time.perf_counter()
-        estimates = estimator(membership, columns)
-        seconds = time.perf_counter() - started
-        found, values = fine_tuned_values(truth, VALIDATION_LOSS, targets)
-        values = values[[found.index(text) for text in texts]]
-        known = truth[truth["subset"].isin(texts[:first] or texts)]
-        calibrated, low, high = estimator.calibrated(known, membership[first:], columns)
-        inclusion = own_inclusion(membership[first:], targets, estimator.tasks)
-        judged = comparison({name: estimates[first:], "calibrated": calibrated}, values[first:], targets, inclusion)
-        kind = AVERAGE if len(targets) > 1 else targets[0]
-        judged = judged.set_index(["target", "predictor"])
-        own, true = judged.loc[kind, name], values[first:].mean(axis=2)
-        records[name] = {
+        predictions[name] = estimator(membership, columns)
+        seconds[name] = time.perf_counter() - started
+        calibrated[name] = estimator.calibrated(known, membership[first:], columns)
+    calibrated[DATAMODEL] = worlds.estimator_of(world, args, "constant").calibrated(known, membership[first:], columns)
+    predictions[DATAMODEL] = np.concatenate([np.zeros((first, len(columns))), calibrated[DATAMODEL][0]])
+    inclusion, true = own_inclusion(membership[first:], targets, ridge.tasks), values[first:].mean(axis=2)
+    every = {name: estimates[first:] for name, estimates in predictions.items()}
+    every |= {f"{name}, calibrated": of_name[0] for name, of_name in calibrated.items()}
+    judged = comparison(every, values[first:], targets, inclusion).set_index(["target", "predictor"])
+    kind, records = AVERAGE if len(targets) > 1 else targets[0], []
+    for name in [*predictions, *([INCLUSION] if inclusion is not None else [])]:
+        own = judged.loc[kind, name]
+        record = {
             "world": world.name,
             "estimator": name,
-            "lds": own["lds"],
-            "lds_low": own["lds_low"],
+            **own[["lds", "lds_low", "pearson", "relative_error", "lds_top_quarter", "regret", *ATTAINABLE]],
             "lds_given_inclusion": own.get("lds_given_inclusion"),
             "lds_mean_over_targets": judged.loc[MEAN, name]["lds"] if len(targets) > 1 else None,
-            "pearson": own["pearson"],
-            "relative_error": own["relative_error"],
-            "relative_error_calibrated": judged.loc[kind, "calibrated"]["relative_error"],
-            "coverage": float(np.mean((low <= true) & (true <= high))),
-            "lds_top_quarter": own["lds_top_quarter"],
-            "regret": own["regret"],
-            **own[list(ATTAINABLE)],
-            "seconds": seconds,
+            "seconds": seconds.get(name),
         }
-        if inclusion is not None:
-            records[INCLUSION] = {
-                **dict.fromkeys(records[name]), "world": world.name, "estimator": INCLUSION,
-                "lds": judged.loc[kind, INCLUSION]["lds"], **own[list(ATTAINABLE)],
-            }  # fmt: skip
-    return pd.DataFrame(list(records.values()))
+        if name in calibrated:
+            _, low, high = calibrated[name]
+            record["relative_error_calibrated"] = judged.loc[kind, f"{name}, calibrated"]["relative_error"]
+            record["coverage"] = float(np.mean((low <= true) & (true <= high)))
+        records.append(record)
+    return pd.DataFrame(records)
 
 
 def benchmark_figure(table: pd.DataFrame, path: Path) -> None:
@@ -149,6 +155,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--subsets", type=config.COUNT, default=40, help="random halves to judge by (default: 40)")
     group.add_argument("--calibration_subsets", type=config.number(int, 0), default=6, help="more of them, for "
                        "calibration; 0 calibrates each on all others (default: 6)")  # fmt: skip
+    group = parser.add_argument_group("baselines")
+    group.add_argument(
+        "--experts", action="store_true", help="also what one expert for each source says (default: do not)"
+    )
+    group.add_argument("--keep", metavar="CSV", help="table of all worlds to put the rows into (default: none)")
     return parser.parse_args(argv)
 
 
@@ -158,6 +169,9 @@ def main(args: argparse.Namespace) -> None:
     for name in args.world:
         with redirect_stdout(sys.stderr) if args.json else nullcontext():
             frames.append(judge_world(worlds.parse_world(name, args), args))
+        if args.keep:
+            sizes = {"subsets": args.subsets, "calibration_subsets": args.calibration_subsets, "runs": args.runs}
+            worlds.keep(Path(args.keep), frames[-1].assign(**worlds.protocol(name, args), **sizes))
     table = pd.concat(frames, ignore_index=True)
     folder = results_dir(BENCHMARK_ESTIMATES)
     write_table(folder / BENCHMARK_TABLE, table)

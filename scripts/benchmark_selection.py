@@ -1,21 +1,24 @@
 """What a selection is worth: the target's test loss after the final fine-tuning, for this project's and other methods.
 
 For each world every method selects tasks for the target from validation data alone; the base model is then fine-tuned on
-each selection and its test loss taken. Regret is the distance to the oracle (forward selection by really fine-tuning every
-candidate) as a share of the gap from the oracle to training on all tasks. Cost is in passes: one sample going
-forward and backward is one pass; all training and all gradients count.
+each selection and its test loss, and accuracy where answers are judged, taken: means over `--runs` seeds, with 90 % intervals
+by Student's t. Regret is the distance to the oracle (forward selection by really fine-tuning every candidate) as a share of
+the gap from the oracle to training on all tasks. Cost is in passes: one sample going forward and backward is one pass;
+all training and all gradients count.
 
     python scripts/benchmark_selection.py
     python scripts/benchmark_selection.py --world synthetic:7 --no_oracle --json
 
-`scripts/worlds.py` says what a world is.
+`scripts/worlds.py` says what a world is, `scripts/experts.py` what experts are.
 
-Writes  results/benchmark_selection/table.csv and figure.png; one line of JSON for each world and method
+Writes  results/benchmark_selection/table.csv and figure.png; one line of JSON for each world and method; with --keep also
+        the world's rows of a table of all worlds
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -26,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from src import config, console
 from src.artifacts import (
@@ -39,12 +43,22 @@ from src.figures import BLUE, GREY, ORANGE, plt, save_figure, titled
 from src.selection import forward_selection, random_ensemble_scores, select_by_score
 from src.stage_estimate import Estimator
 from src.subsets import draw_subsets, membership_matrix, write_subsets, write_task_weights
-from src.tables import TEST_LOSS, VALIDATION_LOSS, mean_over_targets, read_table, subset_text, write_table
+from src.tables import (
+    TEST_ACCURACY,
+    TEST_LOSS,
+    VALIDATION_LOSS,
+    columns_of,
+    mean_over_targets,
+    read_table,
+    subset_text,
+    write_table,
+)
 
 BENCHMARK_SELECTION = "benchmark_selection"
 BENCHMARK_TABLE, BENCHMARK_FIGURE = "table.csv", "figure.png"
 worlds = console.load_script("scripts/worlds.py")
 
+PROBABILITIES, MERGED = worlds.experts.PROBABILITIES, worlds.experts.MERGED
 Subset = tuple[int, ...]
 OURS = ("forward selection", "forward selection, refined", "backward elimination", "random ensemble", "mixture weights")
 NUM_ENSEMBLE_SUBSETS, NUM_RANDOM, NUM_REFINED = 1000, 3, 5
@@ -72,8 +86,8 @@ class Selecting:
         """An estimator's mean over the targets, as searches take it."""
         return lambda membership: self.estimators[name](membership, self.columns).mean(axis=1)
 
-    def fine_tuned(self, subsets: Sequence[Subset], metric: str) -> np.ndarray:
-        """Really fine-tuned mean losses of the subsets, the mean over runs; the empty one is the base model."""
+    def fine_tuned(self, subsets: Sequence[Subset]) -> pd.DataFrame:
+        """Fine-tune on the subsets, the empty one being the base model: all rows of the results so far."""
         command = worlds.fine_tuning(self.world, self.args, BENCHMARK_SELECTION)
         wanted = sorted({subset for subset in subsets if subset})
         if wanted:
@@ -82,10 +96,26 @@ class Selecting:
             console.run_command(f"{command} --runs {self.args.runs} --subset_file {file}")
         if () in subsets:
             console.run_command(f"{command} --runs {self.args.runs} --task_idxes")
-        table = read_table(results_dir(self.name) / RESULTS_FILE)
-        table["mean"] = mean_over_targets(table, metric, self.targets)
-        means = table.groupby("subset")["mean"].mean()
-        return means.loc[[subset_text(subset) for subset in subsets]].to_numpy(float)
+        return read_table(results_dir(self.name) / RESULTS_FILE)
+
+    def validation_losses(self, subsets: Sequence[Subset]) -> np.ndarray:
+        """Mean validation losses of the fine-tuned subsets, over runs too."""
+        table = self.fine_tuned(subsets)
+        table["mean"] = mean_over_targets(table, VALIDATION_LOSS, self.targets)
+        return table.groupby("subset")["mean"].mean().loc[[subset_text(subset) for subset in subsets]].to_numpy(float)
+
+    def tested(self, table: pd.DataFrame, subsets: Sequence[Subset]) -> dict[str, float]:
+        """Test loss, and accuracy where there is one, the mean over subsets and runs, and half of its 90 % interval over runs."""
+        chosen = table[table["subset"].isin([subset_text(subset) for subset in subsets])]
+        found: dict[str, float] = {}
+        for name, metric in (("test_loss", TEST_LOSS), ("test_accuracy", TEST_ACCURACY)):
+            if columns_of(table, metric):
+                values = (
+                    pd.Series(mean_over_targets(chosen, metric, self.targets)).groupby(chosen["run"].to_numpy()).mean()
+                )
+                half = float(student.ppf(0.95, len(values) - 1) * values.sem()) if len(values) > 1 else np.nan
+                found |= {name: float(values.mean()), f"{name}_half": half}
+        return found
 
     def passes(self, subsets: Sequence[Subset]) -> int:
         """Training passes of one fine-tuning on each subset, in the benchmark's epochs."""
@@ -107,7 +137,7 @@ class Selecting:
         """The subsets on forward selection's way with the best estimates, the best of them by real fine-tuning."""
         steps = forward_selection(self.estimates("ridge"), self.num_tasks, past_best=3).steps
         candidates = [step.subset for step in sorted(steps, key=lambda step: step.estimate)[:NUM_REFINED]]
-        values = self.fine_tuned(candidates, VALIDATION_LOSS)
+        values = self.validation_losses(candidates)
         cost = self.estimation_passes + self.passes(candidates) * self.args.runs
         return [candidates[int(np.argmin(values))]], cost
 
@@ -129,7 +159,7 @@ class Selecting:
             "world": self.world.name,
             "method": "mixture weights",
             "tasks": float(len(used)),
-            "test_loss": float(mean_over_targets(table, TEST_LOSS, self.targets).mean()),
+            **self.tested(table, [used]),
             "selection_seconds": seconds,
             "passes": self.estimation_passes + int(drawn * self.epochs),
             "selected": subset_text(used),
@@ -150,23 +180,26 @@ class Selecting:
         return [select_by_score(scores, top_k=k)], self.estimation_passes
 
     def mean_matching(self, k: int) -> tuple[list[Subset], int]:
-        """Kernel mean matching: k tasks whose mean gradient comes nearest to the targets', added greedily."""
-        goals, sums, counts = [], [], []
-        for part in self.estimator.parts:
-            target = part.target.sums[self.columns] / part.target.counts[self.columns, None]
-            goals.append(target.mean(axis=0))
-            sums.append(part.train.sums)
-            counts.append(part.train.counts)
+        """Kernel mean matching of the targets' mean, k tasks added greedily."""
 
         def distance(membership: np.ndarray) -> np.ndarray:
-            total = np.zeros(len(membership))
-            for goal, of_task, rows in zip(goals, sums, counts, strict=True):
-                means = membership @ of_task / np.maximum(membership @ rows, 1)[:, None]
-                total += ((means - goal) ** 2).sum(axis=1) / (goal @ goal)
-            return total
+            return worlds.mean_matching(self.estimator.parts, membership, self.columns).mean(axis=1)
 
         path = forward_selection(distance, self.num_tasks, max_tasks=k, past_best=self.num_tasks)
         return [path.steps[k - 1].subset], self.estimation_passes
+
+    def by_experts(self, kind: str) -> tuple[list[Subset], int]:
+        """Forward selection by what the experts of the sources say of a subset, their training counting."""
+        experts = self.experts()
+        columns = [list(experts.data.targets).index(target) for target in self.targets]
+        values = experts.merged if kind == MERGED else experts.probabilities
+        path = forward_selection(lambda membership: values(membership)[:, columns].mean(axis=1), self.num_tasks)
+        return [path.selected], self.passes([tuple(range(self.num_tasks))])
+
+    @functools.cache  # noqa: B019 as long as the world is
+    def experts(self) -> Any:
+        """The experts of the world's sources."""
+        return worlds.experts_of(self.world, self.args)
 
     def oracle(self) -> tuple[list[Subset], int]:
         """Forward selection by really fine-tuning every candidate."""
@@ -175,7 +208,7 @@ class Selecting:
         def really(membership: np.ndarray) -> np.ndarray:
             subsets = [tuple(np.flatnonzero(row).tolist()) for row in membership]
             tried.update(subsets)
-            return self.fine_tuned(subsets, VALIDATION_LOSS)
+            return self.validation_losses(subsets)
 
         path = forward_selection(really, self.num_tasks)
         return [path.selected], self.passes(sorted(tried)) * self.args.runs
@@ -197,6 +230,8 @@ class Selecting:
             "all tasks": lambda: ([tuple(range(self.num_tasks))], 0),
             "base model": lambda: ([()], 0),
         }
+        if self.args.experts:
+            methods |= {kind: lambda kind=kind: self.by_experts(kind) for kind in (PROBABILITIES, MERGED)}
         if not self.args.no_oracle:
             methods["oracle"] = self.oracle
         records = []
@@ -209,7 +244,7 @@ class Selecting:
                     "world": self.world.name,
                     "method": method,
                     "tasks": float(np.mean([len(subset) for subset in subsets])),
-                    "test_loss": float(self.fine_tuned(subsets, TEST_LOSS).mean()),
+                    **self.tested(self.fine_tuned(subsets), subsets),
                     "selection_seconds": seconds,
                     "passes": passes + self.passes(subsets) // len(subsets),
                     "selected": "; ".join(subset_text(subset) for subset in subsets),
@@ -218,7 +253,7 @@ class Selecting:
         table = pd.DataFrame([*records, self.mixture()])
         losses = table.set_index("method")["test_loss"]
         best = losses.get("oracle", losses.min())
-        table.insert(4, "regret", (table["test_loss"] - best) / (losses["all tasks"] - best))
+        table.insert(3, "regret", (table["test_loss"] - best) / (losses["all tasks"] - best))
         return table
 
 
@@ -261,6 +296,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("methods")
     group.add_argument("--no_oracle", action="store_true", help="leave the oracle out; regret is then to the best method "
                        "(default: run it, which takes most of the time)")  # fmt: skip
+    group.add_argument(
+        "--experts", action="store_true", help="also select by one expert for each source (default: do not)"
+    )
+    group.add_argument("--keep", metavar="CSV", help="table of all worlds to put the rows into (default: none)")
     group = parser.add_argument_group("time of a search")
     group.add_argument("--search_tasks", type=config.COUNT, help="instead of worlds, time forward selection over so "
                        "many random tasks (default: worlds)")  # fmt: skip
@@ -280,6 +319,11 @@ def main(args: argparse.Namespace) -> None:
     for name in args.world:
         with redirect_stdout(sys.stderr) if args.json else nullcontext():
             frames.append(Selecting(worlds.parse_world(name, args), args).select())
+        if args.keep:
+            command = f"python scripts/{Path(__file__).name} --world {name} --runs {args.runs}"
+            worlds.keep(
+                Path(args.keep), frames[-1].assign(**worlds.protocol(name, args), runs=args.runs, command=command)
+            )
     table = pd.concat(frames, ignore_index=True)
     folder = results_dir(BENCHMARK_SELECTION)
     write_table(folder / BENCHMARK_TABLE, table)

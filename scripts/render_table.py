@@ -155,7 +155,24 @@ def by_method(kept: pd.DataFrame) -> pd.DataFrame:
     return kept.assign(**counts, **times, **seconds)[named]
 
 
-VIEWS = {view.__name__: view for view in (by_distance, by_method)}
+def by_selection(kept: pd.DataFrame, data: str) -> pd.DataFrame:
+    """What every method's selection is worth on one data set: means over seeds with 90 % intervals."""
+    kept = kept[kept["data"] == data]
+    columns = {"trained on": kept["method"], "sources": [f"{number:g}" for number in kept["tasks"]]}
+    for name in ("test_loss", "test_accuracy"):
+        if name in kept and kept[name].notna().any():
+            pairs = zip(kept[name], kept[f"{name}_half"], strict=True)
+            columns[name.replace("_", " ")] = [
+                f"{mean:.3f} ± {half:.3f}" if half == half else f"{mean:.3f}" for mean, half in pairs
+            ]
+    columns |= {
+        "regret": [f"{value:.2f}" for value in kept["regret"]],
+        "passes": [f"{count:,}" for count in kept["passes"]],
+    }
+    return pd.DataFrame(columns)
+
+
+VIEWS = {view.__name__: view for view in (by_distance, by_method, by_selection)}
 
 
 def rendered_document(path: Path) -> str:

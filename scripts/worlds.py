@@ -14,15 +14,21 @@ import json
 import shlex
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from src import config, console, cot
-from src.artifacts import BENCHMARK_DATA, clusters_file, slug, write_json
-from src.estimation import TaskMoments
-from src.stage_estimate import Estimator, stored
+from src.artifacts import BENCHMARK_DATA, clusters_file, results_dir, slug, write_json
+from src.estimation import Part, TaskMoments
+from src.stage_estimate import Estimator, clustered, stored
+from src.tables import read_table, write_table
+
+experts = console.load_script("scripts/experts.py")
 
 SUITE = (
     "synthetic:0",
@@ -32,6 +38,7 @@ SUITE = (
     "synthetic:4,num_tasks=24,noise=0/0.25/0.5/0.75",
 )
 """12 to 30 sources, mild to strong noise, short and long fine-tuning; fixed before any of them was run."""
+MEAN_MATCHING = "mean matching"
 TRAINING = ("epochs", "lr")
 COT_SCRIPTS = ("custom_train.py", "fast_estimate_compute_gradients.py", "fast_estimate_linear_regression.py")
 SKILLS_WORLD = {
@@ -200,6 +207,41 @@ def store_of(world: World, args: argparse.Namespace, estimator: str) -> tuple[co
 def estimator_of(world: World, args: argparse.Namespace, estimator: str) -> Estimator:
     """An estimator on the world's store."""
     return Estimator(*store_of(world, args, estimator))
+
+
+def experts_of(world: World, args: argparse.Namespace) -> Any:
+    """The experts of the world's sources, trained where they are missing."""
+    flags = f"--save_name {world.folder.name} {world.tasks} --task_idxes"
+    typed = config.typed_flags(console.load_script(world.scripts[0]).parse_args(flags.split()))
+    settings = config.for_training(typed)
+    data = clustered(settings, typed) if settings.load_clusters else None
+    return experts.Experts(settings, results_dir(f"experts/{world.folder.name}"), data)
+
+
+def mean_matching(parts: Sequence[Part], membership: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Kernel mean matching: the squared distance of a subset's mean gradient to each target's, relative to the target's, summed
+    over checkpoints, (m, k)."""
+    distances = np.zeros((len(membership), len(targets)))
+    for part in parts:
+        goals = part.target.sums[targets] / part.target.counts[targets, None]
+        means = membership @ part.train.sums / np.maximum(membership @ part.train.counts, 1)[:, None]
+        distances += np.square(means[:, None] - goals).sum(axis=2) / np.square(goals).sum(axis=1)
+    return distances
+
+
+def protocol(name: str, args: argparse.Namespace) -> dict[str, str]:
+    """What a table of several worlds says of each: model, data, and the world as typed."""
+    return {"model": Path(args.model_key or "own").name, "data": name.partition(",")[0], "world": name}
+
+
+def keep(file: Path, table: pd.DataFrame) -> None:
+    """Put a world's rows into a table of all worlds, in the place of those it has; numbers to five digits."""
+    there = read_table(file) if file.is_file() else table[:0]
+    others = there[~there["world"].isin(table["world"]) | ~there["model"].isin(table["model"])]
+    rounded = table.assign(
+        **{name: [float(f"{value:.5g}") for value in table[name]] for name in table.select_dtypes("float")}
+    )
+    write_table(file, pd.concat([others, rounded]) if len(others) else rounded)
 
 
 def share_clusters(world: World, args: argparse.Namespace) -> None:

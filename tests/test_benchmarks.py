@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from src.console import load_script
+from src.console import load_script, run_command
 from src.estimation import ESTIMATORS
 from tests.commands import refused, run_script
 
@@ -18,9 +19,10 @@ TINY = ["--world", WORLD, "--epochs", "1", "--runs", "2", "--project_dim", "32",
 def test_every_estimator_and_every_method_is_judged(tmp_path, monkeypatch, capsys):
     """With --json nothing else is printed; the second benchmark goes on with the world of the first."""
     monkeypatch.chdir(tmp_path)
-    run_script("scripts/benchmark_estimates.py", *TINY, "--subsets", "6", "--calibration_subsets", "5")
+    run_script("scripts/benchmark_estimates.py", *TINY, "--subsets", "6", "--calibration_subsets", "5", "--experts")
     *records, speed = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [record["estimator"] for record in records] == list(ESTIMATORS)
+    experts = "experts' probabilities", "merged experts"
+    assert [record["estimator"] for record in records] == ["mean matching", *experts, *ESTIMATORS, "linear datamodel"]
     assert speed["estimates"] == 1000 and speed["seconds"] > 0
     (truth_file,) = Path("results/benchmark_estimates").glob("*/results.csv")
     truth = pd.read_csv(truth_file, dtype={"subset": str})
@@ -29,11 +31,15 @@ def test_every_estimator_and_every_method_is_judged(tmp_path, monkeypatch, capsy
     r = max(np.corrcoef(values.rank().T)[0, 1], 0)
     expected = [np.sqrt(2 * r / (1 + r))] * len(records)
     assert [record["attainable"] for record in records] == pytest.approx(expected, abs=1e-4)
-    assert len(pd.read_csv("results/benchmark_estimates/table.csv")) == len(ESTIMATORS)
+    assert len(pd.read_csv("results/benchmark_estimates/table.csv")) == len(records)
 
-    run_script("scripts/benchmark_selection.py", *TINY)
+    run_script("scripts/benchmark_selection.py", *TINY, "--experts", "--keep", "kept.csv")
     of = {record["method"]: record for record in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert len(of) == 13 and of["oracle"]["regret"] == 0 and of["all tasks"]["regret"] == 1
+    kept = pd.read_csv("kept.csv").set_index("method")
+    assert (
+        list(kept.index) == list(of) and set(kept["data"]) == {"synthetic:9"} and kept["test_loss_half"].notna().all()
+    )
+    assert len(of) == 15 and set(experts) < set(of) and of["oracle"]["regret"] == 0 and of["all tasks"]["regret"] == 1
     assert of["base model"]["tasks"] == 0 and of["base model"]["passes"] == 0
     forward = of["forward selection"]
     assert all(of[name]["tasks"] == forward["tasks"] for name in of if name.endswith(("top k", "k tasks")))
@@ -41,9 +47,32 @@ def test_every_estimator_and_every_method_is_judged(tmp_path, monkeypatch, capsy
     truth = pd.read_csv(results, dtype={"subset": str}, keep_default_na=False)
     chosen = truth[truth["subset"] == forward["selected"]]
     assert forward["test_loss"] == pytest.approx(chosen["test_loss/target"].mean(), abs=1e-4)
+    half = stats.t.ppf(0.95, 1) * chosen["test_loss/target"].std(ddof=1) / np.sqrt(2)
+    assert forward["test_loss_half"] == pytest.approx(half, abs=1e-4)
     assert truth["subset"].str.fullmatch(r"\d+").sum() == 2 * 6  # the oracle's first step tried every task
     assert all(path.stat().st_size > 10_000 for path in Path("results").glob("benchmark_*/figure.png"))
     assert len(list(Path("results").glob("benchmark_*/figure.png"))) == 2
+
+
+def test_experts_are_fine_tuned_on_one_source_each(tmp_path, monkeypatch):
+    """One expert alone says what fine-tuning on its source gives; two are mixed by their rows, token by token."""
+    monkeypatch.chdir(tmp_path)
+    worlds, script = load_script("scripts/worlds.py"), load_script("scripts/benchmark_estimates.py")
+    args = script.parse_args(TINY)
+    world = worlds.parse_world(WORLD, args)
+    worlds.prepare(world, args, margins=False)
+    experts = worlds.experts_of(world, args)
+    run_command(f"{worlds.fine_tuning(world, args, 'alone')} --task_idxes 2")
+    (file,) = Path("results/alone").glob("*/results.csv")
+    expected = pd.read_csv(file)["validation_loss/target"][0]
+    alone, both = np.eye(6, dtype=bool)[[2]], np.array([[0, 1, 1, 0, 0, 0]], dtype=bool)
+    column = list(experts.data.targets).index("target")
+    for losses in (experts.probabilities, experts.merged):
+        assert losses(alone)[0, column] == pytest.approx(expected, rel=1e-4)
+    mean = np.log((experts.of_experts[1] + experts.of_experts[2]) / 2)  # sources of equal size
+    rows = pd.Series(mean).groupby(experts.row_of_token).mean()
+    target = [row for row in rows.index if experts.data.target_of_sample[row] == column]
+    assert experts.probabilities(both)[0, column] == pytest.approx(-rows[target].mean(), rel=1e-6)
 
 
 def test_worlds_are_named_by_what_they_are(tmp_path, monkeypatch):

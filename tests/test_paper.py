@@ -71,6 +71,22 @@ def test_a_documents_tables_are_those_of_its_files(here):
     refused("no view sideways", run_script, "scripts/render_table.py", "--into", "page.md")
 
 
+def test_a_documents_selections_have_intervals_where_seeds_are_several(here):
+    records = [("ours", 3.0, 0.25, 1.5, 0.125, 0.0, 1200), ("all", 6.0, np.nan, 2.0, np.nan, 1.0, 900)]
+    names = ["method", "tasks", "test_accuracy_half", "test_loss", "test_loss_half", "regret", "passes"]
+    pd.DataFrame(records, columns=names).assign(data="toy", test_accuracy=0.5).to_csv(
+        "kept.csv", index=False, na_rep="nan"
+    )
+    Path("page.md").write_text("<!-- kept.csv by_selection toy -->\n<!-- end -->\n")
+    run_script("scripts/render_table.py", "--into", "page.md")
+    assert Path("page.md").read_text().splitlines()[1:-1] == [
+        "| trained on | sources | test loss | test accuracy | regret | passes |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| ours | 3 | 1.500 ± 0.125 | 0.500 ± 0.250 | 0.00 | 1,200 |",
+        "| all | 6 | 2.000 | 0.500 | 1.00 | 900 |",
+    ]
+
+
 def test_the_paper_page_shows_what_is_kept():
     """Nobody types a figure: rendering the page again changes nothing."""
     page = ROOT / "docs" / "paper.md"
