@@ -104,14 +104,13 @@ class Selecting:
         table["mean"] = mean_over_targets(table, VALIDATION_LOSS, self.targets)
         return table.groupby("subset")["mean"].mean().loc[[subset_text(subset) for subset in subsets]].to_numpy(float)
 
-    def tested(self, table: pd.DataFrame, subsets: Sequence[Subset]) -> dict[str, float]:
+    def tested(self, table: pd.DataFrame) -> dict[str, float]:
         """Test loss, and accuracy where there is one, the mean over subsets and runs, and half of its 90 % interval over runs."""
-        chosen = table[table["subset"].isin([subset_text(subset) for subset in subsets])]
         found: dict[str, float] = {}
         for name, metric in (("test_loss", TEST_LOSS), ("test_accuracy", TEST_ACCURACY)):
             if columns_of(table, metric):
                 values = (
-                    pd.Series(mean_over_targets(chosen, metric, self.targets)).groupby(chosen["run"].to_numpy()).mean()
+                    pd.Series(mean_over_targets(table, metric, self.targets)).groupby(table["run"].to_numpy()).mean()
                 )
                 half = float(student.ppf(0.95, len(values) - 1) * values.sem()) if len(values) > 1 else np.nan
                 found |= {name: float(values.mean()), f"{name}_half": half}
@@ -159,7 +158,7 @@ class Selecting:
             "world": self.world.name,
             "method": "mixture weights",
             "tasks": float(len(used)),
-            **self.tested(table, [used]),
+            **self.tested(table),
             "selection_seconds": seconds,
             "passes": self.estimation_passes + int(drawn * self.epochs),
             "selected": subset_text(used),
@@ -238,13 +237,13 @@ class Selecting:
         for method, choose in methods.items():
             started = time.perf_counter()
             subsets, passes = choose()
-            seconds = time.perf_counter() - started
+            seconds, table = time.perf_counter() - started, self.fine_tuned(subsets)
             records.append(
                 {
                     "world": self.world.name,
                     "method": method,
                     "tasks": float(np.mean([len(subset) for subset in subsets])),
-                    **self.tested(self.fine_tuned(subsets), subsets),
+                    **self.tested(table[table["subset"].isin([subset_text(subset) for subset in subsets])]),
                     "selection_seconds": seconds,
                     "passes": passes + self.passes(subsets) // len(subsets),
                     "selected": "; ".join(subset_text(subset) for subset in subsets),
