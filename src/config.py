@@ -205,6 +205,8 @@ class RunsConfig:
     """repetitions"""
 
     runs: int = flag(1, "repetitions, with seeds 0, 1, …", COUNT, free=True)
+    max_steps: int | None = flag(None, "optimizer steps of each fine-tuning, whatever its rows", COUNT, free=True,
+        shown="as many as --epochs are")  # fmt: skip
 
 
 @dataclass(frozen=True)

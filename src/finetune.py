@@ -46,8 +46,9 @@ LOOK_EVERY = 50  # steps between looks at a GPU's training losses, each of which
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Hyperparameters of a training. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation, and
-    `loss_over` is what a batch's loss is the mean over: its target tokens ("token"), or the mean losses of its rows ("row").
+    """Hyperparameters of a training. `accumulate` is in batches per optimizer step, `max_new_tokens` bounds a generation,
+    `loss_over` is what a batch's loss is the mean over: its target tokens ("token"), or the mean losses of its rows ("row"), and
+    `max_steps` of the optimizer take the place of `epochs`.
     """
 
     epochs: int
@@ -56,6 +57,7 @@ class TrainingPlan:
     accumulate: int = 1
     max_new_tokens: int = 256
     loss_over: str = "token"
+    max_steps: int | None = None
 
 
 class FineTuning(pl.LightningModule):
@@ -430,7 +432,8 @@ def _trainer(
         strategy=strategy,
         precision=hardware.precision,
         num_nodes=hardware.num_nodes,
-        max_epochs=plan.epochs if plan else 1,
+        max_epochs=-1 if plan and plan.max_steps else plan.epochs if plan else 1,
+        max_steps=plan.max_steps if plan and plan.max_steps else -1,
         accumulate_grad_batches=plan.accumulate if plan else 1,
         callbacks=list(callbacks),
         limit_val_batches=1.0 if validate or plan is None else 0,
@@ -466,7 +469,7 @@ def fit(
     """Train the model's trainable parameters in place on the data module's training rows, from the state on that
     `resumable` has; a training that cannot teach an adapter much is noted before it starts. SystemExit: SIGTERM came."""
     rows_per_step = datamodule.batch_size * plan.accumulate * hardware.num_processes
-    steps = plan.epochs * -(-len(datamodule.train_indices) // rows_per_step)
+    steps = plan.max_steps or plan.epochs * -(-len(datamodule.train_indices) // rows_per_step)
     if model.has_adapter and steps * plan.lr < LEAST_CHANGE:
         say_once(
             f"note: {steps} optimizer steps at --lr {plan.lr:g} move a weight by at most about {steps * plan.lr:.2g} and hardly "

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,9 +251,11 @@ def fine_tune_subsets(
     """Fine-tune once for each subset and seed, from the same state for every subset, and append a row of losses for each.
     Rows that are there are not trained again, so that a killed run goes on in the line where it was; of a single subset
     the model has to be there too."""
-    folder, runs, plan = results_dir(config.results), range(config.runs), training_plan(config)
+    folder, runs = results_dir(config.results), range(config.runs)
+    plan = replace(training_plan(config), max_steps=config.max_steps)
     shares = None if task_shares is None else task_shares.round(6).tolist()
     facts = {**training_facts(config, data), "task_shares": shares}
+    facts |= {"epochs": None, "max_steps": config.max_steps} if config.max_steps else {}
     repair = "Choose another --results_name, or remove the file."
     table = tables.ResultsTable(folder / artifacts.RESULTS_FILE, facts, repair)
     kept: list[Path] = []

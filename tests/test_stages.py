@@ -58,6 +58,22 @@ def test_training_leaves_checkpoints_that_peft_opens_and_is_not_done_twice(here,
     refused(r"--epochs 2 there, (--epochs )?3 typed.*another --save_name", run_script, f"{TRAIN} --epochs 3", *TOY)
 
 
+def test_fine_tunings_can_take_equal_steps(copy):
+    """Four steps are two epochs of a source of sixteen rows, and one of two such; rows of the two kinds do not mix."""
+    for name, *flags in (("epochs", "--epochs", "2"), ("steps", "--epochs", "7", "--max_steps", "4")):
+        run_script(TRAIN, *copy, *flags, "--task_idxes", "1", "--save_name", f"of_{name}", "--results_name", name)
+    columns = ["num_rows", "validation_loss/goal", "test_loss/goal"]
+    assert table("steps/results")[columns].equals(table("epochs/results")[columns])
+    run_script(
+        TRAIN, *copy, "--epochs", "1", "--task_idxes", "1", "3", "--save_name", "of_both", "--results_name", "both"
+    )
+    command = [TRAIN, *copy, "--max_steps", "4", "--save_name", "of_steps", "--results_name", "steps"]
+    run_script(*command, "--epochs", "7", "--task_idxes", "1", "3")
+    assert table("steps/results")[columns].iloc[1].equals(table("both/results")[columns].iloc[0])
+    refused("epochs: found None, expected 7", run_script, TRAIN, *copy, "--epochs", "7", "--task_idxes", "1", "--save_name", "of_steps",
+            "--results_name", "steps")  # fmt: skip
+
+
 def test_meta_training_can_end_with_its_checkpoints(here):
     """The same weights at the last checkpoint as in a training that goes on, and nothing after it."""
     for name, stop in (("whole", []), ("stopped", ["--stop_after_checkpoints"])):
