@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {"model_key": "flan_t5_base", "lr": 3e-4, "batch_size
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The flags that were typed."""
-    also = config.CotFiles, config.StatesConfig, config.ProjectionConfig
+    also = config.CotFiles, config.StatesConfig, config.StepsConfig, config.ProjectionConfig
     return config.stage_parser(__doc__, SHOWN, also=also, **DEFAULTS).parse_args(argv)
 
 

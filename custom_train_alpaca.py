@@ -26,7 +26,7 @@ SHOWN = (
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The flags that were typed."""
-    return config.stage_parser(__doc__, SHOWN).parse_args(argv)
+    return config.stage_parser(__doc__, SHOWN, also=(config.StepsConfig,)).parse_args(argv)
 
 
 def main(args: Any) -> None:

@@ -201,12 +201,18 @@ class ChosenTasks:
 
 
 @dataclass(frozen=True)
+class StepsConfig:
+    """length of a fine-tuning"""
+
+    max_steps: int | None = flag(None, "optimizer steps of each fine-tuning, whatever its rows", COUNT, free=True,
+        shown="as many as --epochs are")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RunsConfig:
     """repetitions"""
 
     runs: int = flag(1, "repetitions, with seeds 0, 1, …", COUNT, free=True)
-    max_steps: int | None = flag(None, "optimizer steps of each fine-tuning, whatever its rows", COUNT, free=True,
-        shown="as many as --epochs are")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -394,7 +400,7 @@ class RunConfig(DataConfig, ModelConfig, TrainingConfig, NameConfig, HardwareCon
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, MetaTrainingConfig, StatesConfig, ChosenTasks, RunsConfig, ClustersConfig):
+class TrainConfig(RunConfig, MetaTrainingConfig, StatesConfig, ChosenTasks, StepsConfig, RunsConfig, ClustersConfig):
     """Stages 1 and 5."""
 
 
