@@ -60,7 +60,8 @@ worlds = console.load_script("scripts/worlds.py")
 
 PROBABILITIES, MERGED = worlds.experts.PROBABILITIES, worlds.experts.MERGED
 Subset = tuple[int, ...]
-OURS = ("forward selection", "forward selection, refined", "backward elimination", "random ensemble", "mixture weights")
+MIXTURE = "mixture weights"
+OURS = ("forward selection", "forward selection, refined", "backward elimination", "random ensemble", MIXTURE)
 NUM_ENSEMBLE_SUBSETS, NUM_RANDOM, NUM_REFINED = 1000, 3, 5
 
 
@@ -156,7 +157,7 @@ class Selecting:
         used = tuple(np.flatnonzero(shares > 0.1 / self.num_tasks).tolist())
         return {
             "world": self.world.name,
-            "method": "mixture weights",
+            "method": MIXTURE,
             "tasks": float(len(used)),
             **self.tested(table),
             "selection_seconds": seconds,
@@ -233,8 +234,11 @@ class Selecting:
             methods |= {kind: lambda kind=kind: self.by_experts(kind) for kind in (PROBABILITIES, MERGED)}
         if not self.args.no_oracle:
             methods["oracle"] = self.oracle
+        wanted = ["all tasks", *(self.args.methods or [*methods, MIXTURE])]
         records = []
         for method, choose in methods.items():
+            if method not in wanted:
+                continue
             started = time.perf_counter()
             subsets, passes = choose()
             seconds, table = time.perf_counter() - started, self.fine_tuned(subsets)
@@ -249,7 +253,7 @@ class Selecting:
                     "selected": "; ".join(subset_text(subset) for subset in subsets),
                 }
             )
-        table = pd.DataFrame([*records, self.mixture()])
+        table = pd.DataFrame([*records, *([self.mixture()] if MIXTURE in wanted else [])])
         losses = table.set_index("method")["test_loss"]
         best = losses.get("oracle", losses.min())
         table.insert(3, "regret", (table["test_loss"] - best) / (losses["all tasks"] - best))
@@ -298,6 +302,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--experts", action="store_true", help="also select by one expert for each source (default: do not)"
     )
+    group.add_argument("--methods", nargs="+", metavar="METHOD", help="these and all tasks, as the table names them (default: "
+                       "all)")  # fmt: skip
     group.add_argument("--keep", metavar="CSV", help="table of all worlds to put the rows into (default: none)")
     group = parser.add_argument_group("time of a search")
     group.add_argument("--search_tasks", type=config.COUNT, help="instead of worlds, time forward selection over so "
