@@ -110,7 +110,9 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
     if first == "real:strategy_qa" and args.model_key and args.cot_dir:
         rows = short_questions(Path(args.cot_dir), folder, **{key: int(value) for key, value in options.items()})
         print(f"{args.cot_dir}: {rows} questions")
-        data = f"--dataset_key strategy_qa --data_dir {folder} --saved_dir {args.cot_dir}/saved --heldout_share 0.2 {of_model}"
+        data = (
+            f"--dataset_key strategy_qa --data_dir {folder} --saved_dir {folder}/saved --heldout_share 0.2 {of_model}"
+        )
         return World(
             name, folder, data, f"{flags} --inference_batch_size 32 --max_new_tokens 64",
             f"--load_clusters --num_clusters {args.num_clusters}", COT_SCRIPTS,
@@ -128,8 +130,9 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
 
 
 def short_questions(source: Path, folder: Path, rows: int = 96, test_rows: int = 24, max_characters: int = 260) -> int:
-    """Write a split of the first questions of StrategyQA that are short with what they are trained on, beside a copy of the
-    data set: of those to train on, ones that the teacher answers right. Returns their number; ValueError: there are fewer."""
+    """Write a split of the first questions of StrategyQA that are short with what they are trained on, beside copies of the data
+    set and of the teacher's completions: of those to train on, ones that the teacher answers right. Returns their number;
+    ValueError: there are fewer."""
     dataset = source / "dataset" / "strategy_qa.json"
     samples = json.loads(dataset.read_text(encoding="utf-8"))["data"]
     split = json.loads((source / "split" / "strategy_qa__default.json").read_text(encoding="utf-8"))
@@ -150,9 +153,11 @@ def short_questions(source: Path, folder: Path, rows: int = 96, test_rows: int =
         raise ValueError(
             f"{source}: {len(train)} questions to train on have at most {max_characters} characters, {rows} are needed"
         )
-    for name in ("dataset", "split"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(dataset, folder / "dataset" / dataset.name)
+    for original in (dataset, file):
+        copy = folder / original.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, copy)
+    (folder / "split").mkdir(exist_ok=True)
     write_json(folder / "split" / "strategy_qa__default.json", {"train": train, "test": test})
     return len(train) + len(test)
 
