@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -172,7 +172,23 @@ def by_selection(kept: pd.DataFrame, data: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-VIEWS = {view.__name__: view for view in (by_distance, by_method, by_selection)}
+def by_estimator(kept: pd.DataFrame, data: str) -> pd.DataFrame:
+    """How every estimator ranks the halves of one data set, by itself and calibrated, each half on the others."""
+    kept = kept[kept["data"] == data]
+
+    def shown(column: str, form: Callable[[float], str] = "{:.2f}".format) -> list[str]:
+        return ["" if pd.isna(value) else form(value) for value in kept[column]]
+
+    lows = [f" ({low:.2f})" for low in kept["lds_low"]]
+    return pd.DataFrame({
+        "estimator": kept["estimator"], "LDS": [a + b for a, b in zip(shown("lds"), lows, strict=True)],
+        "top quarter": shown("lds_top_quarter"), "regret": shown("regret"), "LDS, calibrated": shown("lds_calibrated"),
+        "relative error": shown("relative_error_calibrated", percent), "in 90 % interval": shown("coverage", percent),
+        "attainable": shown("attainable"),
+    })  # fmt: skip
+
+
+VIEWS = {view.__name__: view for view in (by_distance, by_estimator, by_method, by_selection)}
 
 
 def rendered_document(path: Path) -> str:

@@ -87,9 +87,10 @@ def test_a_documents_selections_have_intervals_where_seeds_are_several(here):
     ]
 
 
-def test_the_paper_page_shows_what_is_kept():
+@pytest.mark.parametrize("name", ["paper", "accuracy"])
+def test_a_page_shows_what_is_kept(name):
     """Nobody types a figure: rendering the page again changes nothing."""
-    page = ROOT / "docs" / "paper.md"
+    page = ROOT / "docs" / f"{name}.md"
     before = page.read_text()
     assert ".csv " in before
     copy = load_script("scripts/render_table.py").rendered_document(page)
