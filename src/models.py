@@ -9,17 +9,16 @@ import contextlib
 import dataclasses
 import importlib.util
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -31,6 +30,29 @@ from transformers.pytorch_utils import Conv1D
 from src.artifacts import ADAPTER_CONFIG, BASE
 from src.console import say_notices, waiting_for
 from src.datamodule import IGNORED, Batch
+
+
+@contextlib.contextmanager
+def _without_bitsandbytes(network: PreTrainedModel | None = None) -> Iterator[None]:
+    """Let peft see no bitsandbytes, unless the network is quantized: it would load it for any adapter, in about 2 s."""
+    modules, name = cast(dict[str, Any], sys.modules), "bitsandbytes"
+    if name in modules or getattr(network, "is_quantized", False):
+        yield
+        return
+    modules[name] = None  # as Python has it, a module that cannot be imported
+    try:
+        yield
+    finally:
+        del modules[name]
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+        for asked in (is_bnb_available, is_bnb_4bit_available):
+            asked.cache_clear()
+
+
+with _without_bitsandbytes():
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neo", "opt")
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -374,7 +396,8 @@ def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageMo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            network = get_peft_model(model.network, config)
+            with _without_bitsandbytes(model.network):
+                network = get_peft_model(model.network, config)
             carrying = network.targeted_module_names
             for target in () if is_pattern else named:
                 if not any(f".{name}".endswith(f".{target}") for name in carrying):
@@ -446,7 +469,7 @@ def load_checkpoint(
         raise ValueError(f"{folder} has no adapter_model.safetensors; save the adapter with peft's save_pretrained")
     base = load_base_model(model_key, weights)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_bitsandbytes(base.network):
             warnings.filterwarnings("error", "Found missing adapter keys")
             network = PeftModel.from_pretrained(base.network, folder, is_trainable=True)
     except (RuntimeError, ValueError, UserWarning) as error:  # other shapes or other names
