@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import pickle
@@ -20,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,26 +33,12 @@ from src.console import end_at_sigterm, progress, say, say_once
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.distributed import Hardware, cluster
-from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
+from src.models import LanguageModel, per_sample_loss, save_model, standing_in, state_to_save
 
-
-@contextlib.contextmanager
-def _without_torchmetrics() -> Iterator[None]:
-    """Let Lightning, which asks whether what is logged is a metric, take nothing for one. We log none, and torchmetrics takes
-    more than a second to load; whoever imports it later gets it."""
-    name, nothing = "torchmetrics", {"Metric": type("Metric", (), {}), "MetricCollection": type("MetricCollection", (), {})}
-    if name in sys.modules or importlib.util.find_spec(name) is None:
-        yield
-        return
-    sys.modules[name] = ModuleType(name)
-    vars(sys.modules[name]).update(nothing, __version__=importlib.metadata.version(name))
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
-with _without_torchmetrics():
+# Lightning asks of what is logged whether it is a metric. None is, and torchmetrics takes more than a second to load.
+_NONE = type("NoMetric", (), {})
+_NO_METRICS = SimpleNamespace(Metric=_NONE, MetricCollection=_NONE, __version__=importlib.metadata.version("torchmetrics"))
+with standing_in("torchmetrics", _NO_METRICS):
     import pytorch_lightning as pl
     from pytorch_lightning.plugins.io import TorchCheckpointIO
     from pytorch_lightning.strategies import ModelParallelStrategy, Strategy

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -33,24 +33,31 @@ from src.datamodule import IGNORED, Batch
 
 
 @contextlib.contextmanager
-def _without_bitsandbytes(network: PreTrainedModel | None = None) -> Iterator[None]:
-    """Let peft see no bitsandbytes, unless the network is quantized: it would load it for any adapter, in about 2 s."""
-    modules, name = cast(dict[str, Any], sys.modules), "bitsandbytes"
-    if name in modules or getattr(network, "is_quantized", False):
+def standing_in(name: str, module: Any) -> Iterator[None]:
+    """Let imports find `module` in the place of one that is not loaded yet; None for a module that is not there."""
+    if name in sys.modules:
         yield
         return
-    modules[name] = None  # as Python has it, a module that cannot be imported
+    sys.modules[name] = module
     try:
         yield
     finally:
-        del modules[name]
-        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+        del sys.modules[name]
 
-        for asked in (is_bnb_available, is_bnb_4bit_available):
+
+@contextlib.contextmanager
+def _peft_for(network: PreTrainedModel | None) -> Iterator[None]:
+    """Show peft no bitsandbytes unless the network is quantized: it would load it for any adapter, in about 2 s."""
+    try:
+        with contextlib.nullcontext() if getattr(network, "is_quantized", False) else standing_in("bitsandbytes", None):
+            yield
+    finally:
+        for asked in (peft.import_utils.is_bnb_available, peft.import_utils.is_bnb_4bit_available):
             asked.cache_clear()
 
 
-with _without_bitsandbytes():
+with standing_in("bitsandbytes", None):
+    import peft.import_utils
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -396,7 +403,7 @@ def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageMo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            with _without_bitsandbytes(model.network):
+            with _peft_for(model.network):
                 network = get_peft_model(model.network, config)
             carrying = network.targeted_module_names
             for target in () if is_pattern else named:
@@ -469,7 +476,7 @@ def load_checkpoint(
         raise ValueError(f"{folder} has no adapter_model.safetensors; save the adapter with peft's save_pretrained")
     base = load_base_model(model_key, weights)
     try:
-        with warnings.catch_warnings(), _without_bitsandbytes(base.network):
+        with warnings.catch_warnings(), _peft_for(base.network):
             warnings.filterwarnings("error", "Found missing adapter keys")
             network = PeftModel.from_pretrained(base.network, folder, is_trainable=True)
     except (RuntimeError, ValueError, UserWarning) as error:  # other shapes or other names
