@@ -7,11 +7,14 @@ Shapes: R stored rows, d projection dimension, n tasks, m subsets, c subsets of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
@@ -27,6 +30,8 @@ Progress = Callable[..., Any]
 
 # Memory for the work on a chunk of subsets; rows in memory at once.
 _CHUNK_BYTES, _BLOCK_ROWS = 1 << 28, 8192
+# Where factors of H_t end, relative to its largest diagonal entry: H_t is float32.
+_FACTOR_TOLERANCE = 1e-7
 # Random halves of the tasks, over which the estimates of one checkpoint are compared with another's.
 _REFERENCE_HALVES = 64
 # Newton's method of "logistic": the gradient norm to reach, relative to the start, and when to give up.
@@ -45,6 +50,21 @@ class TaskMoments:
     # H_t, of outer products, (n, d, d); None where the rows are used instead.
     # Float32, since they are most of a run's memory; it changes estimates by less than 1e-6 of themselves.
     outers: np.ndarray | None
+
+    @cached_property
+    def factors(self) -> np.ndarray | None:
+        """F_t with F_t' F_t = H_t, (n, r, d) float32, by Cholesky with pivots, r the most rows of a task; None where these are
+        too many for factors to save work."""
+        rank = int(self.counts.max(initial=0))
+        if self.outers is None or not 0 < rank <= self.outers.shape[1] // 4:
+            return None
+        found = np.zeros((len(self.counts), rank, self.outers.shape[1]), np.float32)
+        for of_task, outer, count in zip(found, self.outers, self.counts, strict=True):
+            if count:
+                factor, pivots, known, _ = dpstrf(outer.T, tol=_FACTOR_TOLERANCE * outer.diagonal().max())
+                known = min(known, count)  # what is beyond is rounding
+                of_task[:known, pivots - 1] = np.triu(factor[:known])
+        return found
 
 
 @dataclass(frozen=True)
@@ -269,29 +289,57 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     dim = sums.shape[1]
 
     def solve(shares: Tensor) -> Tensor:
-        second_moments = _combined(shares.float(), outers).view(-1, dim, dim)
+        if (near := _one_apart(shares)) is not None and part.train.factors is not None:
+            return _low_rank_solve(*near, sums, outers, torch.from_numpy(part.train.factors), strength)
+        second_moments = (shares.float() @ outers).view(-1, dim, dim)
         second_moments.diagonal(dim1=1, dim2=2).add_(strength)
         return -_solve(second_moments, (shares @ sums).float()).double()
 
     return solve
 
 
-def _combined(shares: Tensor, outers: Tensor) -> Tensor:
-    """shares (c, n) @ outers (n, d^2). Where subsets differ from a common one by a task or two, as a search's do, that one's
-    sum is taken once and their few terms are added: c d^2 numbers are moved, not n c d^2 multiplied. Terms left out because
-    they are 0 have a slope nevertheless, so where one is wanted it is the plain product."""
-    if shares.requires_grad:
-        return shares @ outers
+def _one_apart(shares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Shares (c, n) of subsets that have one task each besides common ones, as a search's do: scale (c,), what is common (n,),
+    the task (c,) and its weight (c,), so that shares are scale times common and weight; None of other subsets. Weights that
+    are 0 have a slope nevertheless, so where one is wanted there is none."""
+    if shares.requires_grad or len(shares) < 2:
+        return None
     # shares are weights over totals, so that subsets with equal weights have proportional rows
-    scale = shares.amax(1)
-    common = (shares / scale[:, None]).amin(0)
-    rest = shares / scale[:, None] - common
-    rows, tasks = rest.nonzero(as_tuple=True)
-    if not scale.all() or len(rows) > 2 * len(shares):
-        return shares @ outers
-    total = (common @ outers).expand(len(shares), -1).clone()
-    total.index_add_(0, rows, outers[tasks] * rest[rows, tasks, None])
-    return total * scale[:, None]
+    pivot = shares.amin(0).argmax()
+    scale = shares[:, pivot] if shares[:, pivot].all() else shares.amax(1)
+    relative = shares / torch.where(scale > 0, scale, 1.0)[:, None]
+    common = relative.amin(0)
+    rest = relative - common
+    rest[rest < 1e-12] = 0  # rounding
+    weight, task = rest.max(1)
+    return (scale, common, task, weight) if scale.all() and (rest.count_nonzero(1) <= 1).all() else None
+
+
+def _low_rank_solve(
+    scale: Tensor, common: Tensor, task: Tensor, weight: Tensor,
+    sums: Tensor, outers: Tensor, factors: Tensor, strength: float,
+) -> Tensor:  # fmt: skip
+    """x_S of subsets as `_one_apart` describes them: one eigendecomposition of the common second moments, in which the ridge,
+    which differs between subsets, is diagonal, and then Woodbury's identity with the one task's own factors."""
+    moments = (common.float() @ outers).view(sums.shape[1], -1)
+    values, basis = torch.linalg.eigh(moments)
+    moments, turn, own = moments.double(), basis.double(), factors[task]  # own: (c, r, d)
+    ridge = (strength / scale)[:, None]
+    root = (values.clamp(min=0).double() + ridge).sqrt()  # (c, d)
+    turned = (own.flatten(0, 1) @ basis).view(own.shape).double()
+    turned *= (weight[:, None].sqrt() / root)[:, None]  # so that the system is I + F' F
+    inner = torch.linalg.cholesky(torch.eye(own.shape[1]).double() + turned @ turned.mT)
+
+    def solve(right: Tensor) -> Tensor:
+        goal = (right @ turn / root)[:, None]
+        correction = torch.cholesky_solve(turned @ goal.mT, inner).mT @ turned
+        return (goal - correction)[:, 0] / root @ turn.T
+
+    goal = -(common @ sums + weight[:, None] * sums[task])
+    x = solve(goal)
+    single = x.float()[:, None]
+    of_own = (single @ own.mT @ own)[:, 0].double() * weight[:, None]
+    return x + solve(goal - x @ moments - ridge * x - of_own)  # what rounding in the decomposition cost
 
 
 def _kernel_solver(part: Part, strength: float) -> OnSubsets:
@@ -361,6 +409,9 @@ def _ridge(part: Part, strength: float) -> OnSubsets:
         gradients, _, target_of_row, of_row = _rows_of(part, "target_of_row")
 
     def curvatures(x: Tensor) -> Tensor:
+        if part.target.factors is not None and not x.requires_grad:
+            factors = torch.from_numpy(part.target.factors)
+            return (x @ factors.flatten(0, 1).T).square_().view(len(x), *factors.shape[:2]).sum(2)
         if part.target.outers is not None:
             return torch.stack([((x @ outer) * x).sum(1) for outer in torch.from_numpy(part.target.outers)], dim=1)
         squares = of_row * (x @ gradients.T).double().square()
@@ -456,9 +507,16 @@ def _over_chunks(
     weights, strength = _row_weights(part, membership, rho)
     shares, on_subsets = _shares(weights, _tensor(part.train.weights)), make(part, strength)
     bytes_per_subset = 16 * part.train.sums.shape[1] ** 2 + 96 * (len(part.rows.outputs) if part.rows else 0)
-    chunks = shares.split(max(_CHUNK_BYTES // bytes_per_subset, 1))
-    bar = progress(chunks, desc="estimates", unit="chunk of subsets") if progress else chunks
-    return np.concatenate([on_subsets(chunk).numpy() for chunk in bar])
+    threads = torch.get_num_threads()
+    chunks = shares.split(max(_CHUNK_BYTES // threads // bytes_per_subset, 1))
+    # side by side, a thread each: several threads at one small factorisation would wait for each other
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = pool.map(on_subsets, chunks)
+        bar = progress(found, desc="estimates", total=len(chunks), unit="chunk of subsets") if progress else found
+        try:
+            return np.concatenate([values.numpy() for values in bar])
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _shares(weights: Tensor, totals: Tensor) -> Tensor:
@@ -479,11 +537,15 @@ def _with_targets(part: Part, targets: Sequence[int]) -> Part:
     if empty := [target for target in targets if not part.target.counts[target]]:
         raise ValueError(f"target {empty[0]} has no rows, so nothing can be estimated for it")
     wanted = np.asarray(targets)
-    chosen = {name: values[wanted] for name, values in vars(part.target).items() if values is not None}
+    moments = {field.name: getattr(part.target, field.name) for field in fields(part.target)}
+    chosen = {name: values[wanted] for name, values in moments.items() if values is not None}
     position = np.full(len(part.target.counts) + 1, -1)  # the last is for rows of no target, id -1
     position[wanted] = np.arange(len(wanted))
     rows = part.rows and replace(part.rows, target_of_row=position[part.rows.target_of_row])
-    return replace(part, target=replace(part.target, **chosen), rows=rows)
+    target = replace(part.target, **chosen)
+    if part.target.factors is not None:
+        vars(target)["factors"] = part.target.factors[wanted]  # found once for all choices of targets
+    return replace(part, target=target, rows=rows)
 
 
 def _rows_of(part: Part, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

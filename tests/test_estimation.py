@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
 
@@ -328,13 +327,30 @@ def test_neighbours_are_estimated_as_they_are_alone(part):
         np.testing.assert_allclose(estimate([part], membership), alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shares", [[[0.25] * 4], [[0.5, 0.5, 0, 1], [0.5, 0.5, 1, 0], [0.2, 0.2, 0.2, 0.2]]])
-def test_slopes_of_combined_moments_are_those_of_the_sums(shares):
-    """At equal weights too, where a maximum has several places: those of the plain product."""
-    outers, goal = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 4)))
-    at = torch.tensor(shares, dtype=torch.float64, requires_grad=True)
-    (module._combined(at, outers) * goal[: len(at)]).sum().backward()
-    torch.testing.assert_close(at.grad, goal[: len(at)] @ outers.T)
+@pytest.mark.parametrize("weight_by", module.WEIGHT_BY)
+@pytest.mark.parametrize("size", [0, 1, 4])
+def test_subsets_one_task_apart_are_solved_by_its_own_factors(weight_by, size, monkeypatch):
+    """A search's step: as one subset at a time with whole matrices, in float64, whatever the tasks weigh; of a target's
+    curvature too."""
+    part = make_part(make_rows(dim=200), weight_by)
+    candidates = (np.arange(NUM_TASKS) < size) | np.eye(NUM_TASKS, dtype=bool)[size:]
+    calls, low_rank = [], module._low_rank_solve
+    monkeypatch.setattr(module, "_low_rank_solve", lambda *arguments: calls.append(1) or low_rank(*arguments))
+    found = estimate([part], candidates, rho=RHO)
+    assert calls
+    weights, train, target = candidates / part.train.counts ** (weight_by == "task"), part.train, part.target
+    strength = ridge_strength(part.rows, weight_by)
+    for of_task, estimates in zip(weights, found, strict=True):
+        total = of_task @ train.weights
+        curvature = np.tensordot(of_task, train.outers.astype(float), 1) / total + strength * np.eye(200)
+        x = -np.linalg.solve(curvature, of_task @ train.sums / total)
+        change = target.sums @ x / target.counts
+        squares = np.einsum("kde,d,e->k", target.outers.astype(float), x, x) / target.counts
+        expected = target.output_sums / target.counts + change + (squares - change**2) / 2
+        np.testing.assert_allclose(estimates, expected, rtol=1e-5, atol=1e-5)
+    for moments in (train, target):
+        products = np.einsum("nrd,nre->nde", moments.factors, moments.factors)
+        np.testing.assert_allclose(products, moments.outers, atol=2e-6 * np.abs(moments.outers).max())
 
 
 @pytest.mark.parametrize(("num_rows", "dim"), [(30, 40), (300, 20)])
