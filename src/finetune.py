@@ -37,7 +37,9 @@ from src.models import LanguageModel, per_sample_loss, save_model, standing_in, 
 
 # Lightning asks of what is logged whether it is a metric. None is, and torchmetrics takes more than a second to load.
 _NONE = type("NoMetric", (), {})
-_NO_METRICS = SimpleNamespace(Metric=_NONE, MetricCollection=_NONE, __version__=importlib.metadata.version("torchmetrics"))
+_NO_METRICS = SimpleNamespace(
+    Metric=_NONE, MetricCollection=_NONE, __version__=importlib.metadata.version("torchmetrics")
+)
 with standing_in("torchmetrics", _NO_METRICS):
     import pytorch_lightning as pl
     from pytorch_lightning.plugins.io import TorchCheckpointIO
