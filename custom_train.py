@@ -37,11 +37,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 def main(args: Any) -> None:
     """Train."""
     with console.waiting_for("loading the libraries"):
-        from src import stage_estimate, stage_train
+        from src import stage_train
 
     typed = config.typed_flags(args)
-    training = config.for_training(typed, **DEFAULTS)
-    stage_train.train(training, stage_estimate.clustered(training, typed) if training.load_clusters else None)
+    training, clusters = config.for_training(typed, **DEFAULTS), None
+    if training.load_clusters:
+        from src.stage_estimate import clustered
+
+        clusters = clustered(training, typed)
+    stage_train.train(training, clusters)
 
 
 if __name__ == "__main__":

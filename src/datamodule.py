@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
@@ -238,7 +237,7 @@ class _Batches(BatchSampler):
         return itertools.islice(super().__iter__(), start, None)
 
 
-class TaskDataModule(pl.LightningDataModule):
+class TaskDataModule:
     """Batches of a `TaskData` for training, evaluation, generation and gradients.
 
     Args:
@@ -265,7 +264,6 @@ class TaskDataModule(pl.LightningDataModule):
         token_cache: Path | None = None,
         loss_on_prompt: bool = False,
     ) -> None:
-        super().__init__()
         self.data, self.kind, self.decoder = data, kind, kind == "decoder"
         self.batch_size, self.inference_batch_size = batch_size, inference_batch_size
         self.max_tokens_per_batch, self.loss_on_prompt = max_tokens_per_batch, loss_on_prompt
@@ -351,13 +349,9 @@ class TaskDataModule(pl.LightningDataModule):
         """Batches by length within the token budget: for losses and gradients, where order does not matter."""
         return (self.collate(rows) for rows in self.budgeted(indices, max_tokens))
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled training rows, from where the trainer's state stands; under several processes each sees its own share."""
+    def training_batches(self, rank: int = 0, world: int = 1, epoch: int = 0, start: int = 0) -> DataLoader:
+        """Shuffled training rows, from batch `start` of an epoch on; of `world` processes each sees its own share."""
         rows: Any = self.train_indices
-        world, rank, epoch, start = 1, 0, 0, 0
-        if (trainer := self.trainer) is not None:
-            world, rank, epoch = trainer.world_size, trainer.global_rank, trainer.current_epoch
-            start = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         sampler: Sampler[int]
         if self.shares is not None:
             count = max(1, round(1 / float(np.square(self.shares).sum()) / world))
@@ -370,7 +364,7 @@ class TaskDataModule(pl.LightningDataModule):
         batches = _Batches(sampler, self.batch_size, epoch, start)
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate)
 
-    def _evaluation_dataloaders(self, split: str) -> list[DataLoader]:
+    def held_out_batches(self, split: str, rank: int = 0, world: int = 1) -> list[DataLoader]:
         """Rows of a split by length for the losses, and prompts for generation where completions are judged. Under
         several processes each takes every world-size-th batch; one that runs out repeats its last, so that all make the
         same number of steps."""
@@ -381,16 +375,7 @@ class TaskDataModule(pl.LightningDataModule):
             parts.append(([ordered[i : i + size] for i in range(0, len(ordered), size)], self.collate_prompts))
         loaders = []
         for batches, collate in parts:
-            if self.trainer is not None and (world := self.trainer.world_size) > 1:
-                own = batches[self.trainer.global_rank :: world]
-                batches = own + [(own or batches)[-1]] * (-(-len(batches) // world) - len(own))
-            loaders.append(DataLoader(cast(Any, batches), batch_size=None, collate_fn=collate))
+            own = batches[rank::world]
+            own += (own or batches)[-1:] * (-(-len(batches) // world) - len(own))
+            loaders.append(DataLoader(cast(Any, own), batch_size=None, collate_fn=collate))
         return loaders
-
-    def val_dataloader(self) -> list[DataLoader]:
-        """Validation rows."""
-        return self._evaluation_dataloaders("validation")
-
-    def test_dataloader(self) -> list[DataLoader]:
-        """Test rows."""
-        return self._evaluation_dataloaders("test")

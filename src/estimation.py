@@ -7,11 +7,14 @@ Shapes: R stored rows, d projection dimension, n tasks, m subsets, c subsets of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
@@ -25,8 +28,13 @@ Make = Callable[["Part", float], OnSubsets]
 Progress = Callable[..., Any]
 """Makes a progress bar, called as progress(iterable, desc=..., unit=...)."""
 
-# Memory for the work on a chunk of subsets; rows in memory at once.
+# Memory for the work on chunks of subsets side by side; rows in memory at once.
 _CHUNK_BYTES, _BLOCK_ROWS = 1 << 28, 8192
+# Factors of H_t: the most rows with which they save work, as a share of d; and where they end, relative to its largest diagonal
+# entry: it is float32.
+_FACTOR_ROWS, _FACTOR_TOLERANCE = 1 / 4, 1e-7
+# Times that solutions in float32 are refined by what they leave, in float64.
+_REFINEMENTS = 2
 # Random halves of the tasks, over which the estimates of one checkpoint are compared with another's.
 _REFERENCE_HALVES = 64
 # Newton's method of "logistic": the gradient norm to reach, relative to the start, and when to give up.
@@ -45,6 +53,24 @@ class TaskMoments:
     # H_t, of outer products, (n, d, d); None where the rows are used instead.
     # Float32, since they are most of a run's memory; it changes estimates by less than 1e-6 of themselves.
     outers: np.ndarray | None
+
+    @cached_property
+    def has_factors(self) -> np.ndarray:
+        """Which tasks have so few rows that factors of H_t save work, (n,) bool."""
+        dim = 0 if self.outers is None else self.outers.shape[1]
+        return (self.counts > 0) & (self.counts <= _FACTOR_ROWS * dim)
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """F_t with F_t' F_t = H_t of the tasks that `has_factors`, (n, r, d) float32, else 0: Cholesky with pivots."""
+        ranks = np.where(self.has_factors, self.counts, 0)
+        found = np.zeros((len(ranks), ranks.max(), self.sums.shape[1]), np.float32)
+        for of_task, outer, rank in zip(found, () if self.outers is None else self.outers, ranks, strict=False):
+            if rank:
+                factor, pivots, known, _ = dpstrf(outer.T, tol=_FACTOR_TOLERANCE * outer.diagonal().max())
+                known = min(known, rank)  # what is beyond is rounding
+                of_task[:known, pivots - 1] = np.triu(factor[:known])
+        return torch.from_numpy(found)
 
 
 @dataclass(frozen=True)
@@ -266,32 +292,78 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     if part.train.outers is None:
         return _kernel_solver(part, strength)
     sums, outers = _tensor(part.train.sums), torch.from_numpy(part.train.outers).flatten(1)
-    dim = sums.shape[1]
+    dim, kept = sums.shape[1], list[_Common]()
 
     def solve(shares: Tensor) -> Tensor:
-        second_moments = _combined(shares.float(), outers).view(-1, dim, dim)
+        if (near := _one_apart(shares)) is None:
+            return dense((shares.float() @ outers).view(-1, dim, dim), shares)
+        scale, weights, task, weight = near
+        if not kept or not torch.allclose(weights, kept[-1].weights, rtol=1e-9, atol=0):  # a search's chunks have one
+            kept[:] = [_Common(weights, sums, outers)]
+        common, found = kept[-1], sums.new_zeros(len(shares), dim)
+        if len(few := torch.from_numpy(part.train.has_factors)[task].nonzero()[:, 0]):
+            own, goal = part.train.factors[task[few]], common.sums + weight[few, None] * sums[task[few]]
+            found[few] = -common.solve(own, weight[few], strength / scale[few], goal)
+        if len(many := torch.from_numpy(~part.train.has_factors)[task].nonzero()[:, 0]):
+            moments = torch.addcmul(common.moments.flatten(), weight[many, None].float(), outers[task[many]])
+            moments *= scale[many, None].float()
+            found[many] = dense(moments.view(-1, dim, dim), shares[many])
+        return found
+
+    def dense(second_moments: Tensor, shares: Tensor) -> Tensor:
         second_moments.diagonal(dim1=1, dim2=2).add_(strength)
         return -_solve(second_moments, (shares @ sums).float()).double()
 
     return solve
 
 
-def _combined(shares: Tensor, outers: Tensor) -> Tensor:
-    """shares (c, n) @ outers (n, d^2). Where subsets differ from a common one by a task or two, as a search's do, that one's
-    sum is taken once and their few terms are added: c d^2 numbers are moved, not n c d^2 multiplied. Terms left out because
-    they are 0 have a slope nevertheless, so where one is wanted it is the plain product."""
-    if shares.requires_grad:
-        return shares @ outers
+def _one_apart(shares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Shares (c, n) of subsets that have one task each besides common ones, as a search's do: scale (c,), what is common (n,),
+    the task (c,) and its weight (c,), so that shares are scale times common and weight; None of other subsets. Weights that
+    are 0 have a slope nevertheless, so where one is wanted there is none."""
+    if shares.requires_grad or len(shares) < 2:
+        return None
     # shares are weights over totals, so that subsets with equal weights have proportional rows
-    scale = shares.amax(1)
-    common = (shares / scale[:, None]).amin(0)
-    rest = shares / scale[:, None] - common
-    rows, tasks = rest.nonzero(as_tuple=True)
-    if not scale.all() or len(rows) > 2 * len(shares):
-        return shares @ outers
-    total = (common @ outers).expand(len(shares), -1).clone()
-    total.index_add_(0, rows, outers[tasks] * rest[rows, tasks, None])
-    return total * scale[:, None]
+    pivot = shares.amin(0).argmax()
+    scale = shares[:, pivot] if shares[:, pivot].all() else shares.amax(1)
+    relative = shares / torch.where(scale > 0, scale, 1.0)[:, None]
+    common = relative.amin(0)
+    rest = relative - common
+    rest[rest < 1e-12] = 0  # rounding
+    weight, task = rest.max(1)
+    return (scale, common, task, weight) if scale.all() and (rest.count_nonzero(1) <= 1).all() else None
+
+
+class _Common:
+    """The moments that subsets one task apart share, and what solves with them and with the one task's factors."""
+
+    def __init__(self, weights: Tensor, sums: Tensor, outers: Tensor) -> None:
+        used = weights.nonzero()[:, 0]
+        self.weights, self.sums = weights, weights @ sums
+        self.moments = (weights[used].float() @ outers[used]).view(len(self.sums), -1)
+        self.double = self.moments.double()
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (d,) and vectors (d, d)."""
+        values, vectors = torch.linalg.eigh(self.moments)
+        return values.clamp(min=0), vectors
+
+    def solve(self, own: Tensor, weight: Tensor, ridge: Tensor, goal: Tensor) -> Tensor:
+        """x (c, d) of (moments + weight F'F + ridge I) x = goal, for factors F `own` (c, r, d): in the eigenvectors the ridge,
+        which differs between subsets, is diagonal, and Woodbury's identity adds the factors. Float32, and then refined."""
+        values, basis = self.eigen
+        root = (values + ridge.float()[:, None]).rsqrt()  # (c, d)
+        turned = (own.flatten(0, 1) @ basis).view(own.shape).mul_((weight.sqrt().float()[:, None] * root)[:, None])
+        inner = torch.linalg.cholesky(torch.baddbmm(torch.eye(own.shape[1]), turned, turned.mT))
+        x = torch.zeros_like(goal)
+        for _ in range(1 + _REFINEMENTS):
+            single = x.float()[:, :, None]
+            of_own = (own.mT @ (own @ single))[:, :, 0].double() * weight[:, None]
+            left = ((goal - x @ self.double - ridge[:, None] * x - of_own).float() @ basis * root)[:, :, None]
+            left -= turned.mT @ torch.cholesky_solve(turned @ left, inner)
+            x += (left[:, :, 0] * root @ basis.T).double()
+        return x
 
 
 def _kernel_solver(part: Part, strength: float) -> OnSubsets:
@@ -361,10 +433,17 @@ def _ridge(part: Part, strength: float) -> OnSubsets:
         gradients, _, target_of_row, of_row = _rows_of(part, "target_of_row")
 
     def curvatures(x: Tensor) -> Tensor:
-        if part.target.outers is not None:
-            return torch.stack([((x @ outer) * x).sum(1) for outer in torch.from_numpy(part.target.outers)], dim=1)
-        squares = of_row * (x @ gradients.T).double().square()
-        return squares.new_zeros(len(x), len(totals)).index_add_(1, target_of_row, squares)
+        if (outers := part.target.outers) is None:
+            squares = of_row * (x @ gradients.T).double().square()
+            return squares.new_zeros(len(x), len(totals)).index_add_(1, target_of_row, squares)
+        factors, found = part.target.factors, x.new_zeros(len(x), len(totals))
+        if factors.shape[1]:
+            found = (x @ factors.flatten(0, 1).T).square().view(len(x), *factors.shape[:2]).sum(2)
+        for target in np.flatnonzero(~part.target.has_factors):
+            found = found.index_copy(
+                1, torch.tensor([target]), ((x @ torch.from_numpy(outers[target])) * x).sum(1, True)
+            )
+        return found
 
     def estimates(shares: Tensor) -> Tensor:
         x = solve(shares)
@@ -456,9 +535,16 @@ def _over_chunks(
     weights, strength = _row_weights(part, membership, rho)
     shares, on_subsets = _shares(weights, _tensor(part.train.weights)), make(part, strength)
     bytes_per_subset = 16 * part.train.sums.shape[1] ** 2 + 96 * (len(part.rows.outputs) if part.rows else 0)
-    chunks = shares.split(max(_CHUNK_BYTES // bytes_per_subset, 1))
-    bar = progress(chunks, desc="estimates", unit="chunk of subsets") if progress else chunks
-    return np.concatenate([on_subsets(chunk).numpy() for chunk in bar])
+    # side by side, a thread each: several threads at one small factorisation would wait for each other
+    threads = torch.get_num_threads()
+    chunks = shares.split(max(_CHUNK_BYTES // max(threads, 2) // bytes_per_subset, 1))
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = pool.map(on_subsets, chunks)
+        bar = progress(found, desc="estimates", total=len(chunks), unit="chunk of subsets") if progress else found
+        try:
+            return np.concatenate([values.numpy() for values in bar])
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _shares(weights: Tensor, totals: Tensor) -> Tensor:
@@ -479,11 +565,16 @@ def _with_targets(part: Part, targets: Sequence[int]) -> Part:
     if empty := [target for target in targets if not part.target.counts[target]]:
         raise ValueError(f"target {empty[0]} has no rows, so nothing can be estimated for it")
     wanted = np.asarray(targets)
-    chosen = {name: values[wanted] for name, values in vars(part.target).items() if values is not None}
+    if np.array_equal(wanted, np.arange(len(part.target.counts))):
+        return part
+    moments = {field.name: getattr(part.target, field.name) for field in fields(part.target)}
+    chosen = {name: values[wanted] for name, values in moments.items() if values is not None}
     position = np.full(len(part.target.counts) + 1, -1)  # the last is for rows of no target, id -1
     position[wanted] = np.arange(len(wanted))
     rows = part.rows and replace(part.rows, target_of_row=position[part.rows.target_of_row])
-    return replace(part, target=replace(part.target, **chosen), rows=rows)
+    target = replace(part.target, **chosen)
+    vars(target)["factors"] = part.target.factors[wanted]  # found once for all choices of targets
+    return replace(part, target=target, rows=rows)
 
 
 def _rows_of(part: Part, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

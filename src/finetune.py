@@ -6,6 +6,7 @@ Meta-training, final fine-tuning and fine-tuning for ground truth are the same c
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import pickle
@@ -18,14 +19,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from src import artifacts
@@ -33,7 +33,17 @@ from src.console import end_at_sigterm, progress, say, say_once
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.distributed import Hardware, cluster
-from src.models import LanguageModel, per_sample_loss, save_model, state_to_save
+from src.models import LanguageModel, per_sample_loss, save_model, standing_in, state_to_save
+
+# Lightning asks of what is logged whether it is a metric. None is, and torchmetrics takes more than a second to load.
+_NONE = type("NoMetric", (), {})
+_NO_METRICS = SimpleNamespace(
+    Metric=_NONE, MetricCollection=_NONE, __version__=importlib.metadata.version("torchmetrics")
+)
+with standing_in("torchmetrics", _NO_METRICS):
+    import pytorch_lightning as pl
+    from pytorch_lightning.plugins.io import TorchCheckpointIO
+    from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 
 for _name in ("lightning_fabric", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # what it says of every start; being imported, it has set INFO
@@ -68,13 +78,24 @@ class FineTuning(pl.LightningModule):
     `shown` is the last value of each loss and accuracy, for progress bars.
     """
 
-    def __init__(self, model: LanguageModel, data: TaskData, plan: TrainingPlan) -> None:
+    def __init__(self, model: LanguageModel, datamodule: TaskDataModule, plan: TrainingPlan) -> None:
         super().__init__()
-        self.model, self.data, self.plan = model, data, plan
+        self.model, self.datamodule, self.data, self.plan = model, datamodule, datamodule.data, plan
         self.strict_loading = False  # a state holds what trains alone
         self.shown: dict[str, Tensor | float] = {}
         self._unseen: list[tuple[Tensor, int, Tensor]] = []  # training losses with their step and samples
         self.on_validation_epoch_start()
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # where its state stands
+        return self.datamodule.training_batches(trainer.global_rank, trainer.world_size, trainer.current_epoch, done)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return self.datamodule.held_out_batches("validation", self.trainer.global_rank, self.trainer.world_size)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return self.datamodule.held_out_batches("test", self.trainer.global_rank, self.trainer.world_size)
 
     def configure_model(self) -> None:
         """Under `--strategy fsdp`, spread the weights over the processes."""
@@ -477,14 +498,14 @@ def fit(
         )
     pl.seed_everything(seed, verbose=False)
     model.train()
-    module, path = FineTuning(model, datamodule.data, plan), None
+    module, path = FineTuning(model, datamodule, plan), None
     with contextlib.ExitStack() as entered:
         if resumable is not None:
             callbacks, path = [resumable, *callbacks], resumable.state if resumable.resumes else None
             entered.enter_context(resumable.heeding_sigterm())
         trainer = entered.enter_context(_trainer(hardware, plan, callbacks, validate))
         try:
-            trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
+            trainer.fit(module, ckpt_path=path, weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path} holds more than data and is not read; remove it to train again") from error
 
@@ -498,11 +519,11 @@ def evaluate(
 ) -> Evaluation:
     """Losses, and where they can be judged completions, of the rows of the given splits."""
     losses, completions = np.full(len(datamodule.data), np.nan), dict[int, str]()
-    module = FineTuning(model, datamodule.data, plan)
+    module = FineTuning(model, datamodule, plan)
     with _trainer(hardware, callbacks=[FitProgress()]) as trainer:
         for split in splits:
             run = trainer.validate if split == "validation" else trainer.test
-            run(module, datamodule=datamodule, verbose=False)
+            run(module, verbose=False)
             losses = np.fmax(losses, module.losses)
             completions |= module.completions
     return losses, completions

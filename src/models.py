@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -31,6 +30,36 @@ from transformers.pytorch_utils import Conv1D
 from src.artifacts import ADAPTER_CONFIG, BASE
 from src.console import say_notices, waiting_for
 from src.datamodule import IGNORED, Batch
+
+
+@contextlib.contextmanager
+def standing_in(name: str, module: Any) -> Iterator[None]:
+    """Let imports find `module` in the place of one that is not loaded yet; None for a module that is not there."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _peft_for(network: PreTrainedModel | None) -> Iterator[None]:
+    """Show peft no bitsandbytes unless the network is quantized: it would load it for any adapter, in about 2 s."""
+    try:
+        with contextlib.nullcontext() if getattr(network, "is_quantized", False) else standing_in("bitsandbytes", None):
+            yield
+    finally:
+        for asked in (peft.import_utils.is_bnb_available, peft.import_utils.is_bnb_4bit_available):
+            asked.cache_clear()
+
+
+with standing_in("bitsandbytes", None):
+    import peft.import_utils
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neo", "opt")
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -374,7 +403,8 @@ def add_adapter(model: LanguageModel, shape: LoraShape, seed: int) -> LanguageMo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            network = get_peft_model(model.network, config)
+            with _peft_for(model.network):
+                network = get_peft_model(model.network, config)
             carrying = network.targeted_module_names
             for target in () if is_pattern else named:
                 if not any(f".{name}".endswith(f".{target}") for name in carrying):
@@ -446,7 +476,7 @@ def load_checkpoint(
         raise ValueError(f"{folder} has no adapter_model.safetensors; save the adapter with peft's save_pretrained")
     base = load_base_model(model_key, weights)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _peft_for(base.network):
             warnings.filterwarnings("error", "Found missing adapter keys")
             network = PeftModel.from_pretrained(base.network, folder, is_trainable=True)
     except (RuntimeError, ValueError, UserWarning) as error:  # other shapes or other names

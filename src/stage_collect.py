@@ -17,11 +17,10 @@ from src.config import AUTO, CollectConfig, StoreConfig, recorded
 from src.datamodule import tokenizer_fingerprint
 from src.distributed import launch
 from src.estimation import first_order_error, zero_order_error
-from src.figures import about_run, approximation_figure
 from src.models import LanguageModel, displaced
 from src.projection import make_projection
 from src.run_data import load_data, named
-from src.stage_train import base_fingerprint, make_datamodule, model_at
+from src.run_model import base_fingerprint, make_datamodule, model_at
 from src.tables import write_result
 
 
@@ -210,6 +209,8 @@ def approximation_error(config: CollectConfig, store_folder: Path) -> None:
     Directions are random in the projected space, where the stored rows give g.delta exactly, and towards the models of
     `toward`, for which it is computed; of those the whole way is measured too.
     """
+    from src import figures
+
     started, part = time.perf_counter(), store.open_store(store_folder, config.load_model_dir, "stage 2")[-1]
     at, function = ModelAtPart(config, part), part.manifest["output_function"]
     validation = part.samples["target"] >= 0
@@ -243,8 +244,8 @@ def approximation_error(config: CollectConfig, store_folder: Path) -> None:
     facts = {"checkpoint": part.manifest["checkpoint_dir"], "rows": len(indices), **console.spent(started)}
     write_result(table, frame, **facts, command=console.command_typed())
     where = (f"{len(indices):,} validation rows", f"{function} at {part.folder.name}")
-    about = about_run({**part.manifest, "data": config.data_name}, "", *where)
-    approximation_figure(frame, figure, about=about)
+    about = figures.about_run({**part.manifest, "data": config.data_name}, "", *where)
+    figures.approximation_figure(frame, figure, about=about)
     kinds = frame["toward"].where(frame["toward"] == "", " towards fine-tuned models")
     for (kind, whole, scale), row in frame.groupby([kinds, "whole_way", "scale"])[list(errors)].mean().iterrows():
         of_change = f"first order {row['first_order']:.2e}, zero order {row['zero_order']:.2e}, of the change {row['change']:.1%}"

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
 
@@ -20,6 +19,7 @@ from src.estimation import (
     task_moments,
     token_weights,
 )
+from src.selection import Step, forward_selection
 from tests.commands import refused
 
 NUM_TASKS, NUM_TARGETS, DIM = 6, 3, 8
@@ -328,13 +328,58 @@ def test_neighbours_are_estimated_as_they_are_alone(part):
         np.testing.assert_allclose(estimate([part], membership), alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shares", [[[0.25] * 4], [[0.5, 0.5, 0, 1], [0.5, 0.5, 1, 0], [0.2, 0.2, 0.2, 0.2]]])
-def test_slopes_of_combined_moments_are_those_of_the_sums(shares):
-    """At equal weights too, where a maximum has several places: those of the plain product."""
-    outers, goal = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 4)))
-    at = torch.tensor(shares, dtype=torch.float64, requires_grad=True)
-    (module._combined(at, outers) * goal[: len(at)]).sum().backward()
-    torch.testing.assert_close(at.grad, goal[: len(at)] @ outers.T)
+@pytest.mark.parametrize("weight_by", module.WEIGHT_BY)
+@pytest.mark.parametrize("size", [0, 1, 4])
+@pytest.mark.parametrize(("dim", "few"), [(200, NUM_TASKS), (80, NUM_TASKS - 1), (20, 0)])
+def test_subsets_one_task_apart_are_solved_by_its_own_factors(weight_by, size, dim, few, monkeypatch):
+    """A search's step: as one subset at a time with whole matrices, in float64, whatever the tasks weigh, whether they have few
+    rows (then by factors), some of them, or none; of a target's curvature too."""
+    part = make_part(make_rows(dim=dim), weight_by)
+    candidates = (np.arange(NUM_TASKS) < size) | np.eye(NUM_TASKS, dtype=bool)[size:]
+    by_factors, solve = [], module._Common.solve
+    monkeypatch.setattr(
+        module._Common, "solve", lambda self, own, *rest: by_factors.append(len(own)) or solve(self, own, *rest)
+    )
+    found = estimate([part], candidates, rho=RHO)
+    weights, train, target = candidates / part.train.counts ** (weight_by == "task"), part.train, part.target
+    assert train.has_factors.sum() == few
+    assert sum(by_factors) == train.has_factors[size:].sum()
+    strength = ridge_strength(part.rows, weight_by)
+    for of_task, estimates in zip(weights, found, strict=True):
+        total = of_task @ train.weights
+        curvature = np.tensordot(of_task, train.outers.astype(float), 1) / total + strength * np.eye(dim)
+        x = -np.linalg.solve(curvature, of_task @ train.sums / total)
+        change = target.sums @ x / target.counts
+        squares = np.einsum("kde,d,e->k", target.outers.astype(float), x, x) / target.counts
+        expected = target.output_sums / target.counts + change + (squares - change**2) / 2
+        np.testing.assert_allclose(estimates, expected, rtol=1e-5, atol=1e-5)
+    for moments in (train, target):
+        products = (moments.factors.mT @ moments.factors).numpy()[moments.has_factors]
+        np.testing.assert_allclose(
+            products, moments.outers[moments.has_factors], atol=2e-6 * np.abs(moments.outers).max()
+        )
+
+
+def test_a_search_by_factors_takes_the_steps_of_direct_solves(monkeypatch):
+    """A ridge of a thousandth, spectra over four orders of magnitude, three checkpoints: the same tasks, values to 1e-5."""
+    rng, parts = np.random.default_rng(0), []
+    tasks, targets = np.repeat(np.arange(12), rng.integers(2, 14, 12)), np.repeat([0, 1], 12)
+    for _ in range(3):
+        scales, outputs = 0.9 ** np.arange(90), rng.standard_normal(len(tasks))
+        rows, of_targets = (
+            rng.standard_normal((len(ids), 90)) + rng.standard_normal((12, 90))[ids] for ids in (tasks, targets)
+        )
+        train = task_moments(rows * scales, outputs, tasks, 12)
+        parts.append(Part(train, task_moments(of_targets * scales, outputs[: len(targets)], targets, 2)))
+
+    def path() -> tuple[Step, ...]:
+        return forward_selection(lambda membership: estimate(parts, membership).mean(axis=1), 12, past_best=12).steps
+
+    found = path()
+    monkeypatch.setattr(module, "_one_apart", lambda shares: None)
+    expected = path()
+    assert [step.task for step in found] == [step.task for step in expected]
+    np.testing.assert_allclose(*([step.estimate for step in steps] for steps in (found, expected)), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("num_rows", "dim"), [(30, 40), (300, 20)])

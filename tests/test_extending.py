@@ -13,8 +13,9 @@ from src import config
 from src.estimation import ESTIMATORS, EstimatorKind, OnSubsets, Part, part_weights
 from src.instruction import FORMATS, Record, _numbered, load_instruction
 from src.models import LORA_TARGETS, load_checkpoint, per_sample_loss
+from src.run_data import load_data
+from src.run_model import make_datamodule
 from src.selection import METHODS, Estimate, Method, SelectionPath, Step
-from src.stage_train import load_data, make_datamodule
 from src.store import open_store
 from src.subsets import read_subsets
 from tests.commands import ESTIMATE, MEASURE, SELECT, TRAIN, load_script, refused, run_script

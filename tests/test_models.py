@@ -24,7 +24,7 @@ from src.gradients import GradientCollector
 from src.instruction import load_instruction
 from src.models import OUTPUT_FUNCTIONS, LanguageModel, LoraShape, load_base_model, load_checkpoint, load_model
 from src.projection import make_projection
-from src.stage_train import check_base, check_vocabulary
+from src.run_model import check_base, check_vocabulary
 from tests.commands import refused
 from tests.conftest import write_sources
 
@@ -69,12 +69,12 @@ def test_rows_are_drawn_in_their_shares(model_folders, tmp_path):
     counts = np.zeros(len(datamodule.data))
     for seed in range(300):
         datamodule.select_training_rows(rows, seed, shares)
-        drawn = np.concatenate([batch["sample_index"].numpy() for batch in datamodule.train_dataloader()])
+        drawn = np.concatenate([batch["sample_index"].numpy() for batch in datamodule.training_batches()])
         assert len(drawn) == worth < len(rows)
         np.add.at(counts, drawn, 1)
     np.testing.assert_allclose(counts[rows] / counts.sum(), shares, atol=0.01)
     datamodule.select_training_rows(rows, 0, np.full(len(rows), 1 / len(rows)))
-    assert sum(len(batch["sample_index"]) for batch in datamodule.train_dataloader()) == len(rows)
+    assert sum(len(batch["sample_index"]) for batch in datamodule.training_batches()) == len(rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)

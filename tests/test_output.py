@@ -138,7 +138,7 @@ def test_a_fit_shows_its_steps_and_losses_and_each_evaluation(model_folders, tmp
 def test_losses_that_are_looked_at_later_are_named_all_the_same(model_folders, tmp_path):
     """As on a GPU, where a look at each step's would wait for it."""
     model = adapted(model_folders["llama"])
-    module = FineTuning(model, make_datamodule(model, tmp_path).data, TrainingPlan(1, 1e-3))
+    module = FineTuning(model, make_datamodule(model, tmp_path), TrainingPlan(1, 1e-3))
     samples = [torch.tensor(pair) for pair in ((0, 1), (2, 5), (3, 4))]
     losses = torch.tensor([1.0, float("nan"), float("inf")])
     module._unseen = list(zip(losses, (7, 8, 9), samples, strict=True))

@@ -1,13 +1,17 @@
-"""A stage that trains nothing starts without the libraries of training."""
+"""A stage starts without the libraries that it does not use."""
 
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import pandas as pd
+from peft import import_utils
 
-from tests.commands import COMPARE, ENSEMBLE, ESTIMATE, EXPORT, ROOT, SELECT
+from tests.commands import COLLECT, COMPARE, ENSEMBLE, ESTIMATE, EXPORT, MEASURE, ROOT, SELECT, TRAIN
 
 OF_TRAINING = {
     "pytorch_lightning",
@@ -29,11 +33,22 @@ for script, *arguments in commands:
 """
 
 
+def loaded(commands: list[list[str]], watched: set[str]) -> dict[str, list[str]]:
+    """Run commands in one process, in turn; script -> which of these modules are there when it ends."""
+    paths = [[str(ROOT / script), *arguments] for script, *arguments in commands]
+    child = [sys.executable, "-c", RUN, json.dumps([paths, sorted(watched)])]
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(child, capture_output=True, text=True, check=False, env=here)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("loaded ")]
+    assert len(lines) == len(commands)
+    return {Path(script).name: found for script, found in (json.loads(line.removeprefix("loaded ")) for line in lines)}
+
+
 def test_tables_estimates_and_selections_load_no_library_of_training(copy):
     """One process runs them in turn, so that the first one that loads too much is named; tables alone need no torch."""
     name, selected = ["--save_name", "toy"], "sampled_tasks/toy_forward_selection.txt"
     estimates, truth = "results/toy/estimates.csv", "truth.csv"
-    here = {**os.environ, "PYTHONPATH": str(ROOT)}
     of_store = [
         [ESTIMATE, *name],
         [SELECT, *name],
@@ -42,15 +57,6 @@ def test_tables_estimates_and_selections_load_no_library_of_training(copy):
     ]
     of_tables = [["scripts/status.py"], [COMPARE, estimates, truth], [ENSEMBLE, "results/toy"]]
     of_tables.append(["scripts/report.py", "results/toy"])
-
-    def loaded(commands: list[list[str]], watched: set[str]) -> dict[str, list[str]]:
-        paths = [[str(ROOT / script), *arguments] for script, *arguments in commands]
-        child = [sys.executable, "-c", RUN, json.dumps([paths, sorted(watched)])]
-        done = subprocess.run(child, capture_output=True, text=True, check=False, env=here)
-        assert done.returncode == 0, done.stderr
-        lines = [line for line in done.stdout.splitlines() if line.startswith("loaded ")]
-        assert len(lines) == len(commands)
-        return dict(json.loads(line.removeprefix("loaded ")) for line in lines)
 
     targets = ("up a", "down", "up b", "down/2", "goal")
     rows = [{"subset": "0 1", "target": target, "loss": 1.0} for target in targets]
@@ -61,3 +67,22 @@ def test_tables_estimates_and_selections_load_no_library_of_training(copy):
     table.columns = [column.replace("estimate/", "validation_loss/") for column in table.columns]
     table.to_csv(truth, index=False)
     assert not {script: found for script, found in loaded(of_tables, watched | {"torch"}).items() if found}
+
+
+def test_gradients_load_no_trainer_and_training_no_extras_of_it(copy):
+    """Of Lightning, peft and transformers only what is used; bitsandbytes and torchmetrics are there for who wants them."""
+    extras = OF_TRAINING - {"pytorch_lightning", "lightning_fabric", "peft", "transformers"} | {
+        "matplotlib",
+        "scipy.signal",
+    }
+    trainer = {"pytorch_lightning", "lightning_fabric"}
+    collect = [MEASURE, *COLLECT[1:], "--save_name", "toy", "--project_dim", "16"]
+    train = [TRAIN, "--save_name", "toy", "--task_idxes", "0"]
+    assert loaded([collect, train], extras | trainer) == {MEASURE: [], TRAIN: sorted(trainer)}
+
+
+def test_what_was_left_out_is_there_afterwards():
+    """A model in four bits and a metric of one's own are possible after an adapter and a trainer were loaded without them."""
+    torchmetrics = import_module("torchmetrics")
+    assert issubclass(torchmetrics.MeanMetric, torchmetrics.Metric)
+    assert import_utils.is_bnb_available() == (find_spec("bitsandbytes") is not None)

@@ -37,7 +37,7 @@ def test_a_batch_is_a_mean_over_tokens_or_over_rows(model_folders):
     losses = outputs_of(model, datamodule, np.arange(6), "loss")
     expected = {"token": np.average(losses, weights=datamodule.target_tokens), "row": losses.mean()}
     for loss_over, value in expected.items():
-        module = FineTuning(model, datamodule.data, TrainingPlan(epochs=1, lr=1.0, loss_over=loss_over))
+        module = FineTuning(model, datamodule, TrainingPlan(epochs=1, lr=1.0, loss_over=loss_over))
         module.log = lambda *_: None
         found = module.training_step(datamodule.collate(range(6)), 0)
         assert found.item() == pytest.approx(value, rel=1e-5)
