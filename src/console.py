@@ -97,33 +97,12 @@ def duration(seconds: float) -> str:
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", **options: Any
 ) -> tqdm:
-    """A progress bar with rate and remaining time, for what takes over two seconds; in a log file, a line now and then."""
+    """A progress bar for what takes over two seconds; in a log file, a line now and then."""
     watched = sys.stderr.isatty()
     if not watched:
         options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "miniters": 1}
-    done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
-    pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"
-    if total is None and not hasattr(iterable, "__len__"):
-        pattern = "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]"
-    options |= {"bar_format": pattern, "dynamic_ncols": watched, "delay": SHOWN_AFTER_SECONDS}
-    return _Bar(iterable, desc=desc, total=total, unit=unit, disable=not is_first_process(), **options)
-
-
-class _Bar(tqdm):
-    """tqdm bar with a readable rate (12 steps/s, or 3.4 s/step); honours `delay` on manual refresh."""
-
-    def display(self, *args: Any, **options: Any) -> bool | None:
-        if self._time() < getattr(self, "start_t", float("inf")) + self.delay:
-            return None
-        return super().display(*args, **options)
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        facts = super().format_dict
-        unit, done = facts["unit"], facts["n"] - facts["initial"]
-        rate = facts["rate"] or (done / facts["elapsed"] if facts["elapsed"] else 0)
-        pace = f"{rate:,.3g} {unit}s/s" if rate >= 1 else f"{1 / rate:,.3g} s/{unit}" if rate else "…"
-        return {**facts, "pace": pace}
+    options |= {"dynamic_ncols": watched, "delay": SHOWN_AFTER_SECONDS, "disable": not is_first_process()}
+    return tqdm(iterable, desc=desc, total=total, unit=unit, **options)
 
 
 class _Lines:

@@ -228,9 +228,7 @@ class _Batches(BatchSampler):
     def __init__(self, sampler: Sampler[int], batch_size: int, epoch: int, start: int) -> None:
         super().__init__(sampler, batch_size, drop_last=False)
         self.start = start
-        for _ in range(
-            epoch
-        ):  # each draws the numbers after the last one's; one too many were drawn by a whole iteration
+        for _ in range(epoch):  # each draws the numbers after the last one's; a whole iteration would draw one too many
             list(itertools.islice(super().__iter__(), len(self)))
 
     def __iter__(self) -> Iterator[list[int]]:
