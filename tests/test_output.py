@@ -68,6 +68,8 @@ def test_help_is_all_that_help_shows(script, workspace, capsys):
         load_script(script).parse_args(["--help"])
     usage, *lines = run(workspace, script, "--help")
     assert usage.startswith("usage: python ") and lines == capsys.readouterr().out.splitlines()[1:]
+    flags, shown = [line for line in lines if line.startswith("  --")], "\n".join(lines)
+    assert len(flags) <= 40 and len(re.findall(r"\(default:\s", shown)) >= len(flags)
 
 
 @pytest.fixture
