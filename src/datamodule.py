@@ -62,14 +62,8 @@ class TokenizedData:
 
 
 def tokenize(
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    kind: str,
-    folder: Path,
-    *,
-    max_length: int,
-    max_target_length: int,
-) -> None:
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path, *, max_length: int, max_target_length: int
+) -> None:  # fmt: skip
     """Tokenise every example into the files that `open_tokens` reads.
 
     A decoder's row is one text: its ids decode to prompt + completion (`_joined`); an encoder-decoder's is two. Special
@@ -250,19 +244,10 @@ class TaskDataModule(pl.LightningDataModule):
     """
 
     def __init__(
-        self,
-        data: TaskData,
-        tokenizer: PreTrainedTokenizerBase,
-        kind: str,
-        *,
-        batch_size: int = 8,
-        inference_batch_size: int = 32,
-        max_length: int = 512,
-        max_target_length: int = 512,
-        max_tokens_per_batch: int = 4096,
-        token_cache: Path | None = None,
-        loss_on_prompt: bool = False,
-    ) -> None:
+        self, data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, *, batch_size: int = 8, max_length: int = 512,
+        inference_batch_size: int = 32, max_target_length: int = 512, max_tokens_per_batch: int = 4096,
+        token_cache: Path | None = None, loss_on_prompt: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.data, self.kind, self.decoder = data, kind, kind == "decoder"
         self.batch_size, self.inference_batch_size = batch_size, inference_batch_size

@@ -113,11 +113,8 @@ def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
 
 
 def comparison(
-    predictions: Mapping[str, np.ndarray],
-    fine_tuned: np.ndarray,
-    targets: Sequence[str],
-    inclusion: np.ndarray | None = None,
-) -> pd.DataFrame:
+    predictions: Mapping[str, np.ndarray], fine_tuned: np.ndarray, targets: Sequence[str], inclusion: np.ndarray | None = None
+) -> pd.DataFrame:  # fmt: skip
     """Every figure of every predictor for every target, beside the attainable maximum and two predictors that know little.
 
     Args:

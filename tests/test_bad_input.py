@@ -129,7 +129,6 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "one and a half tasks": (ESTIMATE, ["--subset_size", "1.5"], r"--subset_size"),
     "no GPU": (TRAIN, ["--accelerator", "cuda"], r"--accelerator cuda: this machine has no CUDA GPU"),
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
-    "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
     "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora is for .* and not --strategy fsdp"),
     "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--dataset_key none there, strategy_qa typed"),
     "adapter of another model": (TRAIN, [*OF_ANOTHER, "--save_name", "n"], r"bad/checkpoint is an adapter of the base model .*, and --model_key is bad/tokens; pass --model_key"),

@@ -119,11 +119,8 @@ def test_draw_depends_on_seed_name_and_shape_only(kind):
 
 def test_draw_never_changes():
     """Stored rows stay usable: a seed names the same matrix in every process, version and machine."""
-    for kind, digest in {
-        "sketch": "bf010463a8bfa0fe",
-        "two_sided": "bd7e3fe17998e2af",
-        "dense": "2ec7877539fe8910",
-    }.items():
+    digests = {"sketch": "bf010463a8bfa0fe", "two_sided": "bd7e3fe17998e2af", "dense": "2ec7877539fe8910"}
+    for kind, digest in digests.items():
         lifted = make_projection(kind, 16, 3).lift(torch.arange(1.0, 17.0), {"w": (6, 8)})["w"]
         rounded = [round(value) for value in (4 * lifted).flatten().tolist()]
         assert hashlib.sha256(str(rounded).encode()).hexdigest()[:16] == digest
