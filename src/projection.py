@@ -72,7 +72,7 @@ class Projection:
         then the (in, d_i) matrix; dense: (p, bytes), each line of d signs padded to whole 64-bit words; none: nothing.
         """
         matrix = self._draw(name, shape, torch.device("cpu"))
-        return matrix.packed_signs() if self.kind in RANDOM else np.empty(0, np.uint8)
+        return np.empty(0, np.uint8) if isinstance(matrix, (_Identity, _Given)) else matrix.packed_signs()
 
     def _draw(self, name: str, shape: Shape, device: torch.device) -> _Matrix:
         if self.kind in RANDOM:
