@@ -8,9 +8,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from src.console import quiet_libraries
+from src import console
 
-quiet_libraries()  # before it is imported, which reads what this sets
+console.quiet_libraries()  # before it is imported, which reads what this sets
 
 import pytest
 import torch
@@ -128,6 +128,12 @@ def write_sources(path: Path | str, tasks: dict[str, int]) -> Path:
             answer = word[::-1] if position % 2 else word.upper()
             rows.append({"inputs": f"{task} {row}: {word}", "targets": answer, "_task_name": task, **alike})
     return write_jsonl(path, rows)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    """What is said once is said once in each test."""
+    monkeypatch.setattr(console, "_said", set())
 
 
 TOY_TRAINING = "--train_lora --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2"

@@ -37,11 +37,6 @@ def lines(path: Path, rows: list[dict]) -> str:
     return str(write_jsonl(path, rows))
 
 
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(console, "_said", set())
-
-
 @pytest.fixture
 def flags(workspace, model_folders):
     """Four sources, one of them of conversations, two with names that make one file name; rows are held out of each."""

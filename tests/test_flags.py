@@ -21,11 +21,6 @@ def settings(typed: str, cls: type = config.EstimateConfig, script: str = "fast_
     return config.inherit(cls, commands.typed(script, *typed.split()))
 
 
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(console, "_said", set())
-
-
 NOTES = {
     "--scale 0.4": "--scale has no effect without --evaluate displaced",
     "--scale 0.4 --evaluate displaced": None,

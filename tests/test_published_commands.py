@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from src import config, console
+from src import config
 from src.artifacts import META_INITIALIZATIONS, resolve_checkpoint
 from tests import commands
 from tests.commands import ESTIMATE, MEASURE, SELECT, TRAIN, run_script
@@ -47,7 +47,6 @@ COMMANDS = [
 @pytest.mark.parametrize("gpus", [0, 4])
 def test_published_commands(command, gpus, capsys, monkeypatch):
     """On GPUs and without: every flag is taken, and has the value that is typed."""
-    monkeypatch.setattr(console, "_said", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     script, *arguments = shlex.split(command)
