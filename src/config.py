@@ -581,13 +581,10 @@ def of_another_trainer(checkpoints: Sequence[str]) -> dict[str, Any]:
     if not folders:
         raise ValueError(f"--load_model_dir {artifacts.BASE}: name a checkpoint that was trained from it too")
     for folder in folders:
-        adapter, state = (
-            artifacts.described(folder, file) for file in (artifacts.ADAPTER_CONFIG, artifacts.TRAINER_STATE)
-        )
-        modules, rates = (
-            adapter.get("target_modules"),
-            [entry.get("learning_rate", 0) for entry in state.get("log_history", ())],
-        )
+        adapter = artifacts.described(folder, artifacts.ADAPTER_CONFIG)
+        state = artifacts.described(folder, artifacts.TRAINER_STATE)
+        modules = adapter.get("target_modules")
+        rates = [entry.get("learning_rate", 0) for entry in state.get("log_history", ())]
         says = {
             "train_lora": bool(adapter),
             "model_key": adapter.get("base_model_name_or_path"),

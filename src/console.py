@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import errno
 import importlib.util
 import os
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -42,17 +41,6 @@ class Parser(argparse.ArgumentParser):
         usage = " ".join(filter(None, ["python", prog, positionals, "[flags]"]))
         layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
         super().__init__(prog=prog, usage=usage, description=doc, formatter_class=layout, allow_abbrev=False)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse; refuse unknown flags and suggest the nearest known ones."""
-        parsed, strangers = self.parse_known_args(args, namespace)
-        if strangers:
-            known = [name for action in self._actions for name in action.option_strings]
-            flags = [word.partition("=")[0] for word in strangers if word.startswith("-")]
-            meant = [name for flag in flags for name in difflib.get_close_matches(flag, known, n=1)]
-            guess = f"; did you mean {' '.join(meant)}?" if meant else ""
-            self.error(f"unrecognized arguments: {' '.join(strangers)}{guess}")
-        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.format_usage().strip()}   (all flags: --help)\nerror: {message}\n")
@@ -97,33 +85,12 @@ def duration(seconds: float) -> str:
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", **options: Any
 ) -> tqdm:
-    """A progress bar with rate and remaining time, for what takes over two seconds; in a log file, a line now and then."""
+    """A progress bar for what takes over two seconds; in a log file, a line now and then."""
     watched = sys.stderr.isatty()
     if not watched:
         options |= {"file": _Lines(sys.stderr), "mininterval": LOG_INTERVAL_SECONDS, "miniters": 1}
-    done = "{l_bar}{bar}| {n_fmt} of {total_fmt}" if watched else "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}"
-    pattern = f"{done} [{{elapsed}}<{{remaining}}, {{pace}}{{postfix}}]"
-    if total is None and not hasattr(iterable, "__len__"):
-        pattern = "{desc}: {n_fmt} {unit}s [{elapsed}, {pace}{postfix}]"
-    options |= {"bar_format": pattern, "dynamic_ncols": watched, "delay": SHOWN_AFTER_SECONDS}
-    return _Bar(iterable, desc=desc, total=total, unit=unit, disable=not is_first_process(), **options)
-
-
-class _Bar(tqdm):
-    """tqdm bar with a readable rate (12 steps/s, or 3.4 s/step); honours `delay` on manual refresh."""
-
-    def display(self, *args: Any, **options: Any) -> bool | None:
-        if self._time() < getattr(self, "start_t", float("inf")) + self.delay:
-            return None
-        return super().display(*args, **options)
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        facts = super().format_dict
-        unit, done = facts["unit"], facts["n"] - facts["initial"]
-        rate = facts["rate"] or (done / facts["elapsed"] if facts["elapsed"] else 0)
-        pace = f"{rate:,.3g} {unit}s/s" if rate >= 1 else f"{1 / rate:,.3g} s/{unit}" if rate else "…"
-        return {**facts, "pace": pace}
+    options |= {"dynamic_ncols": watched, "delay": SHOWN_AFTER_SECONDS, "disable": not is_first_process()}
+    return tqdm(iterable, desc=desc, total=total, unit=unit, **options)
 
 
 class _Lines:

@@ -117,18 +117,10 @@ def _read_teacher(
 
 
 def load_cot(
-    dataset_key: str,
-    preset_key: str,
-    *,
-    architecture: str,
-    data_dir: str | Path = DATA,
-    saved_dir: str | Path = SAVED,
-    split_key: str = "default",
-    keep_incorrect: bool = False,
-    heldout_share: float = 0.1,
-    max_heldout: int = 500,
+    dataset_key: str, preset_key: str, *, architecture: str, data_dir: str | Path = DATA, saved_dir: str | Path = SAVED,
+    split_key: str = "default", keep_incorrect: bool = False, heldout_share: float = 0.1, max_heldout: int = 500,
     task_column: str | None = None,
-) -> TaskData:
+) -> TaskData:  # fmt: skip
     """The examples of a data set and a preset.
 
     Training rows come first, in split order, then completion order. A part of the split's train questions, the same

@@ -61,14 +61,8 @@ class TokenizedData:
 
 
 def tokenize(
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    kind: str,
-    folder: Path,
-    *,
-    max_length: int,
-    max_target_length: int,
-) -> None:
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, folder: Path, *, max_length: int, max_target_length: int
+) -> None:  # fmt: skip
     """Tokenise every example into the files that `open_tokens` reads.
 
     A decoder's row is one text: its ids decode to prompt + completion (`_joined`); an encoder-decoder's is two. Special
@@ -227,9 +221,7 @@ class _Batches(BatchSampler):
     def __init__(self, sampler: Sampler[int], batch_size: int, epoch: int, start: int) -> None:
         super().__init__(sampler, batch_size, drop_last=False)
         self.start = start
-        for _ in range(
-            epoch
-        ):  # each draws the numbers after the last one's; one too many were drawn by a whole iteration
+        for _ in range(epoch):  # each draws the numbers after the last one's; a whole iteration would draw one too many
             list(itertools.islice(super().__iter__(), len(self)))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -251,19 +243,10 @@ class TaskDataModule:
     """
 
     def __init__(
-        self,
-        data: TaskData,
-        tokenizer: PreTrainedTokenizerBase,
-        kind: str,
-        *,
-        batch_size: int = 8,
-        inference_batch_size: int = 32,
-        max_length: int = 512,
-        max_target_length: int = 512,
-        max_tokens_per_batch: int = 4096,
-        token_cache: Path | None = None,
-        loss_on_prompt: bool = False,
-    ) -> None:
+        self, data: TaskData, tokenizer: PreTrainedTokenizerBase, kind: str, *, batch_size: int = 8, max_length: int = 512,
+        inference_batch_size: int = 32, max_target_length: int = 512, max_tokens_per_batch: int = 4096,
+        token_cache: Path | None = None, loss_on_prompt: bool = False,
+    ) -> None:  # fmt: skip
         self.data, self.kind, self.decoder = data, kind, kind == "decoder"
         self.batch_size, self.inference_batch_size = batch_size, inference_batch_size
         self.max_tokens_per_batch, self.loss_on_prompt = max_tokens_per_batch, loss_on_prompt

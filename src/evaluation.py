@@ -113,11 +113,8 @@ def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
 
 
 def comparison(
-    predictions: Mapping[str, np.ndarray],
-    fine_tuned: np.ndarray,
-    targets: Sequence[str],
-    inclusion: np.ndarray | None = None,
-) -> pd.DataFrame:
+    predictions: Mapping[str, np.ndarray], fine_tuned: np.ndarray, targets: Sequence[str], inclusion: np.ndarray | None = None
+) -> pd.DataFrame:  # fmt: skip
     """Every figure of every predictor for every target, beside the attainable maximum and two predictors that know little.
 
     Args:
@@ -189,9 +186,7 @@ class Calibration:
             slopes, covariance = self._prior(shares, self._known)
             inverse = np.linalg.inv(covariance + (1 - sum(shares)) * np.eye(values.shape[1]))  # (k, c, c)
             total = inverse.sum(axis=(1, 2))
-            level = (
-                inverse.sum(axis=1) / total[:, None]
-            )  # weights of the values in the level, which nothing is known of
+            level = inverse.sum(axis=1) / total[:, None]  # weights of the values in it: nothing else is known of it
             inner = inverse - total[:, None, None] * level[:, :, None] * level[:, None]
             data = np.stack([values, slopes], axis=2)  # (k, c, 2)
             squares = np.einsum("kci,kcd,kdj->kij", data, inner, data)

@@ -122,10 +122,8 @@ def _record(example: Example, conversation: str | None, form: str, name: str) ->
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
     found = json.loads(conversation) if conversation else {"messages": turns}
     called, turns = {"system": "system", "user": "human", "assistant": "gpt"}, found["messages"]
-    plain = "tools" not in found and all(
-        turn.keys() == {"role", "content"} and turn["role"] in called for turn in turns
-    )
-    if trainer.turns != "any" and not plain:
+    plain = all(turn.keys() == {"role", "content"} and turn["role"] in called for turn in turns)
+    if trainer.turns != "any" and not (plain and "tools" not in found):
         raise ValueError(f"--for {name} takes texts by system, user and assistant, and there is more in a row of {row}")
     if trainer.turns == "sharegpt":
         return {"conversations": [{"from": called[turn["role"]], "value": turn["content"]} for turn in turns]}
@@ -223,9 +221,8 @@ def export(config: TrainConfig, data: TaskData | None = None, trainer: str | Non
     if trainer is not None:
         known = _estimates(folder / artifacts.SELECTION_FILE, subsets[0], data.tasks)
         if config.task_weights:  # what the stage that wrote them says of them
-            known = artifacts.described(Path(config.task_weights).parent, f"{Path(config.task_weights).stem}.json").get(
-                "estimates", []
-            )
+            path = Path(config.task_weights).with_suffix(".json")
+            known = artifacts.described(path.parent, path.name).get("estimates", [])
         path, of_file = _write_for(trainer, config, data, dict(zip(chosen, weights, strict=True)), known, **sampling)
         written, counts = str(path), [source.rows for source in of_file]
     else:

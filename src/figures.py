@@ -85,11 +85,10 @@ def comparison_figure(
     scatter(panels[0, 0], estimates.mean(axis=1), fine_tuned.mean(axis=1), ranks_only)
     overall = rows if is_one else table[(table["predictor"] == predictor) & (table["target"] == MEAN)]
     lds, low, high = overall[["lds", "lds_low", "lds_high"]].iloc[0]
-    what = (
-        f"{num_subsets} subsets, {num_runs} {'seed' if num_runs == 1 else 'seeds, bars are their standard deviation'}"
-    )
-    what += "" if is_one else f", mean over {len(rows)} targets"
-    titled(panels[0, 0], f"Spearman {lds:.2f} (90 % interval {low:.2f} to {high:.2f})", f"{about}, {what}")
+    seeds = "1 seed" if num_runs == 1 else f"{num_runs} seeds, bars are their standard deviation"
+    of_all = "" if is_one else f", mean over {len(rows)} targets"
+    title = f"Spearman {lds:.2f} (90 % interval {low:.2f} to {high:.2f})"
+    titled(panels[0, 0], title, f"{about}, {num_subsets} subsets, {seeds}{of_all}")
     for axes in panels[0, 1:]:
         positions, style = np.arange(len(rows)), {"fmt": "o", "color": BLUE, "ecolor": GREY, "markersize": 4}
         interval = np.abs(rows[["lds_low", "lds_high"]].to_numpy(float).T - rows["lds"].to_numpy(float))
@@ -138,19 +137,16 @@ def tradeoff_figure(
     """The estimate of each search's target against the rise of the worst target to keep, from the base model (0, `bases`) on.
     Columns of `paths`: `target`, `step`, `estimate`, `worst_rise`, `selected`; a `limit` of the rise is a line."""
     figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    chosen = {"marker": "*", "s": 150, "edgecolor": "black", "linewidth": 0.6, "zorder": 3}
     for table, base, color in zip(paths, bases, itertools.cycle(plt.cm.tab10.colors)):
         rises, estimates = [0.0, *table["worst_rise"]], [base, *table[ESTIMATE]]
         (label,) = _names(table["target"].iloc[:1])
         axes.plot(rises, estimates, color=color, marker="o", markersize=4, linewidth=1, label=label)
         last = int(table["selected"].sum())
-        axes.scatter(
-            rises[last], estimates[last], color=color, marker="*", s=150, edgecolor="black", linewidth=0.6, zorder=3
-        )
-        for number in range(1, len(rises)):
-            axes.annotate(
-                str(number), (rises[number], estimates[number]), (3, 3), textcoords="offset points", fontsize=7
-            )
-    axes.scatter([], [], color="white", marker="*", s=110, edgecolor="black", label="selected")
+        axes.scatter(rises[last], estimates[last], color=color, **chosen)
+        for number, place in enumerate(zip(rises[1:], estimates[1:], strict=True), start=1):
+            axes.annotate(str(number), place, (3, 3), textcoords="offset points", fontsize=7)
+    axes.scatter([], [], color="white", label="selected", **chosen)
     axes.scatter([0.0] * len(bases), bases, color=GREY, marker="s", s=36, zorder=3, label="base model (measured)")
     if limit is not None:
         axes.axvline(limit, color=ORANGE, linestyle="--", linewidth=1, label="--tolerance_keep")
@@ -212,11 +208,11 @@ def approximation_figure(frame: pd.DataFrame, path: Path, *, about: str) -> None
         if of_kind.empty:
             continue
         means = of_kind[~of_kind["whole_way"]].groupby("scale").mean(numeric_only=True)
-        for column, color, marker, label in (
-            ("first_order", ORANGE, "o", f"first order: outputs(w*) + g·δ, {kind}"),
-            ("zero_order", GREY, "s", f"zero order: outputs(w*), {kind}"),
+        for column, color, marker, what in (
+            ("first_order", ORANGE, "o", "first order: outputs(w*) + g·δ"),
+            ("zero_order", GREY, "s", "zero order: outputs(w*)"),
         ):
-            axes.plot(means.index, means[column], style, color=color, marker=marker, label=label)
+            axes.plot(means.index, means[column], style, color=color, marker=marker, label=f"{what}, {kind}")
             axes.scatter(of_kind["scale"], of_kind[column], color=color, marker=marker, s=12, alpha=0.4)
     axes.set(yscale="log", ylabel="relative squared error of the outputs")
     axes.set_xlabel("length of the displacement, |δ| / |w*|")

@@ -291,40 +291,23 @@ def _clear_load_error(model_key: str, part: str = "") -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        path = resolve_model_key(model_key)
+        path = Path(resolve_model_key(model_key))
         known = isinstance(error, (OSError, ValueError)) and str(error).strip()
         first_line = (known or repr(error)).splitlines()[0]
         if "ignore_mismatched_sizes" in str(error):
             first_line = "its weights have other shapes than its config.json says"
-        reason = _unreadable(Path(path)) or (
-            f"cannot load {part}{path} ({first_line}); give a local Hugging Face folder, a hub id that this machine can reach, "
-            "or make one with data/make_base_model.py"
-        )
-        raise FileNotFoundError(f"--model_key {model_key}: {reason}") from error
-
-
-def _unreadable(path: Path) -> str | None:
-    """Say why a file or folder cannot be loaded, and what to do; None where it holds a model."""
-    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
-    gguf = [name for name in names if name.endswith(".gguf")]
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
-    if gguf and path.exists():
-        file = path / gguf[0] if path.is_dir() else path
-        return f"{file} is a GGUF file, for inference alone; convert it: python data/convert_gguf.py {file} FOLDER"
-    if not path.is_dir():
-        return None
-    if "config.json" not in names:
-        if ADAPTER_CONFIG in names:
-            return f"{path} is an adapter without its base model; give the base model here, the adapter as --load_model_dir"
-        return f"{path} has no config.json; give a folder that save_pretrained wrote"
-    if pickled and not any(name.endswith(".safetensors") for name in names):
         reason = (
-            "and only safetensors are read, which cannot run code; load it with transformers where you trust it, and"
+            f"cannot load {part}{path} ({first_line}); give a folder that save_pretrained wrote, with config.json, "
+            "safetensors (pickled weights are not read) and tokenizer, or a hub id that this machine can reach, or make one "
+            "with data/make_base_model.py"
         )
-        return f"{path} has its weights in {pickled[0]}, {reason} save it with save_pretrained"
-    if not any("token" in name or "vocab" in name or name.endswith(".model") for name in names):
-        return f"{path} has no tokenizer; save the model's there with its save_pretrained"
-    return None
+        if gguf := next(iter([path] if path.suffix == ".gguf" else path.glob("*.gguf")), None):
+            reason = (
+                f"{gguf} is a GGUF file, for inference alone; convert it: python data/convert_gguf.py {gguf} FOLDER"
+            )
+        elif (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+            reason = f"{path} is an adapter without its base model; give the base model here, the adapter as --load_model_dir"
+        raise FileNotFoundError(f"--model_key {model_key}: {reason}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

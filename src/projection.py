@@ -71,7 +71,8 @@ class Projection:
         sketch: the p entries of G, row by row (the bins follow from the seed); two_sided: the (out, d_o) matrix,
         then the (in, d_i) matrix; dense: (p, bytes), each line of d signs padded to whole 64-bit words; none: nothing.
         """
-        return self._draw(name, shape, torch.device("cpu")).packed_signs()
+        matrix = self._draw(name, shape, torch.device("cpu"))
+        return np.empty(0, np.uint8) if isinstance(matrix, (_Identity, _Given)) else matrix.packed_signs()
 
     def _draw(self, name: str, shape: Shape, device: torch.device) -> _Matrix:
         if self.kind in RANDOM:
@@ -167,10 +168,8 @@ class _TwoSided:
         self.sides, self.signs, self.factors = projected_sides(shape, dim), [], []
         for part, size, side in zip(("out", "in"), shape, self.sides, strict=True):
             self.signs.append(signs := _signs(stream(part), size * side))
-            factor = torch.from_numpy(signs).view(size, side).float() / math.sqrt(side)
-            self.factors.append(
-                None if size == side else factor.to(device)
-            )  # a side that keeps its size stays as it is
+            factor = torch.from_numpy(signs).view(size, side).float().to(device) / math.sqrt(side)
+            self.factors.append(None if size == side else factor)  # a side that keeps its size stays as it is
         self.hashed = _Fold(stream("bins"), math.prod(self.sides), dim, device)  # any d is allowed, a prime too
 
     def add(self, output_gradients: Tensor, inputs: Tensor, rows: Tensor) -> None:
@@ -237,9 +236,6 @@ class _Identity:
     def lift(self, solution: Tensor) -> Tensor:
         return solution[self.columns].reshape(self.shape).clone()
 
-    def packed_signs(self) -> np.ndarray:
-        return np.empty(0, np.uint8)
-
 
 class Directions(Projection):
     """Given directions in the place of random ones: rows are the exact products g.delta, and `lift` is sum_k x_k delta_k.
@@ -268,9 +264,6 @@ class _Given:
 
     def lift(self, solution: Tensor) -> Tensor:
         return torch.einsum("d,doi->oi", solution, self.parts.to(solution))
-
-    def packed_signs(self) -> np.ndarray:
-        return np.empty(0, np.uint8)
 
 
 RANDOM: dict[str, type[_Sketch] | type[_TwoSided] | type[_Dense]]

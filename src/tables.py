@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.artifacts import atomic_write, check_manifest, shorten, write_json
+from src.artifacts import atomic_write, check_manifest, described, shorten, write_json
 from src.data import require_file
 
 ESTIMATE, CALIBRATED, LOW, HIGH = "estimate", "calibrated", "low", "high"
@@ -36,16 +35,11 @@ class ResultsTable:
 
     def __init__(self, path: Path, facts: Mapping[str, Any], repair: str) -> None:
         self.path, self.frame, manifest = path, pd.DataFrame(), path.with_suffix(".json")
-        if not path.is_file():
+        if path.is_file():
+            check_manifest(path, described(path.parent, manifest.name, repair), facts, repair)
+            self.frame = read_table(path, of_subsets=True)
+        else:
             write_json(manifest, facts)
-            return
-        try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError) as error:
-            made = f"what the rows of {path.name} were made from"
-            raise ValueError(f"{manifest}, which says {made}, cannot be read ({error}). {repair}") from error
-        check_manifest(path, found, facts, repair)
-        self.frame = read_table(path, of_subsets=True)
 
     def has(self, subset: Sequence[int], run: int) -> bool:
         """Whether the row of this subset and run is there."""

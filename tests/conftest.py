@@ -8,9 +8,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from src.console import quiet_libraries
+from src import console
 
-quiet_libraries()  # before it is imported, which reads what this sets
+console.quiet_libraries()  # before it is imported, which reads what this sets
 
 import pytest
 import torch
@@ -130,6 +130,22 @@ def write_sources(path: Path | str, tasks: dict[str, int]) -> Path:
     return write_jsonl(path, rows)
 
 
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    """What is said once is said once in each test."""
+    monkeypatch.setattr(console, "_said", set())
+
+
+TOY_TRAINING = "--train_lora --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2"
+
+
+def write_toy(folder: Path) -> str:
+    """Four sources and a target; the flags that name them."""
+    write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
+    write_sources(folder / "target.jsonl", {"goal": 20})
+    return "--data_files sources.jsonl --target_files target.jsonl"
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """An empty current folder, so that stages write below it."""
@@ -141,10 +157,8 @@ def workspace(tmp_path, monkeypatch):
 def track(tmp_path_factory, model_folders):
     """A workspace in which stages 1 and 2 of the run "toy" have run, and the flags that were typed for stage 1."""
     folder = tmp_path_factory.mktemp("track")
-    write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
-    write_sources(folder / "target.jsonl", {"goal": 20})
-    flags = f"--data_files sources.jsonl --target_files target.jsonl --heldout_share 0.1 --model_key {model_folders['llama']}"
-    flags = f"{flags} --train_lora --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2".split()
+    data = f"{write_toy(folder)} --heldout_share 0.1"
+    flags = f"{data} --model_key {model_folders['llama']} {TOY_TRAINING}".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run_script(TRAIN, *flags, "--save_name", "toy", "--checkpoint_at", "0.5", "1.0")

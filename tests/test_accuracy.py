@@ -73,12 +73,8 @@ def test_comparison_has_every_predictor_for_every_target():
     table = comparison({"estimate": truth, "own": 5.0 - inclusion}, runs, ["a", "b", "c"], inclusion)
     table = table.set_index(["target", "predictor"])
     assert set(table.index.get_level_values("target")) == {"a", "b", "c", evaluation.AVERAGE, evaluation.MEAN}
-    assert set(table.index.get_level_values("predictor")) == {
-        "estimate",
-        "own",
-        evaluation.CONSTANT,
-        evaluation.INCLUSION,
-    }
+    predictors = {"estimate", "own", evaluation.CONSTANT, evaluation.INCLUSION}
+    assert set(table.index.get_level_values("predictor")) == predictors
     for target in "abc":
         assert table.loc[(target, "estimate"), "lds"] > 0.99 and table.loc[(target, "estimate"), "attainable"] > 0.99
         assert table.loc[(target, "estimate"), "lds_given_inclusion"] > 0.99
@@ -90,10 +86,9 @@ def test_comparison_has_every_predictor_for_every_target():
     assert set(comparison({"estimate": truth[:, :1]}, runs[:, :1], ["a"])["target"]) == {"a"}
 
 
-def halves(count: int, rng: np.random.Generator, num_sources: int = 10) -> np.ndarray:
-    return np.array(
-        [np.isin(np.arange(num_sources), rng.permutation(num_sources)[: num_sources // 2]) for _ in range(count)]
-    )
+def halves(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Five of ten sources each."""
+    return np.array([rng.permutation(10) < 5 for _ in range(count)])
 
 
 def test_calibration_is_the_normal_distribution_given_what_was_fine_tuned() -> None:
@@ -104,9 +99,7 @@ def test_calibration_is_the_normal_distribution_given_what_was_fine_tuned() -> N
     known, values = slice(0, 6), 9 + estimates[:6] / 50 + rng.standard_normal((6, 2))
     found = Calibration(estimates[known], members[known], values)(estimates[6:], members[6:], share=0.8)
     sources = members / members.sum(axis=1, keepdims=True)
-    sources = (sources - sources[known].mean(axis=0)) / np.sqrt(
-        (sources[known] - sources[known].mean(axis=0)).var(axis=0).sum()
-    )
+    sources = (sources - sources[known].mean(axis=0)) / np.sqrt(sources[known].var(axis=0).sum())
     logs, means, variances = (np.zeros((len(SHARES), len(SPREADS), 2, *size)) for size in ((), (3,), (3,)))
     logarithms = np.log(values)
     centers, units = logarithms.mean(axis=0), logarithms.std(axis=0, ddof=1)
@@ -151,9 +144,8 @@ def test_few_values_leave_the_ranking_to_the_estimate_and_many_correct_it() -> N
         members = halves(count + 40, rng)
         seen, unseen = members @ rng.standard_normal((2, 10, 1))
         values, estimates = seen + unseen + 0.3 * rng.standard_normal(seen.shape), 50 * seen
-        calibrated, _, _ = Calibration(estimates[:count], members[:count], values[:count])(
-            estimates[count:], members[count:]
-        )
+        calibration = Calibration(estimates[:count], members[:count], values[:count])
+        calibrated, _, _ = calibration(estimates[count:], members[count:])
         of_both = [lds(of[:, 0], values[count:, 0]) for of in (estimates[count:], calibrated)]
         scores[count].append(of_both)
     few, many = (np.mean(scores[count], axis=0) for count in scores)

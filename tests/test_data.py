@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from src.cot import DATASET_KEYS, clean_answer, extract_answers, judge, load_cot
 from src.data import Example, TaskData, stable_split
 from src.frames import read_pickle
 from src.instruction import load_instruction
-from tests.commands import refused, write_jsonl
+from tests.commands import read_json, refused, write_cot, write_jsonl
 
 
 def texts_of(data: TaskData, split: str) -> list[tuple[str, str, str]]:
@@ -156,16 +155,10 @@ def attacks(victim: Path) -> dict[str, bytes]:
     return {
         "os.system": pickle.dumps(Calls(os.system, touch)),
         **{name: b"\x80\x04" + way.replace(b"<>", b"os\nsystem\n") + b"." for name, way in ways.items()},
-        "subprocess": pickle.dumps(Calls(subprocess.check_call, ["touch", str(victim)])),
-        "builtins.eval": pickle.dumps(Calls(eval, f"open({str(victim)!r}, 'w')")),
         "builtins.getattr": pickle.dumps(Calls(getattr, "x", "upper")),
-        "builtins.open": pickle.dumps(Calls(open, str(victim), "w")),
         "io.common.os.system": named("pandas", "io.common.os.system", line + b"\x85"),
-        "read_pickle": named("pandas", "read_pickle", line + b"\x85"),
         "DataFrame.__class__": named("pandas", "DataFrame.__class__"),
         "_reconstructor": pickle.dumps(Calls(__import__("copyreg")._reconstructor, Path, object, None)),
-        "operator.attrgetter": pickle.dumps(Calls(__import__("operator").attrgetter, "system")),
-        "functools.partial": pickle.dumps(__import__("functools").partial(os.system, touch)),
         "numpy.load": named("numpy", "load", line + b"\x85"),
         "memory_map": named("pyarrow.lib", "memory_map", line + b"\x85"),
         "old style instance": b"\x80\x02(X" + len(touch).to_bytes(4, "little") + touch.encode() + b"ios\nsystem\n.",
@@ -255,15 +248,8 @@ def alpaca(skill: str, number: int, output: str | None = None) -> dict:
 
 
 def test_flan_prompts_end_as_in_the_recipe(tmp_path):
-    for inputs, prompt in {
-        "a": "a\n",
-        "a\n": "a\n",
-        "a:": "a:",
-        "a: ": "a: ",
-        "a:\n \n": "a:\n \n",
-        "a ": "a \n",
-        "": "\n",
-    }.items():
+    kept = {text: text for text in ("a:", "a: ", "a:\n \n", "a\n")}
+    for inputs, prompt in (kept | {"a": "a\n", "a ": "a \n", "": "\n"}).items():
         data = loaded(tmp_path, [flan("t", inputs)])
         assert texts_of(data, "train") == [("t", prompt, "out")]
         frame = [{"skill": "t", "text": "ignored", "inputs": inputs, "targets": "out"}]
@@ -362,20 +348,15 @@ def test_bad_lines_are_named(tmp_path):
     for line, message in [
         (b"{", "line 2 is not JSON"),
         (b'{"inputs": "\xff"}', "line 2 is not JSON in UTF-8"),
-        (b"[1]", "line 2 holds"),
         (b"null", "line 2 holds None"),
         (b'{"inputs": "\\ud83d", "targets": "a", "_task_name": "t"}', "line 2: inputs holds half a character"),
-        (b'{"inputs": "a", "targets": "\\ude00", "_task_name": "t"}', "line 2: targets holds half a character"),
         (b'{"inputs": "a", "targets": "a", "_task_name": "\\ud83d"}', "line 2: _task_name holds half a character"),
         (b'{"targets": "a", "_task_name": "t"}', "line 2: there is no field 'inputs'"),
         (b'{"inputs": "a", "targets": "b"}', "line 2: there is no field '_task_name'"),
         (b'{"inputs": "a", "targets": 3, "_task_name": "t"}', "line 2: targets is 3"),
         (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": ["x"]}', "line 2: _split is"),
-        (
-            b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": "test"}',
-            "line 1 has no split .* line 2 has one",
-        ),
-    ]:
+        (b'{"inputs": "a", "targets": "b", "_task_name": "t", "_split": "test"}', "line 1 has no split .* line 2 has one"),
+    ]:  # fmt: skip
         (tmp_path / "a.jsonl").write_bytes(json.dumps(flan("t", "q")).encode() + b"\n" + line + b"\n\n")
         refused(rf"{tmp_path}/a\.jsonl.* {message}", load_instruction, [tmp_path / "a.jsonl"])
 
@@ -449,12 +430,12 @@ class Project:
     """A tiny strategy_qa project: train 0 to 9, test 10 and 11; completion 0 of sample i is right iff i is even."""
 
     def __init__(self, root: Path) -> None:
-        self.data_dir, self.saved_dir = root / "data", root / "saved"
+        self.root = root
         answers = ["Yes" if i % 3 else "No" for i in range(12)]
         self.samples = [{"sample_index": i, "question": f" q{i}? ", "answer": a} for i, a in enumerate(answers)]
         self.samples[11]["rationale"] = " because. "
         self.split = {"train": list(range(10)), "test": [10, 11]}
-        self.metadata = {"base_model": "text-davinci-002", "dataset_key": "strategy_qa", "completion_key": "zs_cot"}
+        self.metadata = {"completion_key": "zs_cot"}
         self.completions = {str(i): [self.completion(i, i % 2 == 0)] for i in range(12)}
         self.write()
 
@@ -464,26 +445,14 @@ class Project:
         texts = {"reasoning_completion": f"\n r{i} ", "completion": f" {said}."}
         return {**sample, "completion_index": 0, **texts, **more}
 
-    @property
-    def completion_file(self) -> Path:
-        folder = f"B_text-davinci-002__C_{self.metadata['completion_key']}"
-        return self.saved_dir / "completion_data" / folder / "D_strategy_qa.json"
-
     def write(self) -> None:
-        for path, content in (
-            (
-                self.data_dir / "dataset" / "strategy_qa.json",
-                {"metadata": {"dataset_key": "strategy_qa"}, "data": self.samples},
-            ),
-            (self.data_dir / "split" / "strategy_qa__default.json", self.split),
-            (self.completion_file, {"metadata": self.metadata, "data": self.completions}),
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content), encoding="utf-8")
+        texts = self.samples, self.split, self.metadata, self.completions
+        self.completion_file = write_cot(self.root, "strategy_qa", *texts)
 
     def load(self, preset_key: str = "ft_cot", **options) -> TaskData:
+        folders = {"data_dir": self.root / "data", "saved_dir": self.root / "saved"}
         options = {"architecture": "encoder_decoder", "heldout_share": 0, **options}
-        return load_cot("strategy_qa", preset_key, data_dir=self.data_dir, saved_dir=self.saved_dir, **options)
+        return load_cot("strategy_qa", preset_key, **folders, **options)
 
 
 @pytest.fixture
@@ -596,13 +565,13 @@ def test_predictions_are_written_in_the_completion_format(project, tmp_path):
     outputs = {test_rows[1]: "because --> yes", test_rows[0]: "hm"}
     about = {"base_model": "t5_small", "train_key": "run", "epoch": 3, "train_lora": True, "lora_rank": 16}
     save_predictions(path, data, outputs, preset_key="ft_cot", **about)
-    content = json.loads(path.read_text())
+    content = read_json(path)
     keys = {"dataset_key": "strategy_qa", "completion_key": "ft_cot", "finetune_key": "zs_cot_strategy_qa"}
     assert content["metadata"] == {**about, **keys, "prediction_template": "ft_cot_token"}
     assert list(content["data"]) == ["10", "11"]
     texts = {"question": "q11?", "answer": "Yes", "prompt": "q11? ###", "completion": "because --> yes"}
     assert content["data"]["11"] == [{"sample_index": 11, "completion_index": 0, **texts}]
-    assert json.loads(path.read_text()) == content and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 @pytest.fixture

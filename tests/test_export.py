@@ -1,6 +1,5 @@
 """Exports for other trainers, read back as each trainer's documents say that it reads them."""
 
-import json
 import shlex
 import shutil
 from collections import Counter
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer
 from src import config, console, export, stage_train
 from src.data import Example, TaskData
 from src.subsets import drawn_rows, row_counts
-from tests.commands import load_script, refused, run_script, write_jsonl
+from tests.commands import read_json, refused, run_script, training, write_jsonl
 from tests.commands import read_jsonl as read
 
 yaml = pytest.importorskip("yaml")  # it comes with transformers
@@ -36,11 +35,6 @@ def said(*turns: tuple[str, str]) -> list[dict[str, Any]]:
 
 def lines(path: Path, rows: list[dict]) -> str:
     return str(write_jsonl(path, rows))
-
-
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(console, "_said", set())
 
 
 @pytest.fixture
@@ -63,8 +57,7 @@ def weights(shares: dict[str, float] = SHARES) -> list[str]:
 
 
 def data_of(flags: list[str]) -> TaskData:
-    typed = load_script("custom_train_alpaca.py").parse_args(flags)
-    return stage_train.load_data(config.for_training(config.typed_flags(typed)))
+    return stage_train.load_data(training(*flags))
 
 
 # Each trainer's way of reading: (file, rows of an epoch, names of the two texts of a row, or of its turns, their roles and
@@ -105,7 +98,7 @@ def axolotl(folder: Path) -> Iterator[Entry]:
 
 def llamafactory(folder: Path) -> Iterator[Entry]:
     """data/README.md, src/llamafactory/hparams/data_args.py (field.md 2b)."""
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = read_json(folder / "dataset_info.json")
     settings = yaml.safe_load((folder / "llamafactory.yaml").read_text())
     assert settings == {"dataset_dir": ".", "dataset": ",".join(info), "mix_strategy": "concat"}
     for entry in info.values():
@@ -191,7 +184,7 @@ def test_a_trainer_reads_what_the_mixture_says(name, by, flags):
     """Its keys, its fields, as many rows of each source as the shares say, no held-out row, every conversation whole."""
     run_script(SCRIPT, *flags, *weights(), "--for", name, *by)
     folder, data = Path(f"results/mine/export_{name}"), data_of(flags)
-    mixture = json.loads((folder / "mixture.json").read_text())
+    mixture = read_json(folder / "mixture.json")
     sources = {source["file"]: source for source in mixture["sources"]}
     assert {path.name for path in folder.glob("*.jsonl")} == sources.keys() and len(sources) == len(SHARES)
     available = Counter(data.tasks[task] for task in data.task_of_sample if task >= 0)
@@ -200,20 +193,17 @@ def test_a_trainer_reads_what_the_mixture_says(name, by, flags):
     expected = dict(zip(data.tasks, slow_counts(*of_tasks, sum(available.values()), 4), strict=True))
     assert {source["source"]: source["rows"] for source in sources.values()} == expected
     assert min(expected.values()) > 0 and mixture["rows"] == sum(expected.values()) == sum(available.values())
-    found, training = Counter[str](), [data.examples[row] for row in data.indices("train")]
+    found, taken_from = Counter[str](), [data.examples[row] for row in data.indices("train")]
     is_alike = name in ("open-instruct", "trl")  # every source as conversations
     for file, count, names in READERS[name](folder):
         task, rows = sources[file]["source"], [taken(row, names) for row in read(folder / file)]
         found[task] += count
         assert count > 0 and len(rows) == (available[task] if by else expected[task])
-        texts = Counter((row.prompt, row.completion) for row in training if row.task == task)
+        texts = Counter((row.prompt, row.completion) for row in taken_from if row.task == task)
         if task == "chat":
-            asked = {f"hé {row.prompt.split('hé ')[1].split('?')[0]}?" for row in training if row.task == "chat"}
-            for row in rows:
-                question = row[1][1]
-                assert question in asked
-                texts = ("short", question, "no", "so", f"c{question[3:-1]}")
-                assert row == list(zip(ROLES, texts, strict=True))
+            numbers = {row.completion.strip()[1:] for row in taken_from if row.task == "chat"}
+            whole = [list(zip(ROLES, ("short", f"hé {n}?", "no", "so", f"c{n}"), strict=True)) for n in numbers]
+            assert all(row in whole for row in rows)
         else:
             times = Counter((row[0][1], row[1][1]) if is_alike else row for row in rows)
             assert times.keys() <= texts.keys() and max(times.values()) - min(times[pair] for pair in texts) <= 1
@@ -258,18 +248,6 @@ def test_counts_are_those_of_a_slow_reference(seed):
     assert sum(counts) == min(total, sum(cap for cap, share in zip(caps, shares, strict=True) if share))
 
 
-def test_counts_by_hand():
-    for *asked, expected in [
-        ([0.5, 0.3, 0.2], [100, 100, 100], 10, 4, [5, 3, 2]),
-        ([1, 1, 1], [9, 9, 9], 10, 4, [4, 3, 3]),  # of equal remainders the first
-        ([0.7, 0.2, 0.1], [10, 100, 100], 210, 4, [40, 113, 57]),  # 107 rows above the cap go 2 to 1
-        ([0.7, 0.3], [10, 10], 100, 4, [40, 40]),  # all at their caps: the total shrinks
-        ([1, 0], [10, 10], 20, 4, [20, 0]),
-        ([40, 20, 7], [40, 20, 7], 67, 1, [40, 20, 7]),
-    ]:
-        assert row_counts(*asked) == expected == slow_counts(*asked)
-
-
 def test_rows_are_drawn_evenly_and_by_seed():
     rows = np.array([3, 5, 8, 9])
     for count in (1, 4, 7, 12):
@@ -294,7 +272,7 @@ def test_a_seed_decides_everything(flags, tmp_path):
     for seed in ("0", "0", "1"):
         run_script(SCRIPT, *flags, *weights(), "--for", "trl", "--seed", seed)
         found.append(bytes_of(folder))
-        assert json.loads((folder / "mixture.json").read_text())["seed"] == int(seed)
+        assert read_json(folder / "mixture.json")["seed"] == int(seed)
     assert found[0] == found[1] and found[0].keys() == found[2].keys()
     assert all(found[0][name] != found[2][name] for name in found[0] if name.endswith(".jsonl"))
     order = data_of(flags).tasks
@@ -318,29 +296,24 @@ def test_the_mixture_says_rows_tokens_repeats_and_where_it_is_from(flags, capsys
     export_it = [SCRIPT, *flags, "--for", "axolotl"]
     run_script(*export_it, "--task_idxes", *map(str, chosen), "--total_rows", "100")
     folder = Path("results/mine/export_axolotl")
-    mixture = json.loads((folder / "mixture.json").read_text())
+    mixture = read_json(folder / "mixture.json")
     assert mixture["estimates"] == [{"target": "goal", "estimate": 0.25}] and mixture["rows"] == 100
-    tokenizer = AutoTokenizer.from_pretrained("model")
-    tokens = {}
-    for task in chosen:
-        examples = [data.examples[row] for row in data.indices("train", [task])]
-        of_row = {(e.prompt, e.completion): len(tokenizer(e.prompt + e.completion, add_special_tokens=False)["input_ids"]) for e in examples}  # fmt: skip
-        name = data.tasks[task]
-        (source,) = (source for source in mixture["sources"] if source["source"] == name)
-        if name == "law":  # files hold the rows that are counted
-            tokens[name] = sum(of_row[row["prompt"], row["completion"]] for row in read(folder / source["file"]))
-        else:  # all rows of a conversation file are told from one another by their question
-            number = {e.completion.strip(): of_row[e.prompt, e.completion] for e in examples}
-            tokens[name] = sum(number[row["messages"][-1]["content"]] for row in read(folder / source["file"]))
-        assert source["tokens"] == tokens[name] and source["repeat"] == source["rows"] / len(examples)
+    tokenizer, tokens = AutoTokenizer.from_pretrained("model"), {}
+    for source in mixture["sources"]:
+        task, rows = source["source"], read(folder / source["file"])
+        examples = [data.examples[row] for row in data.indices("train", [data.tasks.index(task)])]
+        counts = {e.completion.strip(): len(tokenizer(e.prompt + e.completion)["input_ids"]) for e in examples}
+        answers = [row["completion"] if task == "law" else row["messages"][-1]["content"] for row in rows]
+        tokens[task] = sum(counts[answer.strip()] for answer in answers)  # files hold the rows that are counted
+        assert source["tokens"] == tokens[task] and source["repeat"] == source["rows"] / len(examples)
         assert source["share_of_rows"] == source["rows"] / 100 and source["available"] == len(examples)
-    assert sum(source["share_of_tokens"] for source in mixture["sources"]) == pytest.approx(1)
-    assert mixture["sources"][0]["share_of_tokens"] == pytest.approx(tokens["chat"] / sum(tokens.values()))
+    shares = {source["source"]: source["share_of_tokens"] for source in mixture["sources"]}
+    assert shares == pytest.approx({task: count / sum(tokens.values()) for task, count in tokens.items()})
     run_script(*export_it, *weights({"law": 1, "chat": 3}))  # other shares than those that were estimated
-    assert json.loads((folder / "mixture.json").read_text())["estimates"] == []
+    assert read_json(folder / "mixture.json")["estimates"] == []
     steps.assign(name=["law", "chat"]).to_csv("results/mine/selection.csv", index=False)  # of other data
     run_script(*export_it, "--task_idxes", *map(str, chosen))
-    assert json.loads((folder / "mixture.json").read_text())["estimates"] == []
+    assert read_json(folder / "mixture.json")["estimates"] == []
     assert "tokens are not counted" not in capsys.readouterr().out
 
 
@@ -358,7 +331,7 @@ def test_caps_and_sources_without_a_row_are_named(shares, more, note, flags, cap
     printed = capsys.readouterr().out
     notes = [line for line in printed.splitlines() if "caps" in line or "left out" in line]
     assert note in printed if note else not notes, printed
-    info = json.loads(Path("results/mine/export_llamafactory/dataset_info.json").read_text())
+    info = read_json("results/mine/export_llamafactory/dataset_info.json")
     assert all(entry["num_samples"] > 0 for entry in info.values())
 
 
@@ -390,7 +363,7 @@ def test_texts_become_conversations_where_only_those_are_taken(workspace, capsys
     assert read(folder / "a.jsonl") == [{"messages": said(("user", "p"), ("assistant", "c"))}]
     printed = capsys.readouterr().out
     assert "note: 2 rows without a conversation" in printed and "tokens are not counted: --model_key nowhere" in printed
-    (first, _) = json.loads((folder / "mixture.json").read_text())["sources"]
+    (first, _) = read_json(folder / "mixture.json")["sources"]
     assert (first["tokens"], first["share_of_tokens"], first["share_of_rows"]) == (None, None, 0.5)
     message = r"a row without a prompt in b \(leave it out, or name another trainer\): 'd'"
     refused(message, direct, [("a", "p", "c"), ("b", "", "d")], "open-instruct")

@@ -1,6 +1,5 @@
 """Flags: what is inherited, what contradicts, what has no effect, and what machines make of hardware flags."""
 
-import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,18 +11,14 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from src import config, console
 from src.artifacts import META_INITIALIZATIONS, write_manifest
 from src.distributed import cluster
-from tests.commands import STAGES, load_script, refused, run_script
+from tests import commands
+from tests.commands import refused, run_script
 from tests.conftest import write_sources
 from tests.faults import srun_environments
 
 
 def settings(typed: str, cls: type = config.EstimateConfig, script: str = "fast_estimate_linear_regression.py"):
-    return config.inherit(cls, config.typed_flags(load_script(script).parse_args(typed.split())))
-
-
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(console, "_said", set())
+    return config.inherit(cls, commands.typed(script, *typed.split()))
 
 
 NOTES = {
@@ -89,8 +84,7 @@ def finished_run(name: str | None, **values: object) -> Path:
 
 
 def collecting(typed: str) -> tuple[config.CollectConfig, Path | None]:
-    args = load_script("fast_estimate_eval_approximation_alpaca.py").parse_args(typed.split())
-    return config.from_run(config.CollectConfig, config.typed_flags(args))
+    return config.from_run(config.CollectConfig, commands.typed(commands.MEASURE, *typed.split()))
 
 
 def test_a_stage_takes_what_is_not_typed_from_its_run(workspace, capsys):
@@ -119,7 +113,7 @@ def test_what_is_typed_and_contradicts_is_refused_with_both_values(workspace):
 
 def test_fine_tuning_goes_on_from_its_run_and_meta_training_starts_anew(workspace):
     def training(typed):
-        return config.for_training(config.typed_flags(load_script("custom_train_alpaca.py").parse_args(typed.split())))
+        return commands.training(*typed.split())
 
     finished_run("law", lr=1e-3, epochs=3)
     assert training("--save_name law --task_idxes 0 1").lr == 1e-3
@@ -141,16 +135,6 @@ def test_every_flag_is_declared_once_and_has_a_meaning():
             declared.setdefault(f.name, set()).add(id(f.metadata["help"]))
     # under one published name each: a checkpoint to start from, and those to take gradients at; one length, and several
     assert {name for name, texts in declared.items() if len(texts) > 1} == {"load_model_dir", "scale"}
-
-
-@pytest.mark.parametrize("script", STAGES)
-def test_help_shows_at_most_forty_flags(script, capsys):
-    with pytest.raises(SystemExit) as ended:
-        load_script(script).parse_args(["--help"])
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0 and re.search(rf"python {script}\s", shown)
-    flags = re.findall(r"^  (--[a-z_]+)", shown, re.MULTILINE)
-    assert len(flags) <= 40 and len(re.findall(r"\(default:\s", shown)) >= len(flags)
 
 
 def test_a_training_too_short_for_an_adapter_is_noted_before_it_starts(model_folders, workspace, capsys):

@@ -60,28 +60,10 @@ def test_every_format_gives_the_same_rows(name, frame, tmp_path):
     assert {row.split for row in found.examples} == {"train", "validation", "test"}
 
 
-LAYOUTS = {
-    "prompt": (lambda p, a, t: {"prompt": p, "completion": a, "task": t}, Columns()),
-    "named": (lambda p, a, t: {"q": p, "a": a, "from": t}, Columns("from", "q", "a")),
-    "alpaca": (lambda p, a, t: {"instruction": p[:-1], "input": "", "output": a, "skill": t}, Columns()),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_rows(layout, frame, tmp_path):
-    make, columns = LAYOUTS[layout]
-    FORMATS["rows.jsonl"](frame, tmp_path / "expected.jsonl")
-    other = pd.DataFrame([make(*row) for row in frame.itertuples(index=False)])
-    expected = texts(load_instruction([tmp_path / "expected.jsonl"]))
-    for name in ("rows.jsonl", "rows.parquet"):
-        FORMATS[name](other, tmp_path / name)
-        assert texts(load_instruction([tmp_path / name], columns=columns)) == expected
-
-
 def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled():
     tokenizer = character_tokenizer(end_appended=False)
     tokenizer.chat_template = CALLING.replace("{{ m.content or '' }}", "{{ m.content }}{{ eos_token }}")
-    turns = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user", "assistant")]
+    turns = said(*((role, role[0]) for role in ("system", "user", "assistant", "user", "assistant")))
     prompt, completion, *_ = Chat(lambda: tokenizer).texts(turns, "here")
     assert prompt.count("<assistant>") == 2 and prompt.endswith("<assistant>") and completion == "a"
 
@@ -122,14 +104,10 @@ def test_damaged_sources_are_named(frame, tmp_path, workspace):
     refused("row 1: inputs is None, expected text", load_instruction, [tmp_path / "gap.parquet"])
 
 
-@pytest.mark.parametrize(
-    ("source", "asked"),
-    [
-        ("org/math:test", ("org/math", "test")),
-        ("squad", ("squad", "train")),
-        ("org/math/main", ("org/math", "main", "train")),
-    ],
-)
+ON_THE_HUB = {"org/math:test": ("org/math", "test"), "squad": ("squad", "train"), "org/math/main": ("org/math", "main", "train")}  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "asked"), ON_THE_HUB.items())
 def test_a_data_set_on_the_hub_is_read_and_its_columns_named(source, asked, workspace, monkeypatch):
     calls, rows = [], [{"instruction": f"q{n}", "input": "", "output": f"a{n}", "skill": "sums"} for n in range(9)]
     monkeypatch.setattr("datasets.load_dataset", lambda *names, split, streaming: calls.append((*names, split)) or rows)
@@ -165,6 +143,7 @@ WRITTEN: dict[str, tuple[str | bytes, str, str]] = {
     "text.jsonl": (json.dumps({"messages": json.dumps(said(("system", "s"), ("user", "q"), ("assistant", "a")))}), TOLD, "a"),
     "sharegpt.jsonl": (json.dumps({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}), TOLD, "a"),
     "lmsys.jsonl": (json.dumps({"conversation": said(("system", "s"), ("human", "q"), ("gpt", "a"))}), TOLD, "a"),
+    "named.jsonl": (json.dumps({"prompt": "q", "completion": "a", "other": "b"}), "q", "a"),
     "parts.jsonl": (json.dumps({"messages": said(("system", "s"), ("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))}), TOLD, "a"),
     "calls.jsonl": (json.dumps({"messages": [*said(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [CALL]}, *said(("tool", "r"), ("assistant", "a"))], "tools": [{"name": "f"}]}),
                     "[f]<user>q\n<assistant>f(x)\n<tool>r\n<assistant>", "a"),
@@ -202,19 +181,26 @@ def test_conversations_in_parquet_are_those_in_jsonl(tmp_path):
     assert texts(found) == texts(load_instruction([write_jsonl(tmp_path / "rows.jsonl", rows)], load_tokenizer=chat()))
 
 
-def test_a_layout_whose_columns_are_named_is_that_layout(tmp_path):
-    source = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "q", "context": "c", "response": "a"}])
-    (row,) = load_instruction([source], columns=Columns(None, "instruction", "response")).examples
-    assert row.prompt == "q\nc\n"
+def test_columns_can_be_named(tmp_path):
+    """Those of a layout are that layout."""
+    for row, columns, expected in (
+        (
+            {"instruction": "q", "context": "c", "response": "a"},
+            Columns(None, "instruction", "response"),
+            ("d", "q\nc\n"),
+        ),
+        ({"my": "q", "own": "a", "from": "law"}, Columns("from", "my", "own"), ("law", "q")),
+    ):
+        source = write_jsonl(tmp_path / "d.jsonl", [row])
+        (found,) = load_instruction([source], columns=columns).examples
+        assert (found.task, found.prompt, found.completion) == (*expected, "a")
 
 
-@pytest.mark.parametrize(
-    "content", ["id,prompt,completion\n0,q,a,note", "id,prompt,completion\nq,a", "prompt,completion\n0,q,a"]
-)
-def test_a_csv_row_never_shifts(content, tmp_path):
-    (tmp_path / "a.csv").write_text(content)
-    message = r"a\.csv, row 1 has \d fields, and the first line names \d columns \("
-    refused(message, load_instruction, [tmp_path / "a.csv"])
+def test_a_csv_row_never_shifts(tmp_path):
+    for content in ("id,prompt,completion\n0,q,a,note", "id,prompt,completion\nq,a", "prompt,completion\n0,q,a"):
+        (tmp_path / "a.csv").write_text(content)
+        message = r"a\.csv, row 1 has \d fields, and the first line names \d columns \("
+        refused(message, load_instruction, [tmp_path / "a.csv"])
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "saved", "rows.pkl"])

@@ -1,8 +1,8 @@
 """Estimates are in the unit of what they stand beside: measured losses of the base model and of the model of all tasks."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from src.estimation import estimate, part_weights
 from src.selection import forward_selection
 from src.stage_estimate import Estimator, stored
 from src.stage_select import reference_estimates
-from tests.commands import COLLECT, COMPARE, ESTIMATE, SELECT, TRAIN, load_script, run_script
-from tests.conftest import write_sources
+from tests.commands import COLLECT, COMPARE, ESTIMATE, SELECT, TRAIN, read_json, run_script, typed
+from tests.conftest import TOY_TRAINING, write_toy
 
 DIM = ["--project_dim", "32"]
 
@@ -26,27 +26,23 @@ DIM = ["--project_dim", "32"]
 def trained(tmp_path_factory, model_folders):
     """Stages 1 and 2 to the end, and the same training ended at a quarter."""
     folder = tmp_path_factory.mktemp("levels")
-    write_sources(folder / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
-    write_sources(folder / "target.jsonl", {"goal": 20})
-    made = f"{TRAIN} --data_files sources.jsonl --target_files target.jsonl --model_key {model_folders['llama']} --train_lora"
-    made += " --lora_rank 4 --lora_alpha 8 --epochs 2 --batch_size 8 --lr 1e-2 --checkpoint_at 0 0.25"
+    made = f"{TRAIN} {write_toy(folder)} --model_key {model_folders['llama']} {TOY_TRAINING} --checkpoint_at 0 0.25"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, stop in (("cut", ["--stop_after_checkpoints"]), ("whole", [])):
             run_script(made, "--save_name", name, *stop)
             run_script(*COLLECT, "--save_name", name, *DIM)
-    return folder, ["--save_name", "whole"]
+    return folder
 
 
 @pytest.fixture
-def flags(trained, monkeypatch):
-    monkeypatch.chdir(trained[0])
-    return trained[1]
+def flags(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "copy"))
+    return ["--save_name", "whole"]
 
 
 def estimator_of(*flags: str) -> Estimator:
-    typed = config.typed_flags(load_script(ESTIMATE).parse_args([*flags, *DIM]))
-    return Estimator(*stored(config.EstimateConfig, typed))
+    return Estimator(*stored(config.EstimateConfig, typed(ESTIMATE, *flags, *DIM)))
 
 
 def measured(flags: list[str], *subset: str) -> pd.Series:
@@ -92,7 +88,7 @@ def test_a_training_that_was_ended_early_says_so(flags, capsys):
     goal = last.samples["target"] == last.targets.index("goal")
     assert estimator.levels.all_tasks[last.targets.index("goal")] == pytest.approx(last.outputs[goal].mean(), rel=1e-4)
     run_script(ESTIMATE, *cut, *DIM)
-    manifest = json.loads(Path("results/cut/manifest.json").read_text())
+    manifest = read_json("results/cut/manifest.json")
     assert manifest["levels"]["base"].keys() == manifest["levels"]["all_tasks"].keys()
     run_script(SELECT, *cut, *DIM)
     said = capsys.readouterr().out
@@ -100,29 +96,24 @@ def test_a_training_that_was_ended_early_says_so(flags, capsys):
     assert " base model (measured), " in said and " all tasks (estimated).\n" in said
 
 
-@contextmanager
-def training_says(change: Callable[[dict[str, Any]], Any]) -> Iterator[Path]:
-    """The folder of the training, whose manifest is changed for a while."""
+def change_training(change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Change the manifest of the whole training; its folder."""
     (training,) = (path for path in Path("external_lightning_logs").iterdir() if "cut" not in path.name)
-    text = (training / "manifest.json").read_text()
-    known = json.loads(text)
+    known = read_json(training / "manifest.json")
     change(known)
-    try:
-        (training / "manifest.json").write_text(json.dumps(known))
-        yield training
-    finally:
-        (training / "manifest.json").write_text(text)
+    (training / "manifest.json").write_text(json.dumps(known))
+    return training
 
 
 def test_what_the_training_does_not_say_the_store_does(flags):
     """A folder of checkpoints whose training is not known: the losses of the rows at the first and the last of them."""
     whole = estimator_of(*flags)
-    with training_says(lambda known: known.pop("validation_losses")) as training:
-        levels = estimator_of(*flags).levels
-        np.testing.assert_allclose(levels.base, whole.levels.base, rtol=1e-4)
-        assert levels.step == 5 and not levels.whole
-        alone = estimator_of(*flags, "--load_model_dir", f"{training.name}/step_step=5")
-        assert alone.levels is None and alone.ranks_only
+    training = change_training(lambda known: known.pop("validation_losses"))
+    levels = estimator_of(*flags).levels
+    np.testing.assert_allclose(levels.base, whole.levels.base, rtol=1e-4)
+    assert levels.step == 5 and not levels.whole
+    alone = estimator_of(*flags, "--load_model_dir", f"{training.name}/step_step=5")
+    assert alone.levels is None and alone.ranks_only
 
 
 def test_what_is_no_loss_is_called_a_score(flags, capsys):
@@ -145,12 +136,12 @@ def test_a_selection_that_is_not_below_the_base_model_is_named(flags, capsys):
     named = [*flags, *DIM, "--target_task", "goal", "--results_name", "worse"]
     run_script(SELECT, *named)
     assert "No selection is estimated to beat" not in capsys.readouterr().out
-    with training_says(lambda known: known["validation_losses"]["base"].update(goal=0.01)):
-        run_script(SELECT, *named)
+    change_training(lambda known: known["validation_losses"]["base"].update(goal=0.01))
+    run_script(SELECT, *named)
     assert "No selection is estimated to beat the base model: its measured loss, 0.01, " in capsys.readouterr().out
 
 
-def test_a_selection_says_how_far_its_checkpoints_agree(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_selection_says_how_far_its_checkpoints_agree(flags, capsys):
     """Rank correlation over random halves; one checkpoint alone cannot say it."""
     estimator = estimator_of(*flags)
     _, by_part = part_weights(estimator.parts)

@@ -11,11 +11,10 @@ from src.console import run_stage
 from src.gradients import GradientCollector, collect_gradients, fitting_budget
 from src.projection import make_projection
 from src.store import StoreWriter
-from tests.commands import refused
+from tests.commands import COLLECT, TRAIN, refused
 from tests.conftest import write_sources
 from tests.test_models import adapted, make_datamodule
 
-STAGE_2 = ["fast_estimate_eval_approximation_alpaca.py", "--compute_pretrained_outputs"]
 ON_CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"),
@@ -105,11 +104,11 @@ def test_memory_that_really_runs_out(model_folders, stages, workspace):
     """A process that may take 100 MB more: a batch of gradients is halved, a training step ends in one line."""
     write_sources(workspace / "sources.jsonl", {f"{name} {'long ' * 30}": 200 for name in ("up", "down")})
     flags = ["--data_files", "sources.jsonl", "--model_key", model_folders["llama"], "--train_lora"]
-    training = ["custom_train_alpaca.py", *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
+    training = [TRAIN, *flags, "--epochs", "1", "--checkpoint_at", "0", "--stop_after_checkpoints"]
     outcome = stages.run(workspace, [*training, "--batch_size", "320", "--save_name", "large"], memory=100 << 20)
     assert outcome.status == 1 and "Traceback" not in outcome.output, outcome.output
     assert "error: out of memory" in outcome.output.splitlines()[-1]
     assert stages.run(workspace, [*training, "--batch_size", "8"]).status == 0
-    gradients = [*STAGE_2, "--project_dim", "16", "--max_tokens_per_batch"]
+    gradients = [*COLLECT, "--project_dim", "16", "--max_tokens_per_batch"]
     outcome = stages.run(workspace, [*gradients, "80000"], memory=100 << 20)
     assert outcome.status == 0 and "batches are halved" in outcome.output, outcome.output

@@ -162,8 +162,8 @@ def test_margin_is_exact_for_an_improbable_token():
 
 
 def test_adapter_start_depends_on_the_seed_alone(model_folders):
-    models = (load_model(model_folders["llama"], LoraShape(4, 8), seed=seed) for seed in (0, 0, 1))
-    first, again, other = (torch.cat([part.flatten() for part in model.trainable_state().values()]) for model in models)
+    starts = (load_model(model_folders["llama"], LoraShape(4, 8), seed=seed).trainable_state() for seed in (0, 0, 1))
+    first, again, other = (torch.cat([part.flatten() for part in start.values()]) for start in starts)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -221,11 +221,9 @@ def test_an_adapter_of_another_model_is_refused(model_folders, tmp_path):
         ({}, one, two, True),
         ({}, one, copy, False),
         ({}, "/gone/model", one, False),
-        ({}, None, one, False),
         ({}, "one/model", two, False),  # a folder may be a copy of what is on the hub
         ({}, "one/model", "other/Model", False),  # a mirror
         ({}, "one/model", "one/model-chat", True),
-        ({}, "./model", "one/model-chat", False),
         ({"model_key": one}, one, two, True),
         (moved, "gone", one, False),
         (moved, "gone", two, True),

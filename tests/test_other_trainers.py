@@ -18,13 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from trl.scripts.utils import DatasetMixtureConfig, TrlParser, get_dataset
 
 from src.store import open_store
-from tests.commands import run_script
+from tests.commands import COLLECT, COMPARE, ESTIMATE, EXPORT, SELECT, TRAIN, read_json, refused, run_script
 from tests.conftest import write_sources
 
-yaml = pytest.importorskip("yaml")  # it comes with transformers
-
-TRAIN = "custom_train_alpaca.py"
-COLLECT = "fast_estimate_eval_approximation_alpaca.py"
+THEIRS = f"{' '.join(COLLECT)} --data_files my --load_model_dir"
+IMPORT = "scripts/import_results.py measured.csv"
 SHAPE = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 5, "logging_steps": 1,
          "learning_rate": 0.01, "report_to": [], "use_cpu": True, "disable_tqdm": True}  # fmt: skip
@@ -62,24 +60,19 @@ def parts_of(store: str) -> list:
     return open_store(Path("gradients") / store, None, "stage 2")
 
 
-def test_gradients_at_a_trainers_checkpoint_are_those_at_ours(
-    rows: list, model_folders: dict[str, str], capsys: pytest.CaptureFixture
-) -> None:
+def test_gradients_at_a_trainers_checkpoint_are_those_at_ours(rows, model_folders, capsys):
     """Of the same weights in a folder that stage 1 wrote."""
     model = model_folders["llama"]
     transformers_trainer(model, rows)
-    run_script(COLLECT, "--compute_pretrained_outputs", "--data_files", "my", "--load_model_dir", "out/checkpoint-2",
-               "--save_name", "theirs")  # fmt: skip
+    run_script(f"{THEIRS} out/checkpoint-2 --save_name theirs")
     said = capsys.readouterr().out
-    assert (
-        "taken from out/checkpoint-2" in said and "lora_rank 4, lora_alpha 8, lora_target_modules q_proj v_proj" in said
-    )
-    run_script(TRAIN, "--data_files", "my", "--model_key", model, "--train_lora", "--lora_rank", "4", "--lora_alpha", "8",
-               "--lora_target_modules", "q_proj", "v_proj", "--epochs", "1", "--checkpoint_at", "0",
-               "--stop_after_checkpoints", "--save_name", "ours")  # fmt: skip
+    assert "taken from out/checkpoint-2" in said
+    assert "lora_rank 4, lora_alpha 8, lora_target_modules q_proj v_proj" in said
+    shape = "--train_lora --lora_rank 4 --lora_alpha 8 --lora_target_modules q_proj v_proj --epochs 1 --checkpoint_at 0"
+    run_script(f"{TRAIN} --data_files my --model_key {model} {shape} --stop_after_checkpoints --save_name ours")
     (ours,) = Path("external_lightning_logs").glob("*_ours_run_0/step_step=0")
     shutil.copy("out/checkpoint-2/adapter_model.safetensors", ours)
-    run_script(COLLECT, "--compute_pretrained_outputs", "--save_name", "ours")
+    run_script(*COLLECT, "--save_name", "ours")
     theirs, ours = (parts_of(next(Path("gradients").glob(f"*_{name}_dim*")).name)[0] for name in ("theirs", "ours"))
     assert (theirs.manifest["step"], ours.manifest["step"]) == (2, 0)
     assert len(theirs.rows) == len(ours.rows) > 40 and np.abs(ours.rows).max() > 0
@@ -87,77 +80,65 @@ def test_gradients_at_a_trainers_checkpoint_are_those_at_ours(
 
 
 @pytest.mark.parametrize("trainer", [trl_trainer, transformers_trainer])
-def test_every_stage_runs_without_ours(
-    trainer, rows: list, model_folders: dict[str, str], capsys: pytest.CaptureFixture
-) -> None:
+def test_every_stage_runs_without_ours(trainer, rows, model_folders, capsys):
     """With the base model as the first checkpoint levels are known; fine-tuning takes the trainer's own settings."""
     trainer(model_folders["llama"], rows)
     named = ["--save_name", "law"]
-    run_script(COLLECT, "--compute_pretrained_outputs", "--data_files", "my", "--load_model_dir", "base",
-               "out/checkpoint-2", "out/checkpoint-4", *named)  # fmt: skip
-    run_script("fast_estimate_linear_regression_alpaca.py", *named)
+    run_script(f"{THEIRS} base out/checkpoint-2 out/checkpoint-4", *named)
+    run_script(ESTIMATE, *named)
     assert "estimate/up" in pd.read_csv("results/law/estimates.csv").columns
-    run_script("fast_estimate_forward_selection.py", *named)
+    run_script(SELECT, *named)
     capsys.readouterr()
     run_script(TRAIN, *named, "--subset_file", "sampled_tasks/law_forward_selection.txt")
-    facts = json.loads(Path("results/law/results.json").read_text())
+    facts = read_json("results/law/results.json")
     assert (facts["lr"], facts["epochs"], facts["lora"]) == (0.01, 1, [4, 8]) and facts["rows_per_step"] == 5
-    run_script("scripts/export_selection.py", *named, "--subset_file", "sampled_tasks/law_forward_selection.txt",
-               "--for", "trl")  # fmt: skip
-    assert (Path("results/law/export_trl") / "trl.yaml").is_file()
+    run_script(f"{EXPORT} --subset_file sampled_tasks/law_forward_selection.txt --for trl", *named)
+    assert Path("results/law/export_trl/trl.yaml").is_file()
     (store,) = Path("gradients").glob("*_law_dim_4000_run_0")
     base, first, last = parts_of(store.name)
     assert [part.manifest["step"] for part in (base, first, last)] == [0, 2, 4]
     assert base.outputs.mean() > first.outputs.mean() > last.outputs.mean()
 
 
-def test_whole_models_and_their_base(rows: list, model_folders: dict[str, str]) -> None:
+def test_whole_models_and_their_base(rows, model_folders):
     """The base model is that of --model_key, which such a folder does not name."""
     model = model_folders["llama"]
     transformers_trainer(model, rows, whole=True)
-    run_script(COLLECT, "--compute_pretrained_outputs", "--data_files", "my", "--load_model_dir", "out/checkpoint-4",
-               "base", "--model_key", model, "--save_name", "law")  # fmt: skip
+    run_script(f"{THEIRS} out/checkpoint-4 base --model_key {model} --save_name law")
     (store,) = Path("gradients").glob("*_law_dim_4000_run_0")
     base, last = parts_of(store.name)
     assert (base.manifest["step"], last.manifest["step"]) == (0, 4) and base.outputs.mean() > last.outputs.mean()
 
 
-def test_checkpoints_that_do_not_belong_together_are_refused(
-    rows: list, model_folders: dict[str, str], capsys: pytest.CaptureFixture
-) -> None:
+def test_checkpoints_that_do_not_belong_together_are_refused(rows, model_folders):
     transformers_trainer(model_folders["llama"], rows)
     for name in ("a", "b"):
         shutil.copytree("out/checkpoint-2", Path(name) / "checkpoint-2")
-    described = json.loads(Path("b/checkpoint-2/adapter_config.json").read_text())
-    Path("b/checkpoint-2/adapter_config.json").write_text(json.dumps(described | {"lora_alpha": 16}))
-    collect = [COLLECT, "--compute_pretrained_outputs", "--data_files", "my", "--load_model_dir"]
+    described = Path("b/checkpoint-2/adapter_config.json")
+    described.write_text(json.dumps(read_json(described) | {"lora_alpha": 16}))
     for names, message in (
         (["out/checkpoint-4", "b/checkpoint-2"], "--lora_alpha is 8 in out/checkpoint-4 and 16 in b/checkpoint-2"),
         (["out/checkpoint-2", "a/checkpoint-2"], "names two checkpoints checkpoint-2; rename one"),
         (["base"], "--load_model_dir base: name a checkpoint that was trained from it too"),
     ):
-        with pytest.raises(ValueError, match=message):
-            run_script(*collect, *names)
+        refused(message, run_script, THEIRS, *names)
 
 
-def test_losses_that_others_measured_judge_and_calibrate(rows: list, model_folders: dict[str, str]) -> None:
+def test_losses_that_others_measured_judge_and_calibrate(rows, model_folders):
     """A table by names of tasks is what stage 5 would have written."""
     transformers_trainer(model_folders["llama"], rows)
     named = ["--save_name", "law"]
-    run_script(COLLECT, "--compute_pretrained_outputs", "--data_files", "my", "--load_model_dir", "base",
-               "out/checkpoint-4", *named)  # fmt: skip
-    run_script("fast_estimate_linear_regression_alpaca.py", *named)
+    run_script(f"{THEIRS} base out/checkpoint-4", *named)
+    run_script(ESTIMATE, *named)
     values = {"": 4.0, "all": 1.0, "up": 2.5, "down, up": 1.5, "left": 3.0, "left,up": 2.0, "0": 2.75, "0 1": 1.25}
     lines = [f'"{subset}",{target},{loss}' for subset, loss in values.items() for target in ("up", "left")]
     Path("measured.csv").write_text("\n".join(["subset,target,loss", *lines]) + "\n")
-    run_script("scripts/import_results.py", "measured.csv", *named)
+    run_script(IMPORT, *named)
     table = pd.read_csv("results/law/results.csv", dtype={"subset": str}, keep_default_na=False).set_index("subset")
     found = table["validation_loss/up"].to_dict()
     assert found == {"": 4.0, "0 1 2": 1.0, "2": 2.5, "0 2": 1.5, "1": 3.0, "1 2": 2.0, "0": 2.75, "0 1": 1.25}
-    run_script("notebook/compare_estimates.py", "results/law/estimates.csv", "results/law/results.csv",
-               "--target_task", "up", "left")  # fmt: skip
-    run_script("fast_estimate_linear_regression_alpaca.py", *named, "--target_task", "up", "--calibrate",
-               "results/law/results.csv")  # fmt: skip
+    run_script(f"{COMPARE} results/law/estimates.csv results/law/results.csv --target_task up left")
+    run_script(f"{ESTIMATE} --target_task up --calibrate results/law/results.csv", *named)
     assert "calibrated/up" in pd.read_csv("results/law/estimates.csv").columns
     run_script("scripts/report.py", "results/law")
     assert Path("results/law/report.html").is_file()
@@ -170,32 +151,19 @@ def test_losses_that_others_measured_judge_and_calibrate(rows: list, model_folde
         ("subset,target,loss", "up,up,1\nup,left,1\nleft,up,2", "no loss of target left for left, run 0"),
     ):
         Path("measured.csv").write_text(f"{header}\n{line}\n")
-        with pytest.raises(ValueError, match=message):
-            run_script("scripts/import_results.py", "measured.csv", *named, "--results_name", "again")
-    with pytest.raises(ValueError, match=r"results\.csv is there already"):
-        run_script("scripts/import_results.py", "measured.csv", *named)
+        refused(message, run_script, IMPORT, *named, "--results_name", "again")
+    refused(r"results\.csv is there already", run_script, IMPORT, *named)
 
 
-def test_trls_own_parser_reads_what_is_exported(
-    rows: list, model_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trls_own_parser_reads_what_is_exported(rows, model_folders, monkeypatch):
     """As many rows of each source as the mixture says."""
     Path("w.csv").write_text("name,share\nup,0.6\nleft,0.4\n")
-    run_script("scripts/export_selection.py", "--data_files", "my", "--model_key", model_folders["llama"], "--task_weights",
-               "w.csv", "--results_name", "mine", "--for", "trl")  # fmt: skip
+    mixed = f"{EXPORT} --data_files my --task_weights w.csv --results_name mine --for trl --model_key"
+    run_script(f"{mixed} {model_folders['llama']}")
     monkeypatch.chdir("results/mine/export_trl")
     parser = TrlParser([trl.ScriptArguments, DatasetMixtureConfig])
     _, mixture = parser.parse_args_and_config(["--config", "trl.yaml"])
     read = get_dataset(mixture)["train"]
-    expected = {source["source"]: source["rows"] for source in json.loads(Path("mixture.json").read_text())["sources"]}
+    expected = {source["source"]: source["rows"] for source in read_json("mixture.json")["sources"]}
     assert read.column_names == ["prompt", "completion"]
     assert Counter(prompt.split()[0] for prompt in read["prompt"]) == expected
-
-
-def test_axolotls_own_schema_knows_every_key(rows: list, model_folders: dict[str, str]) -> None:
-    """Where it is installed, in an environment of its own."""
-    schema = pytest.importorskip("axolotl.utils.schemas.datasets").SFTDataset
-    run_script("scripts/export_selection.py", "--data_files", "my", "--model_key", model_folders["llama"], "--task_idxes", "0",
-               "--results_name", "mine", "--for", "axolotl")  # fmt: skip
-    for entry in yaml.safe_load(Path("results/mine/export_axolotl/axolotl.yaml").read_text())["datasets"]:
-        assert schema(**entry).path == "down.jsonl" and set(entry) <= set(schema.model_fields)

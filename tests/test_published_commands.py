@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from src import config, console
+from src import config
 from src.artifacts import META_INITIALIZATIONS, resolve_checkpoint
-from tests.commands import ESTIMATE, MEASURE, SELECT, TRAIN, load_script, run_script
+from tests import commands
+from tests.commands import ESTIMATE, MEASURE, SELECT, TRAIN, run_script
 from tests.conftest import write_sources
 
 LLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
@@ -46,11 +47,10 @@ COMMANDS = [
 @pytest.mark.parametrize("gpus", [0, 4])
 def test_published_commands(command, gpus, capsys, monkeypatch):
     """On GPUs and without: every flag is taken, and has the value that is typed."""
-    monkeypatch.setattr(console, "_said", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     script, *arguments = shlex.split(command)
-    typed = config.typed_flags(load_script(script).parse_args(arguments))
+    typed = commands.typed(script, *arguments)
     asked = {"device": "devices", "project_dimension": "project_dim"}
     flags = [word[2:] for word in arguments if word.startswith("--")]
     assert {asked.get(name, name) for name in flags} == set(typed)

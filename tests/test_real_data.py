@@ -83,10 +83,10 @@ def test_strategy_qa_from_gradients_to_selection(workspace, shared_data, model_f
 def test_calendar_asks_the_target_for_days_of_its_own_in_the_words_of_cldr(workspace):
     pytest.importorskip("babel")
     run_script("data/make_calendar.py", "--rows", "40", "--target_rows", "90")
-    talks = {
-        path.stem: [row["messages"] for row in read_jsonl(path)] for path in Path("data/calendar").glob("*/*.jsonl")
-    }
-    texts = {name: {talk[1]["content"]: talk[2]["content"] for talk in of_file} for name, of_file in talks.items()}
+    texts: dict[str, dict[str, str]] = {}
+    for path in Path("data/calendar").glob("*/*.jsonl"):
+        talks = [row["messages"] for row in read_jsonl(path)]
+        texts[path.stem] = {talk[1]["content"]: talk[2]["content"] for talk in talks}
     target = texts.pop("norwegian")
     assert len(texts) == 12 and all(target.keys().isdisjoint(asked) for asked in texts.values())
     for name in ("danish", "swedish", "german", "dutch"):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
-from src import config, finetune, stage_train
+from src import finetune, stage_train
 from src.console import run_stage
 from src.estimation import estimate
 from src.evaluation import Calibration
@@ -21,7 +21,8 @@ from src.gradients import outputs_of
 from src.models import load_checkpoint
 from src.store import open_store
 from src.subsets import read_subsets
-from tests.commands import COLLECT, COMPARE, ENSEMBLE, ESTIMATE, EXPORT, SELECT, TRAIN, load_script, refused, run_script
+from tests import commands
+from tests.commands import COLLECT, COMPARE, ESTIMATE, SELECT, TRAIN, refused, run_script, training
 from tests.conftest import write_sources
 
 TOY = ("--save_name", "toy")
@@ -42,13 +43,27 @@ def facts(name: str) -> dict:
     return json.loads(Path(f"results/{name}.json").read_text())
 
 
-def settings(*typed: str) -> config.TrainConfig:
-    return config.for_training(config.typed_flags(load_script(TRAIN).parse_args(list(typed))))
+def parts_of(pattern: str) -> list:
+    """The stored gradients of a run."""
+    (store,) = Path("gradients").glob(pattern)
+    return open_store(store, None, "")
+
+
+def losses_of(model: Path, target: str = "") -> np.ndarray:
+    """Losses of test rows of a target, or of every row of a target that the toy's gradients were taken of."""
+    made = training(*TOY, "--task_idxes")
+    tuned, data = load_checkpoint(model, made.model_key), stage_train.load_data(made)
+    if target:
+        rows = data.indices("test")
+        rows = rows[data.target_of_sample[rows] == data.targets.index(target)]
+    else:
+        part = parts_of("*_toy_dim_full_run_0")[0]
+        rows = part.samples["sample_index"][part.samples["target"] >= 0]
+    return outputs_of(tuned, stage_train.make_datamodule(made, data, tuned), rows, "loss")
 
 
 def test_training_leaves_checkpoints_that_peft_opens_and_is_not_done_twice(here, model_folders, capsys):
-    (run,) = Path("external_lightning_logs").glob("*_toy_run_0")
-    assert run.name.endswith("_sources_lora_r_4_toy_run_0")
+    (run,) = Path("external_lightning_logs").glob("*_sources_lora_r_4_toy_run_0")
     best = next(path.name for path in run.iterdir() if path.name.startswith("epoch_epoch="))
     names = (best, "step_step=8", "step_step=16")
     assert files_below(run) == {"manifest.json"} | {f"{name}/{file}" for name in names for file in ADAPTER}
@@ -121,12 +136,11 @@ def test_a_source_can_be_added_dropped_and_corrected_later(copy, capsys):
     two = ["--data_files", "sources.jsonl", "late.jsonl"]
     run_script(*COLLECT, *TOY, "--project_dim", "32", *two)
     said = capsys.readouterr().out
-    (store,) = Path("gradients").glob("*_toy_dim_32_run_0")
-    part = open_store(store, None, "")[0]
+    part = parts_of("*_toy_dim_32_run_0")[0]
     assert "rows were there already" in said and "late" in part.manifest["tasks"]
     shutil.rmtree("gradients")
     run_script(*COLLECT, *TOY, "--project_dim", "32", *two)
-    again = open_store(store, None, "")[0]
+    again = parts_of("*_toy_dim_32_run_0")[0]
     np.testing.assert_allclose(part.rows, again.rows, rtol=1e-4, atol=1e-6)
     run_script(ESTIMATE, *TOY, "--number_of_subsets", "4")
     run_script(SELECT, *TOY, "--target_task", "goal")
@@ -152,7 +166,7 @@ def test_estimates_selection_and_the_one_fine_tuning(copy):
     assert table("toy/estimates")["subset"].tolist() == ["0 1", "2 3", "1 2"]
     run_script(COLLECT[0], *TOY, "--scale", "0.05")
     run_script(SELECT, *TOY)
-    run_script(ENSEMBLE, "results/toy", "--top_k", "2")
+    run_script(commands.ENSEMBLE, "results/toy", "--top_k", "2")
     for file in ("sampled_tasks/toy_forward_selection.txt", "sampled_tasks/toy_random_ensemble.txt"):
         run_script(TRAIN, *TOY, "--subset_file", file)
     run_script(TRAIN, *TOY, "--task_idxes")
@@ -167,12 +181,7 @@ def test_estimates_selection_and_the_one_fine_tuning(copy):
     row = results[results["subset"] == "1 3"].iloc[0]
     assert int(row["num_rows"]) == 32
     (model,) = Path("results/toy/models").glob("tasks_1_3_run_0")
-    made = settings(*TOY, "--task_idxes")
-    tuned, data = load_checkpoint(model, made.model_key), stage_train.load_data(made)
-    test = data.indices("test")
-    test = test[data.target_of_sample[test] == data.targets.index("goal")]
-    losses = outputs_of(tuned, stage_train.make_datamodule(made, data, tuned), test, "loss")
-    assert losses.mean() == pytest.approx(float(row["test_loss/goal"]), rel=1e-5)
+    assert losses_of(model, "goal").mean() == pytest.approx(float(row["test_loss/goal"]), rel=1e-5)
     found = table("toy/losses/tasks_1_3_run_0").groupby("target")["loss"].mean()
     assert found["goal"] == pytest.approx(float(row["validation_loss/goal"]), rel=1e-6)
     kept = {path.name for path in Path("results/toy/models").iterdir()}
@@ -191,15 +200,10 @@ def test_each_source_has_the_estimates_of_subsets_that_differ_by_it(copy):
     run_script(SELECT, *TOY)
     sources, steps = table("toy/sources"), table("toy/selection")
     chosen = set(map(int, steps.loc[steps["selected"], "subset"].iloc[-1].split()))
-    assert (
-        set(sources.index[sources["selected"]]) == chosen
-        and sources["name"].tolist() == facts("toy/selection")["tasks"]
-    )
     described = facts("toy/selection")
-    assert (
-        described["trust"].startswith("Estimates are from")
-        and described["training"] == f"python {TRAIN} --save_name toy"
-    )
+    assert set(sources.index[sources["selected"]]) == chosen and sources["name"].tolist() == described["tasks"]
+    assert described["trust"].startswith("Estimates are from")
+    assert described["training"] == f"python {TRAIN} --save_name toy"
     estimates = {(): described["references"]["goal"]["base model (measured)"]}
     asked = [chosen, *({task} for task in range(4)), *(chosen ^ {task} for task in range(4))]
     texts = {" ".join(map(str, sorted(subset))) for subset in asked if subset}
@@ -210,7 +214,7 @@ def test_each_source_has_the_estimates_of_subsets_that_differ_by_it(copy):
     of = [estimates[tuple(sorted(chosen ^ {task}))] - estimates[tuple(sorted(chosen))] for task in range(4)]
     np.testing.assert_allclose(sources["change"], of, atol=1e-5)
     np.testing.assert_allclose(sources["affinity"], [estimates[()] - estimates[task,] for task in range(4)], atol=1e-5)
-    part = open_store(next(Path("gradients").glob("*_toy_dim_32_run_0")), None, "")[0]
+    part = parts_of("*_toy_dim_32_run_0")[0]
     for task, row in sources.iterrows():
         own = part.samples["task"] == task
         assert (row["rows"], row["tokens"]) == (own.sum(), part.samples["target_tokens"][own].sum())
@@ -231,17 +235,14 @@ def test_estimates_are_compared_and_calibrated(copy, capsys):
     assert manifest["calibrated_on"] == pairs and manifest["rho"] == 1e-3
     members = np.array([[str(task) in pair for task in range(4)] for pair in pairs])
     targets = [name.partition("/")[2] for name in estimates if name.startswith("estimate/")]
-    raw, calibrated, low, high = (
-        estimates[[f"{kind}/{target}" for target in targets]].to_numpy()
-        for kind in ("estimate", "calibrated", "low", "high")
-    )
-    fine_tuned = (
-        truth.groupby("subset")[[f"validation_loss/{target}" for target in targets]].mean().loc[pairs].to_numpy()
-    )
+    kinds = ("estimate", "calibrated", "low", "high")
+    raw, *found = (estimates[[f"{kind}/{target}" for target in targets]].to_numpy() for kind in kinds)
+    losses = [f"validation_loss/{target}" for target in targets]
+    fine_tuned = truth.groupby("subset")[losses].mean().loc[pairs].to_numpy()
     for pair in range(6):  # each is calibrated on the others
         others = np.arange(6) != pair
-        found = Calibration(raw[others], members[others], fine_tuned[others])(raw[[pair]], members[[pair]])
-        np.testing.assert_allclose(found, np.array([calibrated, low, high])[:, [pair]], rtol=1e-4)
+        expected = Calibration(raw[others], members[others], fine_tuned[others])(raw[[pair]], members[[pair]])
+        np.testing.assert_allclose(np.array(found)[:, [pair]], expected, rtol=1e-4)
     run_script(COMPARE, "results/toy/estimates.csv", "results/toy/results.csv")
     assert "calibrated: 6 subsets of 6 calibrated the others" in capsys.readouterr().out
     compared = table("toy/comparison").set_index(["target", "predictor"])
@@ -340,7 +341,7 @@ def test_mixture_weights_are_what_training_draws(copy):
     weights = pd.read_csv("sampled_tasks/toy_weights.csv")
     assert weights["name"].tolist() == ["down", "down/2", "up a", "up b"] and weights["share"].sum() == pytest.approx(1)
     (estimate,) = json.loads(Path("sampled_tasks/toy_weights.json").read_text())["estimates"]
-    run_script(EXPORT, *TOY, "--task_weights", "sampled_tasks/toy_weights.csv", "--for", "trl")
+    run_script(commands.EXPORT, *TOY, "--task_weights", "sampled_tasks/toy_weights.csv", "--for", "trl")
     assert json.loads(Path("results/toy/export_trl/mixture.json").read_text())["estimates"] == [estimate]
     assert estimate["target"] == "goal" and np.isfinite(estimate["estimate"])
     run_script(TRAIN, *TOY, "--task_weights", "sampled_tasks/toy_weights.csv")
@@ -352,10 +353,10 @@ def test_mixture_weights_are_what_training_draws(copy):
 
 def test_selected_rows_are_exported(copy):
     """Every training row of the subset and nothing else, with the weights of the sources."""
-    export = [EXPORT, *TOY]
+    export = [commands.EXPORT, *TOY]
     run_script(*export, "--task_idxes", "1", "3")
     rows = pd.read_json("results/toy/selected.jsonl", lines=True)
-    data = stage_train.load_data(settings(*TOY, "--task_idxes"))
+    data = stage_train.load_data(training(*TOY, "--task_idxes"))
     expected = [data.examples[index] for index in data.indices("train", [1, 3])]
     assert rows["completion"].tolist() == [example.completion for example in expected]
     assert rows["prompt"].tolist() == [example.prompt for example in expected]
@@ -399,8 +400,7 @@ def test_fewer_rows_than_dimensions_use_their_kernel(copy):
     run_script(*COLLECT, *wide)
     Path("five.txt").write_text("0\n1\n0 1 2\n")
     run_script(ESTIMATE, *wide, "--sampled_tasks", "five.txt", "--results_name", "wide")
-    (part,) = Path("gradients").glob("*_dim_100_run_0/step_step=8")
-    (stored,) = open_store(part.parent, None, "")
+    (stored,) = parts_of("*_dim_100_run_0")
     expected = estimate([stored.estimation_part()], np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]]))
     found = table("wide/estimates").iloc[:, 2:].to_numpy(float)
     np.testing.assert_allclose(np.diff(found, axis=0), np.diff(expected, axis=0), rtol=1e-3, atol=1e-5)
@@ -431,22 +431,15 @@ def test_the_error_towards_a_fine_tuned_model(copy, model_folders):
     model = Path("results/toy/models/tasks_0_1_run_0")
     run_script(COLLECT[0], *exact, "--scale", "0.01", "0.1", "--toward", model)
     found = table("toy/approximation_error", keep_default_na=False)
-    assert found["toward"].tolist() == 2 * [""] + 3 * ["tasks_0_1_run_0"] and found["whole_way"].tolist() == 4 * [
-        False
-    ] + [True]
+    assert found["toward"].tolist() == 2 * [""] + 3 * ["tasks_0_1_run_0"]
+    assert found["whole_way"].tolist() == 4 * [False] + [True]
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, model)]
     way = {name: weights[1][name] - weights[0][name] for name in sorted(weights[0])}
     length, norm = (np.sqrt(sum((part**2).sum() for part in of.values())) for of in (way, weights[0]))
     whole = found.iloc[4]
     assert whole["scale"] == pytest.approx(length / norm, rel=1e-5)
-    (folder,) = Path("gradients").glob("*_toy_dim_full_run_0")
-    (part,) = open_store(folder, None, "")
-    made = settings(*TOY, "--task_idxes")
-    tuned, data = load_checkpoint(model, made.model_key), stage_train.load_data(made)
-    rows = part.samples["target"] >= 0
-    moved = outputs_of(
-        tuned, stage_train.make_datamodule(made, data, tuned), part.samples["sample_index"][rows], "loss"
-    )
+    (part,) = parts_of("*_toy_dim_full_run_0")
+    rows, moved = part.samples["target"] >= 0, losses_of(model)
     change = np.concatenate([part.flatten() for part in way.values()]) @ part.rows[rows].astype(float).T
     residual, moves = (np.linalg.norm(moved - part.outputs[rows] - linear) for linear in (change, 0))
     assert whole["first_order"] == pytest.approx((residual / np.linalg.norm(moved)) ** 2, rel=1e-3)
@@ -485,7 +478,7 @@ def test_an_interruption_is_a_line(here, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("src.finetune.FineTuning.training_step", interrupted)
-    script, handler = load_script(TRAIN), signal.getsignal(signal.SIGINT)
+    script, handler = commands.load_script(TRAIN), signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit) as stopped:
             run_stage(script.main, script.parse_args([*here, "--save_name", "cut"]))
@@ -495,21 +488,18 @@ def test_an_interruption_is_a_line(here, monkeypatch, capsys):
     assert "interrupted; the same command goes on, or starts again" in capsys.readouterr().err
 
 
-COUNT = "holds 3 subsets, and --number_of_subsets asks for 2"
-SIZE = "holds subsets of 2 tasks, and --subset_size {} asks for {}"
-NOTICES = {
-    "": [],
-    "--number_of_subsets 3 --subset_size 0.5": [],
-    "--subset_size 0.25": [SIZE.format(0.25, 1)],
-    "--number_of_subsets 2 --subset_size 3": [COUNT, SIZE.format(3, 3)],
-}
-
-
-@pytest.mark.parametrize("flags", NOTICES)
-def test_flags_that_contradict_a_file_of_subsets_are_named(here, flags, capsys):
-    path, text = Path("drawn.txt"), "0 1\n1 2\n0 3\n"
-    path.write_text(text)
-    run_script(f"{ESTIMATE} {flags} --project_dim 32 --sampled_tasks {path}", *TOY)
-    said = [line for line in capsys.readouterr().out.splitlines() if str(path) in line and "is taken" in line]
-    assert [line.partition("drawn.txt ")[2].partition(";")[0] for line in said] == NOTICES[flags]
-    assert path.read_text() == text
+def test_flags_that_contradict_a_file_of_subsets_are_named(here, capsys):
+    text, size = "0 1\n1 2\n0 3\n", "holds subsets of 2 tasks, and --subset_size {} asks for {}"
+    Path("drawn.txt").write_text(text)
+    for flags, notices in {
+        "--number_of_subsets 3 --subset_size 0.5": [],
+        "--subset_size 0.25": [size.format(0.25, 1)],
+        "--number_of_subsets 2 --subset_size 3": [
+            "holds 3 subsets, and --number_of_subsets asks for 2",
+            size.format(3, 3),
+        ],
+    }.items():
+        run_script(f"{ESTIMATE} {flags} --project_dim 32 --sampled_tasks drawn.txt", *TOY)
+        said = [line for line in capsys.readouterr().out.splitlines() if "drawn.txt" in line and "is taken" in line]
+        assert [line.partition("drawn.txt ")[2].partition(";")[0] for line in said] == notices
+    assert Path("drawn.txt").read_text() == text

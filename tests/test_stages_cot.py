@@ -1,6 +1,5 @@
 """Every stage of the chain-of-thought track as a user runs it, for both architectures."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 
 from src.cot import load_cot
 from src.models import load_checkpoint
+from tests import commands
 from tests.commands import COT, COT_COLLECT, COT_ESTIMATE, ENSEMBLE, SELECT, refused, run_script
 
 
@@ -21,21 +21,10 @@ def write_reasoning_teacher(folder: Path) -> None:
         sample = {"sample_index": i, "question": question, "answer": answer}
         dataset.append({**sample, "rationale": f"It is {answer}."})
         completions[str(i)] = [
-            sample
-            | {"completion_index": k, "teacher": f"teacher {k}"}
-            | {"reasoning_completion": f" Count {'up' if k else 'on'} to {answer}."}
-            | {"completion": " 999." if k and i % 5 == 0 else f" {answer}."}
-            for k in range(2)
-        ]
-    metadata = {"base_model": "text-davinci-002", "completion_key": "zs_cot_t70", "dataset_key": "addsub"}
-    teacher = "saved/completion_data/B_text-davinci-002__C_zs_cot_t70/D_addsub.json"
-    for name, content in {
-        "data/dataset/addsub.json": {"metadata": {"dataset_key": "addsub"}, "data": dataset},
-        "data/split/addsub__default.json": {"train": list(range(24)), "test": list(range(24, 30))},
-        teacher: {"metadata": metadata, "data": completions},
-    }.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
+            {**sample, "completion_index": k, "teacher": f"teacher {k}", "reasoning_completion": f" Count {way} to {answer}.",
+             "completion": " 999." if k and i % 5 == 0 else f" {answer}."} for k, way in enumerate(("on", "up"))]  # fmt: skip
+    split, metadata = {"train": list(range(24)), "test": list(range(24, 30))}, {"completion_key": "zs_cot_t70"}
+    commands.write_cot(folder, "addsub", dataset, split, metadata, completions)
 
 
 @pytest.fixture(scope="module", params=["t5", "llama"])
@@ -47,10 +36,8 @@ def track(request, tmp_path_factory, model_folders):
     flags = (flags + "--train_lora --lora_rank 4 --lora_alpha 8").split()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        training = (
-            f"{COT} --epochs 2 --batch_size 8 --inference_batch_size 5 --max_new_tokens 6 --lr 1e-2 --save_name new"
-        )
-        run_script(training, *flags)
+        size = "--epochs 2 --batch_size 8 --inference_batch_size 5 --max_new_tokens 6"
+        run_script(f"{COT} {size} --lr 1e-2 --save_name new", *flags)
         (best,) = Path("external_lightning_logs").glob("*/epoch_epoch=*")
         checkpoint = f"{best.parent.name}/{best.name}"
         run_script(f"{COT_COLLECT} --project_dim 24 --device 2 --load_model_dir {checkpoint}", *flags)
@@ -69,7 +56,7 @@ def test_training_names_its_run_and_keeps_predictions(here):
     predictions = sorted(Path("saved/completion_data").glob("B_models0-*__C_ft_cot/*.json"))
     assert [path.name for path in predictions] == [f"D_addsub__T_ft_cot__E_00{e}__Lora_r_4.json" for e in (0, 1)]
     assert len(list(Path("cache/tokens").iterdir())) == 1  # both stages read the same tokens
-    content = json.loads(predictions[-1].read_text())
+    content = commands.read_json(predictions[-1])
     assert content["metadata"]["prediction_template"] == "ft_cot_token" and content["metadata"]["epoch"] == 1
     data = load_cot("addsub", "ft_cot_t70_2aug", architecture="decoder")
     validation = {str(data.examples[i].record_index) for i in data.indices("validation")}

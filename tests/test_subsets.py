@@ -134,8 +134,7 @@ def test_impossible_clusters_are_refused():
     """More clusters than samples with a gradient, or rows that are not finite."""
     rows = np.random.default_rng(0).standard_normal((4, 6))
     rows[1] = 0
-    refused(
-        "4 clusters of 3 samples with a gradient: expected 1 to 3 clusters", module.cluster_samples, rows, 4, seed=0
-    )
+    message = "4 clusters of 3 samples with a gradient: expected 1 to 3 clusters"
+    refused(message, module.cluster_samples, rows, 4, seed=0)
     rows[2, 3] = np.nan
     refused("row 2 is not finite", module.cluster_samples, rows, 2, seed=0)
