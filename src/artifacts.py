@@ -214,7 +214,8 @@ def os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None and type(error) is OSError:  # numpy: "8000 requested and 0 written"
             raise OSError(errno.EIO, str(error), str(path)) from error
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else our own, with a text
+            error.filename = error.filename or str(path)
         raise
     except Exception as error:
         if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
