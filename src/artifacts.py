@@ -218,8 +218,9 @@ def os_errors(path: Path) -> Iterator[None]:
             error.filename = error.filename or str(path)
         raise
     except Exception as error:
-        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors, tokenizers; torch raises on top of it
+        if number := int(found[1]) if found else getattr(error.__context__, "errno", None):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 

@@ -189,9 +189,7 @@ class Calibration:
             slopes, covariance = self._prior(shares, self._known)
             inverse = np.linalg.inv(covariance + (1 - sum(shares)) * np.eye(values.shape[1]))  # (k, c, c)
             total = inverse.sum(axis=(1, 2))
-            level = (
-                inverse.sum(axis=1) / total[:, None]
-            )  # weights of the values in the level, which nothing is known of
+            level = inverse.sum(axis=1) / total[:, None]  # weights of the values in it: nothing is known of it before
             inner = inverse - total[:, None, None] * level[:, :, None] * level[:, None]
             data = np.stack([values, slopes], axis=2)  # (k, c, 2)
             squares = np.einsum("kci,kcd,kdj->kij", data, inner, data)

@@ -122,9 +122,8 @@ def _record(example: Example, conversation: str | None, form: str, name: str) ->
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
     found = json.loads(conversation) if conversation else {"messages": turns}
     called, turns = {"system": "system", "user": "human", "assistant": "gpt"}, found["messages"]
-    plain = "tools" not in found and all(
-        turn.keys() == {"role", "content"} and turn["role"] in called for turn in turns
-    )
+    are_plain = (turn.keys() == {"role", "content"} and turn["role"] in called for turn in turns)
+    plain = "tools" not in found and all(are_plain)
     if trainer.turns != "any" and not plain:
         raise ValueError(f"--for {name} takes texts by system, user and assistant, and there is more in a row of {row}")
     if trainer.turns == "sharegpt":
@@ -223,9 +222,8 @@ def export(config: TrainConfig, data: TaskData | None = None, trainer: str | Non
     if trainer is not None:
         known = _estimates(folder / artifacts.SELECTION_FILE, subsets[0], data.tasks)
         if config.task_weights:  # what the stage that wrote them says of them
-            known = artifacts.described(Path(config.task_weights).parent, f"{Path(config.task_weights).stem}.json").get(
-                "estimates", []
-            )
+            beside = Path(config.task_weights).with_suffix(".json")
+            known = artifacts.described(beside.parent, beside.name).get("estimates", [])
         path, of_file = _write_for(trainer, config, data, dict(zip(chosen, weights, strict=True)), known, **sampling)
         written, counts = str(path), [source.rows for source in of_file]
     else:

@@ -85,10 +85,8 @@ def comparison_figure(
     scatter(panels[0, 0], estimates.mean(axis=1), fine_tuned.mean(axis=1), ranks_only)
     overall = rows if is_one else table[(table["predictor"] == predictor) & (table["target"] == MEAN)]
     lds, low, high = overall[["lds", "lds_low", "lds_high"]].iloc[0]
-    what = (
-        f"{num_subsets} subsets, {num_runs} {'seed' if num_runs == 1 else 'seeds, bars are their standard deviation'}"
-    )
-    what += "" if is_one else f", mean over {len(rows)} targets"
+    seeds = "seed" if num_runs == 1 else "seeds, bars are their standard deviation"
+    what = f"{num_subsets} subsets, {num_runs} {seeds}" + ("" if is_one else f", mean over {len(rows)} targets")
     titled(panels[0, 0], f"Spearman {lds:.2f} (90 % interval {low:.2f} to {high:.2f})", f"{about}, {what}")
     for axes in panels[0, 1:]:
         positions, style = np.arange(len(rows)), {"fmt": "o", "color": BLUE, "ecolor": GREY, "markersize": 4}
@@ -143,13 +141,10 @@ def tradeoff_figure(
         (label,) = _names(table["target"].iloc[:1])
         axes.plot(rises, estimates, color=color, marker="o", markersize=4, linewidth=1, label=label)
         last = int(table["selected"].sum())
-        axes.scatter(
-            rises[last], estimates[last], color=color, marker="*", s=150, edgecolor="black", linewidth=0.6, zorder=3
-        )
-        for number in range(1, len(rises)):
-            axes.annotate(
-                str(number), (rises[number], estimates[number]), (3, 3), textcoords="offset points", fontsize=7
-            )
+        star = {"marker": "*", "s": 150, "edgecolor": "black", "linewidth": 0.6, "zorder": 3}
+        axes.scatter(rises[last], estimates[last], color=color, **star)
+        for number, place in enumerate(zip(rises, estimates, strict=True)):
+            axes.annotate(str(number or ""), place, (3, 3), textcoords="offset points", fontsize=7)
     axes.scatter([], [], color="white", marker="*", s=110, edgecolor="black", label="selected")
     axes.scatter([0.0] * len(bases), bases, color=GREY, marker="s", s=36, zorder=3, label="base model (measured)")
     if limit is not None:

@@ -168,9 +168,7 @@ class _TwoSided:
         for part, size, side in zip(("out", "in"), shape, self.sides, strict=True):
             self.signs.append(signs := _signs(stream(part), size * side))
             factor = torch.from_numpy(signs).view(size, side).float() / math.sqrt(side)
-            self.factors.append(
-                None if size == side else factor.to(device)
-            )  # a side that keeps its size stays as it is
+            self.factors.append(None if size == side else factor.to(device))  # None: it keeps its size
         self.hashed = _Fold(stream("bins"), math.prod(self.sides), dim, device)  # any d is allowed, a prime too
 
     def add(self, output_gradients: Tensor, inputs: Tensor, rows: Tensor) -> None:

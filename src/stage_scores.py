@@ -87,10 +87,8 @@ def random_ensemble(
     started = time.perf_counter()
     folder = artifacts.results_folder(results)
     stage_3 = "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py"
-    manifest, repair = (
-        artifacts.read_manifest(folder, stage_3),
-        "Run stage 3 again, it was cut off or the table was changed.",
-    )
+    manifest = artifacts.read_manifest(folder, stage_3)
+    repair = "Run stage 3 again, it was cut off or the table was changed."
     artifacts.check_files(folder, manifest, repair, [artifacts.ESTIMATES_FILE])
     tasks, frame = manifest["tasks"], tables.read_table(folder / artifacts.ESTIMATES_FILE, of_subsets=True)
     prefix = tables.estimate_prefix(frame)
