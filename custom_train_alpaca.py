@@ -20,21 +20,24 @@ from src import config, console
 
 SHOWN = (
     config.InstructionData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.MetaTrainingConfig,
-    config.StatesConfig, config.ChosenTasks, config.RunsConfig, config.NameConfig, config.HardwareConfig,
+    config.StatesConfig, config.ChosenTasks, config.RunsConfig, config.ClustersConfig, config.NameConfig,
+    config.HardwareConfig,
 )  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The flags that were typed."""
-    return config.stage_parser(__doc__, SHOWN, also=(config.StepsConfig,)).parse_args(argv)
+    return config.stage_parser(__doc__, SHOWN, also=(config.StepsConfig, config.ProjectionConfig)).parse_args(argv)
 
 
 def main(args: Any) -> None:
     """Train."""
     with console.waiting_for("loading the libraries"):
-        from src import stage_train
+        from src import stage_estimate, stage_train
 
-    stage_train.train(config.for_training(config.typed_flags(args)))
+    typed = config.typed_flags(args)
+    training = config.for_training(typed)
+    stage_train.train(training, stage_estimate.clustered(training, typed) if training.load_clusters else None)
 
 
 if __name__ == "__main__":

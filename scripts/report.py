@@ -276,7 +276,7 @@ def affinity_html(run: Run) -> str:
 
 def page(folder: Path) -> str:
     """The page of a results folder."""
-    stage_3 = "stage 3 (fast_estimate_linear_regression*.py) with this --results_name"
+    stage_3 = "fast_estimate_linear_regression.py or fast_estimate_linear_regression_alpaca.py"
     run = Run(folder, artifacts.read_manifest(folder, stage_3))
     targets, (headline, *more) = ", ".join(run.targets), run.answer.lines
     seconds = run.seconds()
@@ -323,8 +323,9 @@ def main(args: argparse.Namespace) -> None:
     """A page for each."""
     for name in args.results:
         folder = results_folder(name)
+        content = page(folder)
         with artifacts.atomic_write(folder / artifacts.REPORT_FILE) as temporary:
-            temporary.write_text(page(folder), encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
         print(f"Wrote {folder / artifacts.REPORT_FILE}. Open it in a browser.")
 
 

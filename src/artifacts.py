@@ -214,11 +214,13 @@ def os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None and type(error) is OSError:  # numpy: "8000 requested and 0 written"
             raise OSError(errno.EIO, str(error), str(path)) from error
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else our own, with a text
+            error.filename = error.filename or str(path)
         raise
     except Exception as error:
-        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors, tokenizers; torch raises on top of it
+        if number := int(found[1]) if found else getattr(error.__context__, "errno", None):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 

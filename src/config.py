@@ -537,7 +537,7 @@ def parent_of(
         of_name = [(path, found) for path, found in there if found["config"]["save_name"] == name]
         if not of_name and optional:
             return None
-        if not of_name and not wanted.keys() - {"run", "output_function"}:
+        if not of_name and not (there and wanted.keys() - {"run", "output_function"}):
             called = sorted({found["config"]["save_name"] or path.name for path, found in there}) or ["nothing"]
             what = f"nothing finished is called that; there is {', '.join(called)}"
             raise ValueError(f"--save_name {name}: {what}; make it with {made_by}")

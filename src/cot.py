@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.artifacts import DATA, SAVED, shorten, write_json
-from src.data import SPLITS, Example, TaskData, require_file, stable_split, text_field
+from src.data import SPLITS, Example, TaskData, require_file, stable_split, text_field, unchanged
 
 TEACHER = "text-davinci-002"
 
@@ -43,7 +43,8 @@ def parse_preset(preset_key: str) -> Preset:
 def _read_json(path: Path, cure: str, data_type: type | None = None, **metadata: str | None) -> dict[str, Any]:
     """A JSON object from a file: any, or one whose `data` are of a type and whose metadata hold these values."""
     try:
-        content = json.loads(require_file(path, cure).read_text(encoding="utf-8"))
+        with unchanged(require_file(path, cure)):
+            content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON in UTF-8 ({error}); {cure}") from error
     if not isinstance(content, dict):

@@ -6,6 +6,7 @@ run; their texts stay in a memory-mapped temporary file. Shapes: N rows, n tasks
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -211,6 +212,24 @@ def require_file(path: Path, cure: str = "check the name") -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {cure}")
     return path
+
+
+@contextlib.contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """ValueError, whatever else went wrong, where a file does not stay as it is in the block."""
+
+    def stamp() -> tuple[int, int] | None:
+        return ((found := path.stat()).st_size, found.st_mtime_ns) if path.exists() else None
+
+    before, error = stamp(), None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if stamp() != before:
+        raise ValueError(f"{path} was changed while it was read; run the command again when it is complete") from error
+    if error:
+        raise error
 
 
 def is_missing(value: Any) -> bool:

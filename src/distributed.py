@@ -157,8 +157,8 @@ def launch(hardware: Hardware) -> Processes:
 
     # each process has its own samples, so that no gradient is synchronised: "ddp" names the launcher only, which runs
     # this command again from its beginning in every other process
-    names = "accelerator", "devices", "num_nodes"
-    fabric = Fabric(strategy="ddp", plugins=cluster(), **{name: getattr(hardware, name) for name in names})
+    machine = {"accelerator": hardware.accelerator, "devices": hardware.devices, "num_nodes": hardware.num_nodes}
+    fabric = Fabric(strategy="ddp", plugins=cluster(), **machine)
     fabric.launch()
     if fabric.global_rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 for the rest of the process

@@ -432,8 +432,8 @@ class _Written(TorchCheckpointIO):
     """A state takes the place of the last one when it is whole; Lightning makes a second copy in memory instead."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with artifacts.atomic_write(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        with artifacts.atomic_write(Path(path)) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)  # by a path, it hides errors of the system
 
 
 @contextlib.contextmanager

@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.console import is_out_of_memory, progress, say_once
@@ -27,6 +30,35 @@ from src.store import StoreWriter
 
 LARGEST_BUDGET = 1 << 16
 """Tokens of a batch beyond which `--max_tokens_per_batch auto` looks no further: a GPU gains nothing there."""
+
+
+class _InStep(DefaultAllGather):
+    """The gathering of weights that processes share, once all of them have come so far: one whose memory has run out says so
+    in the place of its next gathering, so that no other is left waiting there. Nothing, where weights are not shared."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.group = dist.new_group(backend="gloo") if self.parts else None  # takes no memory of a GPU
+        self.fits = True
+        for part in self.parts:
+            part.set_custom_all_gather(self)
+
+    def __call__(self, *arguments: Any, **options: Any) -> dist.Work | None:
+        if not self.all_fit(True):
+            raise torch.OutOfMemoryError("out of memory in another process")
+        return super().__call__(*arguments, **options)
+
+    def all_fit(self, own: bool) -> bool:
+        """Whether the batches of all processes have fitted so far; asked alike by all until it is not so."""
+        self.fits = self.fits and not self.largest(not own)
+        return self.fits
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        found = torch.tensor(int(number))
+        if self.group is not None:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return int(found)
 
 
 class GradientCollector:
@@ -59,6 +91,7 @@ class GradientCollector:
         self.output_function = OUTPUT_FUNCTIONS[output_function]
         self.autocast = autocast
         self.matrices = model.layout.matrices  # a layout is of trainable parameters
+        self.in_step = _InStep(model)
 
     def __enter__(self) -> GradientCollector:
         self._mode = {module: module.training for module in self.model.modules()}
@@ -137,12 +170,18 @@ class GradientCollector:
         return self._rows, outputs.detach()
 
     def unless_out_of_memory(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """As `__call__`; None where the batch does not fit into memory."""
+        """As `__call__`; None where the batch does not fit into memory, or another's of those that share the weights."""
+        taken, self.in_step.fits = None, True
         try:
-            return self(batch)
+            taken = self(batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+        if self.in_step.all_fit(taken is not None):
+            return taken
+        for root in self.in_step.parts[:1]:
+            root.reset_iter_state()
+        del taken
         torch.cuda.empty_cache()  # after the error, which holds the batch's tensors
         return None
 
@@ -180,8 +219,8 @@ def collect_gradients(
 
     A batch that does not fit into memory is halved, and all after it. With several processes each takes whole batches of
     its own into a shard beside the store, and the first takes the shards over: every sample is computed once, and what a
-    process that dies has finished is kept. Where they share one model's weights they go in step, and one that has a batch
-    less takes part in the last step with a row that it does not keep. ValueError: a single row does not fit.
+    process that dies has finished is kept. Where they share one model's weights they go in step, and halve together; one
+    that has no batch left takes part with a row that it does not keep. ValueError: a single row does not fit.
     """
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     wait = processes.wait if processes else lambda: None
@@ -191,15 +230,11 @@ def collect_gradients(
     wait()
     everything = datamodule.budgeted(store.to_compute)
     batches = store.unfinished(everything)
-    if world == 1:
-        done = datamodule.padded_tokens(everything) - datamodule.padded_tokens(batches)
-        _collect(collector, datamodule, store, batches, desc, done)
-        return
-    if own := batches[rank::world]:
-        _collect(collector, datamodule, store.shard(rank, np.concatenate(own)), own, f"{desc}, own share")
-    if model.is_sharded and len(own) < -(-len(batches) // world):
-        with collector:
-            collector(datamodule.collate(batches[-1][-1:]))
+    own = batches[rank::world]
+    done = datamodule.padded_tokens(everything) - datamodule.padded_tokens(batches) if world == 1 else 0
+    writer = store.shard(rank, np.concatenate(own)) if world > 1 and own else store
+    if batches:
+        _collect(collector, datamodule, writer, own, batches[-1][-1:], desc + ", own share" * (world > 1), done)
     wait()
     if rank == 0:
         store.absorb()
@@ -210,34 +245,36 @@ def _collect(
     datamodule: TaskDataModule,
     store: StoreWriter,
     batches: Sequence[np.ndarray],
+    spare: np.ndarray,
     desc: str,
-    done: int = 0,
+    done: int,
 ) -> None:
-    """Take batches of sample indices. Progress counts padded tokens, of which `done` are there already: the longest rows
-    come first, and take the longest."""
+    """Take batches of sample indices, and `spare` as long as another process has some. Progress counts padded tokens, of
+    which `done` are there already: the longest rows come first, and take the longest."""
     waiting, total = deque(batches), done + datamodule.padded_tokens(batches)
     with collector, progress(desc=desc, total=total, initial=done, unit="token") as bar:
-        while waiting:
-            indices = waiting.popleft()
+        while rows := collector.in_step.largest(len(waiting[0]) if waiting else 0):
+            indices = waiting[0] if waiting else spare
             if (taken := collector.unless_out_of_memory(datamodule.collate(indices))) is None:
-                count, tokens = len(indices), int(datamodule.row_lengths[indices].max())
-                if count == 1 or collector.model.is_sharded:  # processes that share weights have to stay in step
+                tokens = int(datamodule.row_lengths[indices].max())
+                if rows == 1:
                     raise ValueError(
-                        f"a batch of {count} rows of up to {tokens} tokens does not fit into memory; pass "
-                        "--gradient_checkpointing, a smaller --max_length or --max_tokens_per_batch, --precision bf16, or "
-                        "spread the weights with --strategy fsdp"
+                        f"a batch of 1 row of up to {tokens} tokens does not fit into memory; pass --gradient_checkpointing, "
+                        "a smaller --max_length, --precision bf16, or spread the weights with --strategy fsdp"
                     )
-                say_once(f"note: {count} rows of up to {tokens} tokens do not fit into memory: batches are halved.")
-                waiting = deque(
-                    half for batch in (indices, *waiting) for half in np.array_split(batch, min(2, len(batch)))
-                )
+                say_once(f"note: {rows} rows of up to {tokens} tokens do not fit into memory: batches are halved.")
+                waiting = deque(half for batch in waiting for half in np.array_split(batch, min(2, len(batch))))
                 bar.total = bar.n + datamodule.padded_tokens(waiting)
                 continue
+            if not waiting:
+                continue
+            waiting.popleft()
             values = [collector.output_function.sign * value for value in taken]
             values += [collector.representations] if collector.represent else []
             store.write(indices, *(value.cpu().numpy() for value in values))
             bar.update(datamodule.padded_tokens([indices]))
-    store.flush()
+    if batches:
+        store.flush()
 
 
 def fitting_budget(collector: GradientCollector, datamodule: TaskDataModule, rows: np.ndarray) -> int:

@@ -38,6 +38,7 @@ from src.data import (
     stable_sides,
     store_rows,
     text_field,
+    unchanged,
 )
 from src.frames import read_pickle
 
@@ -326,19 +327,21 @@ def _format_of(name: str) -> str:
 def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
     """Records of a source, each with where it stands; whatever a damaged file raises in the libraries is one error."""
     try:
-        if Path(source).is_dir():
-            import datasets
+        with unchanged(Path(source)):
+            if Path(source).is_dir():
+                import datasets
 
-            yield from _numbered(source, cast(datasets.Dataset, datasets.load_from_disk(source)).with_format(None))
-        elif _format_of(source) == ".pkl":
-            yield from _pickle_records(source, use_dev_map)
-        elif reader := FORMATS.get(_format_of(source)):
-            yield from reader(source)
-        elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+){0,2}(:\w+)?", source):  # not named like a file
-            yield from _hub_records(source)
-        else:
-            known = f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of save_to_disk, hub ids"
-            raise ValueError(f"{source}: instruction data are {known}")
+                records = _numbered(source, cast(datasets.Dataset, datasets.load_from_disk(source)).with_format(None))
+            elif _format_of(source) == ".pkl":
+                records = _pickle_records(source, use_dev_map)
+            elif reader := FORMATS.get(_format_of(source)):
+                records = reader(source)
+            elif re.fullmatch(r"(?!.*\.[A-Za-z]\w*$)[\w.-]+(/[\w.-]+){0,2}(:\w+)?", source):  # not named like a file
+                records = _hub_records(source)
+            else:
+                known = f"files that end in {', '.join(FORMATS)} or .pkl, folders of them or of save_to_disk, hub ids"
+                raise ValueError(f"{source}: instruction data are {known}")
+            yield from records
     except Exception as error:
         if type(error) in (ValueError, FileNotFoundError):  # our own
             raise

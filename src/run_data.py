@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src import console, cot, instruction
-from src.config import ALL_TASKS, RunConfig
+from src.config import ALL_TASKS, EstimationConfig, RunConfig
 from src.console import counted
 from src.data import TaskData
 from src.subsets import read_subsets, read_task_weights
@@ -80,5 +80,8 @@ def valid_subset(tasks: Sequence[Any], num_tasks: int, flag: str) -> tuple[int, 
 
 
 def named(config: RunConfig) -> str:
-    """The flag by which the next stage finds this run; empty where it has no name."""
-    return f" --save_name {config.save_name}" if config.save_name else ""
+    """The flags by which the next stage finds this run, and clusters that are its tasks; empty where it has no name."""
+    words = f" --save_name {config.save_name}" if config.save_name else ""
+    if isinstance(config, EstimationConfig) and config.load_clusters:
+        words += f" --load_clusters --num_clusters {config.num_clusters}"
+    return words

@@ -116,9 +116,9 @@ def collect(config: CollectConfig, run_folder: Path | None = None) -> None:
                 if writer.reused:
                     there = f"{writer.reused:,} of {len(rows):,} rows were there already"
                     console.say(f"{part}: {there}; {len(writer.missing()):,} are new.")
-                if max_tokens == AUTO:  # all processes share it; the default on a CPU and of spread weights
+                if max_tokens == AUTO:  # all processes share it; the default on a CPU
                     max_tokens = datamodule.max_tokens_per_batch
-                    if processes.is_first and model.device.type == "cuda" and not model.is_sharded:
+                    if model.device.type == "cuda" and (processes.is_first or model.is_sharded):
                         of_collector = config.output_function, hardware.autocast, config.representations
                         collector = gradients.GradientCollector(model, projection, *of_collector)
                         max_tokens = gradients.fitting_budget(collector, datamodule, rows)

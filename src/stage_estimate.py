@@ -57,17 +57,9 @@ def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> Ta
 
 
 TRUST = (
-    (0.85, "trust is high", "where it was, estimates ranked halves at 0.92 to 0.97"),
-    (
-        0.6,
-        "trust is middling",
-        "where it was, estimates ranked halves at 0.62 to 0.83; a few fine-tuned subsets tell (--calibrate)",
-    ),
-    (
-        -1.0,
-        "trust is low",
-        "where it was, estimates ranked halves at 0.33 to 0.74; fine-tune some subsets first (--calibrate)",
-    ),
+    (0.85, "trust is high", "0.92 to 0.97"),
+    (0.6, "trust is middling", "0.62 to 0.83; a few fine-tuned subsets tell (--calibrate)"),
+    (-1.0, "trust is low", "0.33 to 0.74; fine-tune some subsets first (--calibrate)"),
 )
 """From what agreement of checkpoints on, what is said, and Spearman's correlation with fine-tuned values that was measured
 there (`docs/decisions.md`)."""
@@ -139,13 +131,9 @@ class Estimator:
         self.parts: list[Part] = []
         for part in self.stored:
             by_rows = kind.needs_rows or (part.kernel_is_smaller and not kind.needs_outers)
-            options: dict[str, Any] = {
-                "weight_by": config.weight_by,
-                "by_rows": by_rows,
-                "represented": kind.represented,
-            }
+            options: dict[str, Any] = {"weight_by": config.weight_by, "represented": kind.represented}
             division = task_of_row, len(self.tasks), self.division or "tasks"
-            self.parts.append(part.estimation_part(*division, **options))
+            self.parts.append(part.estimation_part(*division, by_rows=by_rows, **options))
         self.has_rows = np.all([part.train.counts > 0 for part in self.parts], axis=0)
         of_losses = manifest["output_function"] == "loss" and not kind.ranks_only
         self.levels = known_levels(self.stored, self.parts, self.meta_training) if of_losses else None
@@ -203,8 +191,9 @@ class Estimator:
         where = f"Estimates are from gradients at step {', '.join(names)} of meta-training, each counted alike"
         if not np.isfinite(agreement := self.agreement(columns)):
             return f"{where}; only several that tell subsets apart say how far they can be trusted."
+        where_so = "where it was, estimates ranked halves at"
         level, known = next(words for least, *words in TRUST if agreement >= least)
-        return f"{where}. These rank random halves at {agreement:.2f} alike: {level}; {known}."
+        return f"{where}. These rank random halves at {agreement:.2f} alike: {level}; {where_so} {known}."
 
     def shift(self, columns: Sequence[int], rho: float) -> np.ndarray:
         """Offsets of the estimates of some targets, (k,), that make those of all tasks the known losses."""
@@ -239,10 +228,8 @@ class Estimator:
         if len(subsets) < evaluation.MIN_SUBSETS:
             needed = f"at least {evaluation.MIN_SUBSETS} fine-tuned subsets"
             raise ValueError(f"--calibrate needs {needed}, found {len(subsets)}")
-        known, asked = (
-            membership_matrix([parse_subset(text) for text in subsets], len(self.tasks)),
-            np.asarray(membership),
-        )
+        known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
+        asked = np.asarray(membership)
         fine_tuned, of_known, estimates = values.mean(axis=2), self(known, targets), self(membership, targets)
         calibrated = evaluation.Calibration(of_known, known, fine_tuned)(estimates, asked)
         for left_out, subset in enumerate(known):
@@ -347,13 +334,8 @@ def estimate_subsets(config: EstimateConfig, store: Path) -> None:
     facts["seconds"]["estimation"] = round(time.perf_counter() - started, 2)
     facts["commands"].append(command_typed())
     select = f"python fast_estimate_forward_selection.py{named(config)}"
-    facts |= {
-        "next": select,
-        "targets": estimator.targets,
-        "subsets": str(path),
-        "peak_memory": spent(started)["peak_memory"],
-    }
-    facts |= {"files": artifacts.file_sizes(folder, [written.name]), **calibration}
+    facts |= {"next": select, "targets": estimator.targets, "subsets": str(path), **calibration}
+    facts |= {"peak_memory": spent(started)["peak_memory"], "files": artifacts.file_sizes(folder, [written.name])}
     artifacts.write_manifest(folder, facts)
     print(
         f"Wrote {written}: estimates of {counted(len(subsets), 'subset')} ({path}) for "

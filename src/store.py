@@ -100,10 +100,9 @@ class StoreWriter:
         waited_until = time.monotonic() + JOIN_SECONDS
         while joins and self.fingerprint not in (self._found(folder), self._found(self.partial)):
             if time.monotonic() > waited_until:
-                unseen = (
-                    f"{self.partial}, which the first process made, is not seen here after {JOIN_SECONDS:.0f} seconds"
-                )
-                raise ValueError(f"{unseen}; give all processes the same folder, on a file system that they share")
+                unseen = f"which the first process made, is not seen here after {JOIN_SECONDS:.0f} seconds"
+                cure = "give all processes the same folder, on a file system that they share"
+                raise ValueError(f"{self.partial}, {unseen}; {cure}")
             time.sleep(0.1)
         self.complete = self._found(folder) == self.fingerprint
         if self.complete:

@@ -52,10 +52,8 @@ def draw_subsets(num_subsets: int | None, num_tasks: int, subset_size: float, se
     existing = math.comb(num_tasks, size)
     num_subsets = min(DEFAULT_NUM_SUBSETS, existing) if num_subsets is None else num_subsets
     if num_subsets > existing:
-        raise ValueError(
-            f"{num_subsets:,} subsets of {size} out of {num_tasks} tasks are asked for, but only {existing:,} exist; "
-            "ask for fewer (--number_of_subsets), or for another size (--subset_size)"
-        )
+        asked = f"{num_subsets:,} subsets of {size} out of {num_tasks} tasks are asked for, but only {existing:,} exist"
+        raise ValueError(f"{asked}; ask for fewer (--number_of_subsets), or for another size (--subset_size)")
     rng = np.random.default_rng(seed)
     if existing <= 2 * num_subsets:  # drawing until all differ would take long
         everything = list(combinations(range(num_tasks), size))

@@ -62,7 +62,8 @@ class Stages:
                 signal `kill_with`, just before its k-th change of a folder. `stop_at`: it stops (SIGSTOP) before a change
                 of a folder that names this, and is left so; the answer comes as soon as it has stopped. `largest_file`:
                 bytes beyond which no file can grow. `memory`: bytes of address space that it may take besides what it
-                has. `unprivileged`: give up the right of root to write in spite of file modes. `offline`: it ends with
+                has. `refused`: number of the error of the system with which it cannot open to write what has this `named` in its
+                path. `unprivileged`: give up the right of root to write in spite of file modes. `offline`: it ends with
                 status 99 where it makes a socket of a network, or asks for the address of a name.
         """
         (outcome,) = self.run_together(folder, command, [{}], **faults)
@@ -144,6 +145,13 @@ def child(request: dict, output: int, environment: dict[str, str]) -> None:
     if request.get("memory") is not None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + request["memory"],) * 2)
+    if request.get("refused"):
+
+        def refuse(event: str, details: tuple) -> None:
+            if event == "open" and request["named"] in str(details[0]) and details[2] & (os.O_WRONLY | os.O_RDWR):
+                raise OSError(request["refused"], os.strerror(request["refused"]), details[0])
+
+        sys.addaudithook(refuse)
     if request.get("unprivileged"):
         give_up_override()
     if request.get("offline"):

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from src.console import run_stage
 from tests import commands
-from tests.commands import COLLECT, ENSEMBLE, ESTIMATE, EXPORT, ROOT, SELECT, TRAIN, load_script
+from tests.commands import COLLECT, ENSEMBLE, ESTIMATE, EXPORT, ROOT, SELECT, TRAIN, load_script, run_script
+from tests.conftest import write_sources
 
 GRADIENTS, BASE_MODEL = " ".join(COLLECT), "data/make_base_model.py"
 COMPARE, COT, COT_ESTIMATE = commands.COMPARE, commands.COT, commands.COT_ESTIMATE
+COT_COLLECT, MEASURE = commands.COT_COLLECT, commands.MEASURE
 
 
 class Executes:
@@ -254,3 +256,51 @@ def test_odd_names_of_tasks_work(model_folders, tmp_path, monkeypatch):
     exported = [row["task"] for row in commands.read_jsonl("results/odd/selected.jsonl")]
     assert sorted(set(exported)) == sorted({sorted(names)[0], sorted(names)[2]})
     assert [path.name for path in [*tmp_path.iterdir(), *(tmp_path / "deep").iterdir()]] == ["deep", "workspace"]
+
+
+NO_NAME = r"no projected gradients in gradients/ fit; make them with: python \w+\.py"
+NO_RUN = r"--save_name toy: nothing finished is called that; there is nothing; make it with stage 2"
+NO_TRAINING = r"--save_name toy: nothing finished is called that; there is nothing; make it with stage 1 \(custom_train"
+NO_DATA = r"no data: name your files with --data_files.*alpaca_final\.pkl is expected, which does not exist"
+NO_RESULTS = r"results/toy does not exist; make it with: python fast_estimate_linear_regression"
+TOY = "--save_name toy"
+WITHOUT_TRAINING = {
+    GRADIENTS: NO_DATA,
+    f"{GRADIENTS} {TOY}": NO_TRAINING,
+    f"{GRADIENTS} {TOY} --data_files rows.jsonl": NO_TRAINING,
+    f"{GRADIENTS} --data_files rows.jsonl": r"external_lightning_logs/\S+ does not exist; make it with: python custom_train_alpaca",
+    f"{GRADIENTS} --load_model_dir toy_run_0/step_step=8": r"--load_model_dir \S+: no folder \S+ \(.* no checkpoint yet\); train it",
+    f"{COT_COLLECT} {TOY}": NO_TRAINING,
+    MEASURE: NO_NAME,
+    f"{MEASURE} {TOY}": NO_RUN,
+    ESTIMATE: NO_NAME,
+    f"{ESTIMATE} {TOY}": NO_RUN,
+    f"{COT_ESTIMATE} {TOY}": NO_RUN,
+    SELECT: NO_NAME,
+    f"{SELECT} {TOY}": NO_RUN,
+    f"{TRAIN} {TOY} --subset_file chosen.txt": NO_DATA,
+    f"{COT} {TOY} --task_idxes 0": NO_DATA,
+    f"{ENSEMBLE} results/toy": NO_RESULTS,
+    f"{COMPARE} results/toy/estimates.csv results/toy/results.csv": r"results/toy/results\.csv does not exist; the stage",
+    f"{EXPORT} {TOY} --subset_file chosen.txt": NO_DATA,
+    "scripts/report.py results/toy": NO_RESULTS,
+}
+
+
+@pytest.mark.parametrize("command", WITHOUT_TRAINING)
+def test_a_folder_without_a_meta_training(command, workspace):
+    """Every later stage says in one line what is not there and what makes it, and leaves nothing."""
+    if "rows.jsonl" in command:
+        write_sources(workspace / "rows.jsonl", {"up": 20})
+    script, *arguments = command.split()
+    module, before = load_script(script), state(workspace)
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(module.main, module.parse_args(arguments))
+    assert re.search(f"error: {WITHOUT_TRAINING[command]}", line := str(stopped.value.code)) and "\n" not in line, line
+    assert state(workspace) == before
+
+
+def test_the_status_of_a_folder_without_a_meta_training(workspace, capsys):
+    run_script("scripts/status.py")
+    assert capsys.readouterr().out == "No finished run here yet: python custom_train_alpaca.py --help\n"
+    assert not list(workspace.iterdir())

@@ -1,14 +1,16 @@
 """Processes that are killed, disks that are full, files that are not what they should be, numbers that are none."""
 
+import errno
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +32,16 @@ SMALL_BATCHES = ("--max_tokens_per_batch", "200")
 class World:
     """A folder with data and a model beside it, the commands of every stage, and what they leave undisturbed."""
 
-    def __init__(self, root: Path, stages: Stages) -> None:
+    def __init__(self, root: Path, stages: Stages, model: Path | None = None, rows: int = 20) -> None:
         self.root, self.stages = root, stages
-        build_model_folder("llama", root / "model")
+        if model is None:
+            build_model_folder("llama", root / "model")
+        else:
+            (root / "model").symlink_to(model.resolve())
         self.empty = root / "empty"
         self.empty.mkdir()
-        write_sources(self.empty / "sources.jsonl", {"up a": 20, "down": 20, "up b": 20, "down/2": 20})
-        write_sources(self.empty / "target.jsonl", {"goal": 20})
+        write_sources(self.empty / "sources.jsonl", dict.fromkeys(("up a", "down", "up b", "down/2"), rows))
+        write_sources(self.empty / "target.jsonl", {"goal": rows})
         (self.empty / "three.txt").write_text("0\n1\n2 3\n")
         flags = "--data_files sources.jsonl --target_files target.jsonl --heldout_share 0.1 --model_key ../model --train_lora "
         self.flags = (flags + "--lora_rank 4 --lora_alpha 8 --batch_size 8 --lr 1e-2").split()
@@ -142,6 +147,19 @@ def test_killed_many_times(world):
 
 
 @pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif("KILLED_MODEL" not in os.environ, reason="KILLED_MODEL names no folder of a pretrained model")
+def test_killed_with_a_real_model(tmp_path_factory, stages):
+    """KILLED_MODEL=data/smollm2, on rows of a few words."""
+    world = World(tmp_path_factory.mktemp("real"), stages, Path(os.environ["KILLED_MODEL"]), rows=8)
+    undisturbed, started, kills, seed = sum(world.seconds), time.perf_counter(), 0, 200
+    while kills < 15:
+        kills, seed = kills + kill_and_go_on(world, seed, kills_of_each=3), seed + 1
+    took = time.perf_counter() - started
+    print(f"{kills} kills: {took:.0f} s, and {undisturbed:.0f} s for each undisturbed run; {seed - 200} folders")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(7))
 def test_killed_before_each_change_of_a_folder(world, number):
     """Between any two renames, removals and new folders of a stage."""
@@ -229,6 +247,68 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(world, largest_fil
             assert outcome.status == 0, outcome.output
     assert refused
     assert_same(folder, world.states[-1])
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A disk of its own in memory, of so many bytes, or as many more than are taken; the same one each time."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", place], check=False, capture_output=True).returncode:
+        pytest.skip("not allowed to mount a file system")
+
+    def with_room(bytes_free: int) -> Path:
+        found = os.statvfs(place)
+        size = (found.f_blocks - found.f_bfree) * found.f_frsize + bytes_free
+        subprocess.run(["mount", "-o", f"remount,size={size}", place], check=True)
+        return place
+
+    yield with_room
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("room", [20_000, *(pytest.param(size, marks=pytest.mark.slow) for size in (0, 4_096, 60_000))])
+def test_a_disk_that_is_really_full_is_one_line_and_the_same_command_goes_on(world, disk, room):
+    """In the middle of rows, moments, checkpoints, tables and manifests: whatever finds no room."""
+    shutil.copytree(world.root / "model", disk(1 << 24) / "model")
+    folder, full = shutil.copytree(world.empty, disk(1 << 24) / "folder"), 0
+    for command in world.commands:
+        disk(room)
+        outcome = world.stages.run(folder, command)
+        if outcome.status:
+            full += 1
+            assert re.search(
+                r"cannot use .*no space left on device.*; free space there", error_line(outcome.output).lower()
+            )
+        disk(1 << 24)
+        if outcome.status:
+            outcome = world.stages.run(folder, command)
+        assert outcome.status == 0, outcome.output
+    assert full >= 2
+    assert_same(folder, world.states[-1])
+
+
+WRITTEN = [
+    "step_step=8.part/projected.npy",
+    "step_step=8.part/.manifest.",
+    "external_lightning_logs/",
+    "results/toy/.results.",
+]
+
+
+@pytest.mark.parametrize("named", WRITTEN)
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS], ids=["quota", "read-only"])
+def test_what_the_system_refuses_is_one_line_and_the_same_command_goes_on(world, named, number):
+    """Rows, manifests, weights and tables beyond a quota, or on a disk that became read-only."""
+    stage = {"s": 1, "e": 0, "r": 2}[named[0]]
+    folder = world.after(stage, "refused")
+    outcome = world.stages.run(folder, world.commands[stage], refused=number, named=named)
+    assert outcome.status == 1, outcome.output
+    cure = "free space there" if number == errno.EDQUOT else "make that folder writable"
+    message = rf"cannot use .*{os.strerror(number)}( \(the rows need .* bytes\))?; {cure}"
+    assert re.search(message, error_line(outcome.output), re.IGNORECASE), outcome.output
+    assert world.stages.run(folder, world.commands[stage]).status == 0
+    assert_same(folder, world.states[stage + 1])
 
 
 FOLDERS = ["external_lightning_logs", "gradients", "results", "sampled_tasks"]

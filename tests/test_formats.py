@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,46 @@ def test_every_format_gives_the_same_rows(name, frame, tmp_path):
     expected, found = load_instruction([tmp_path / "expected.jsonl"]), load_instruction([tmp_path / name])
     assert texts(found) == texts(expected) and found.fingerprint == expected.fingerprint
     assert {row.split for row in found.examples} == {"train", "validation", "test"}
+
+
+def appended(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:200])
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replaced(path: Path) -> None:
+    """By one of the same size."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().replace(b"alpha", b"omega"))
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize("change", [appended, cut, replaced])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows.parquet"])
+def test_a_file_that_changes_while_it_is_read_is_refused(name, change, tmp_path, monkeypatch):
+    """Whatever its reader makes of it, or takes no notice of; the same file is read as it is then."""
+    lines = write_sources(tmp_path / "flan.jsonl", {"a": 3000}).read_text().splitlines()
+    path = tmp_path / name
+    FORMATS[name](pd.DataFrame(map(json.loads, lines)), path)
+    whole, changes = path.read_bytes(), [change]
+    os.utime(path, (1e9, 1e9))
+
+    def reading(rows, **_):
+        for position, row in enumerate(rows):
+            if position == 5 and changes:
+                changes.pop()(path)
+            yield row
+
+    monkeypatch.setattr("src.instruction.progress", reading)
+    message = rf"^\S*{re.escape(name)} was changed while it was read; run the command again when it is complete$"
+    refused(message, load_instruction, [path])
+    assert not changes
+    path.write_bytes(whole)
+    assert len(load_instruction([path])) == 3000
 
 
 def test_a_later_turn_is_part_of_the_prompt_and_special_tokens_are_not_doubled():

@@ -1,6 +1,7 @@
 """Every stage of the instruction track as a user runs it, on a tiny model, and the exact files it leaves."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -147,6 +148,19 @@ def test_a_source_can_be_added_dropped_and_corrected_later(copy, capsys):
     assert "late" in facts("toy/manifest")["tasks"]
     run_script(TRAIN, *TOY, "--subset_file", "sampled_tasks/toy_forward_selection.txt", "--epochs", "2")
     assert Path("results/toy/results.csv").is_file()
+
+
+def test_clusters_are_tasks_up_to_the_fine_tuning(copy, capsys):
+    """Each stage is the one that the stage before it names as the next."""
+    run_script(ESTIMATE, *TOY, "--load_clusters", "--num_clusters", "3", "--number_of_subsets", "4")
+    for script in (SELECT, TRAIN):
+        command = re.search(rf"Next: .*?python ({script} [^,\n]*)", capsys.readouterr().out)[1]
+        run_script(command)
+    (store,) = Path("gradients").glob("*_toy_dim_32_run_0")
+    clusters = np.load(store / "clusters_3.npz")["clusters"]
+    (subset,) = read_subsets(Path("sampled_tasks/toy_forward_selection.txt"), 3)
+    (found,) = table("toy/results").to_dict("records")
+    assert found["subset"] == " ".join(map(str, subset)) and found["num_rows"] == np.isin(clusters, subset).sum() > 0
 
 
 def test_estimates_selection_and_the_one_fine_tuning(copy):

@@ -63,7 +63,7 @@ def test_training_names_its_run_and_keeps_predictions(here):
     assert set(content["data"]) == validation
 
 
-def test_clusters_estimates_selection_and_fine_tuning(here):
+def test_clusters_estimates_selection_and_fine_tuning(here, capsys):
     flags, checkpoint = here
     (store,) = Path("gradients").iterdir()
     data = load_cot("addsub", "ft_cot_t70_2aug", architecture="decoder")
@@ -75,6 +75,8 @@ def test_clusters_estimates_selection_and_fine_tuning(here):
     estimation = [*flags, "--load_model_dir", checkpoint, *clusters, "--save_name", "toy"]
     drawn = ["--number_of_subsets", "5", "--subset_size", "0.5", "--scale", "0.4"]
     run_script(COT_ESTIMATE, *estimation, *drawn)
+    next_flags = "--save_name toy --load_clusters --num_clusters 4"
+    assert f"Next: python {SELECT} {next_flags}, or" in capsys.readouterr().out
     assignment = np.load(store / "clusters_4.npz")["clusters"]
     assert sorted(set(assignment.tolist())) == [-1, 0, 1, 2, 3] and (assignment >= 0).sum() == num_train
     made = (store / "clusters_4.npz").stat().st_mtime_ns
@@ -88,6 +90,7 @@ def test_clusters_estimates_selection_and_fine_tuning(here):
     assert np.isfinite(frame.iloc[:, 2:].to_numpy(float)).all() and frame["displaced_loss/addsub"].std() > 0
 
     run_script(SELECT, *estimation)
+    assert f"python {COT} {next_flags} --subset_file sampled_tasks/toy_forward" in capsys.readouterr().out
     run_script(ENSEMBLE, "results/toy", "--ratio", "0.5")
     fine_tuning = [*clusters, "--save_name", "new", "--results_name", "toy"]
     for method in ("forward_selection", "random_ensemble"):
