@@ -396,7 +396,7 @@ def _other_splits(paths: Iterable[str], in_folder: bool = False) -> list[str]:
     found = {path: match.groups() for path, stem in stems.items() if (match := pattern.fullmatch(stem))}
     rest = {stem for path, stem in stems.items() if path not in found or found[path][1]}
     beside = {head for head, end in found.values() if in_folder and rest and head.endswith("/") and not end}
-    return [path for path, (head, end) in found.items() if not end and head in beside
+    return [path for path, (head, end) in found.items() if (not end and head in beside)
             or rest & {f"{head}train{end}", head.rstrip("-_.") if not end else ""}]  # fmt: skip
 
 
