@@ -8,6 +8,7 @@ first one ended.
     python scripts/benchmark_estimates.py                                    # the suite of five synthetic worlds
     python scripts/benchmark_estimates.py --world synthetic:7 --epochs 2 --subsets 60
     python scripts/benchmark_estimates.py --world cot:0 --json
+    python scripts/benchmark_estimates.py --world synthetic:0 --checkpoints 0.2/0.4 0/0.2/0.4 1   # which to take gradients at
     python scripts/benchmark_estimates.py --world my/sources.jsonl --model_key my/model --epochs 3 --project_dim 4000
 
 `scripts/worlds.py` says what a world is.
@@ -22,8 +23,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from src.artifacts import RESULTS_FILE, results_dir, subset_file
 from src.estimation import ESTIMATORS, Part, estimate
 from src.evaluation import AVERAGE, INCLUSION, MEAN, comparison, own_inclusion
 from src.figures import BLUE, GREEN, GREY, ORANGE, plt, save_figure, titled
+from src.stage_estimate import Estimator
+from src.store import open_store
 from src.subsets import load_or_draw_subsets, membership_matrix
 from src.tables import VALIDATION_LOSS, fine_tuned_values, own_targets, read_table, subset_text, write_table
 
@@ -49,7 +53,7 @@ DATAMODEL = "linear datamodel"
 def make_world(world: Any, args: argparse.Namespace) -> tuple[pd.DataFrame, list[str], np.ndarray]:
     """Run every stage that is still missing: the truth's table, the texts of all subsets (calibration's first), and their
     membership (c + m, n)."""
-    worlds.prepare(world, args, margins=True)
+    worlds.prepare(world, args, margins=not world.checkpoint_at)
     num_tasks = len(worlds.estimator_of(world, args, "constant").tasks)
     name = world.save_name(BENCHMARK_ESTIMATES)
     count = args.subsets + args.calibration_subsets
@@ -61,6 +65,19 @@ def make_world(world: Any, args: argparse.Namespace) -> tuple[pd.DataFrame, list
     return read_table(results_dir(name) / RESULTS_FILE), texts, membership_matrix(subsets, num_tasks)
 
 
+def estimators_of(world: Any, args: argparse.Namespace) -> Iterator[tuple[str, Estimator]]:
+    """Every estimator, or the default one from gradients at each set of `--checkpoints`."""
+    for name in () if args.checkpoints else ESTIMATORS:
+        yield name, worlds.estimator_of(world, args, name)
+    for shares in args.checkpoints or ():
+        settings, store = worlds.store_of(world, args, "ridge")
+        total = Estimator(settings, store).meta_training["validation_losses"]["last_step"]
+        folders = {part.manifest["step"]: part.folder.name for part in open_store(store, None, world.scripts[1])}
+        names = tuple(folders[max(1, round(share * total)) if share else 0] for share in shares)
+        at = ", ".join("base" if not share else f"{100 * share:g} %" for share in shares)
+        yield at, Estimator(replace(settings, load_model_dir=names), store)
+
+
 def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
     """A row for every estimator, and for the baselines: of these no seconds and no calibration, but for the linear datamodel,
     which is the calibration without estimates."""
@@ -70,21 +87,25 @@ def judge_world(world: Any, args: argparse.Namespace) -> pd.DataFrame:
     columns = [ridge.targets.index(target) for target in targets]
     found, values = fine_tuned_values(truth, VALIDATION_LOSS, targets)
     values, known = values[[found.index(text) for text in texts]], truth[truth["subset"].isin(texts[:first] or texts)]
-    predictions: dict[str, np.ndarray] = {worlds.MEAN_MATCHING: worlds.mean_matching(ridge.parts, membership, columns)}
+    predictions: dict[str, np.ndarray] = {}
+    if not args.checkpoints:
+        predictions[worlds.MEAN_MATCHING] = worlds.mean_matching(ridge.parts, membership, columns)
     if args.experts:
         experts = worlds.experts_of(world, args)
         of_targets = [experts.data.targets.index(target) for target in targets]
         for name, losses in ((PROBABILITIES, experts.probabilities), (MERGED, experts.merged)):
             predictions[name] = losses(membership)[:, of_targets]
     calibrated, seconds = {}, {}
-    for name in ESTIMATORS:
-        estimator = worlds.estimator_of(world, args, name)
+    for name, estimator in estimators_of(world, args):
         started = time.perf_counter()
         predictions[name] = estimator(membership, columns)
         seconds[name] = time.perf_counter() - started
         calibrated[name] = estimator.calibrated(known, membership[first:], columns)
-    calibrated[DATAMODEL] = worlds.estimator_of(world, args, "constant").calibrated(known, membership[first:], columns)
-    predictions[DATAMODEL] = np.concatenate([np.zeros((first, len(columns))), calibrated[DATAMODEL][0]])
+    if not args.checkpoints:
+        calibrated[DATAMODEL] = worlds.estimator_of(world, args, "constant").calibrated(
+            known, membership[first:], columns
+        )
+        predictions[DATAMODEL] = np.concatenate([np.zeros((first, len(columns))), calibrated[DATAMODEL][0]])
     inclusion, true = own_inclusion(membership[first:], targets, ridge.tasks), values[first:].mean(axis=2)
     every = {name: estimates[first:] for name, estimates in predictions.items()}
     every |= {f"{name}, calibrated": of_name[0] for name, of_name in calibrated.items()}
@@ -142,6 +163,11 @@ def estimation_seconds() -> float:
     return time.perf_counter() - started
 
 
+def shares_of(text: str) -> tuple[float, ...]:
+    """Shares with slashes between them."""
+    return tuple(map(config.SHARE, text.split("/")))
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = console.Parser(__doc__)
@@ -150,6 +176,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--subsets", type=config.COUNT, default=40, help="random halves to judge by (default: 40)")
     group.add_argument("--calibration_subsets", type=config.number(int, 0), default=6, help="more of them, for "
                        "calibration; 0 calibrates each on all others (default: 6)")  # fmt: skip
+    group.add_argument("--checkpoints", type=shares_of, nargs="+", metavar="SHARES", help="compare gradients at these sets "
+                       "of shares of meta-training, each as 0.2/0.4 (0: the base model), not estimators (default: do not)")  # fmt: skip
     group = parser.add_argument_group("baselines")
     group.add_argument(
         "--experts", action="store_true", help="also what one expert for each source says (default: do not)"
@@ -160,10 +188,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Every world, the table, the figure, the lines."""
-    frames = []
+    frames, shares = [], sorted({share for of_set in args.checkpoints or () for share in of_set})
     for name in args.world:
         with redirect_stdout(sys.stderr) if args.json else nullcontext():
-            frames.append(judge_world(worlds.parse_world(name, args), args))
+            world = replace(worlds.parse_world(name, args), checkpoint_at=tuple(shares))
+            frames.append(judge_world(world, args))
         if args.keep:
             sizes = {"subsets": args.subsets, "calibration_subsets": args.calibration_subsets, "runs": args.runs}
             worlds.keep(Path(args.keep), frames[-1].assign(**worlds.protocol(name, args), **sizes))

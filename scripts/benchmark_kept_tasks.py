@@ -1,7 +1,8 @@
 """Whether what a selection is to keep is kept after real fine-tuning, on a world of the quickstart.
 
 Sources with wrong answers are taken as targets, one after the other: what teaches them harms others. A selection is made freely,
-and once more so that the clean sources which the free one is estimated to harm most are kept (`--keep_task`); all are fine-tuned.
+and so that the clean sources which the free one is estimated to harm most are kept (`--keep_task`), by estimates alone and as
+the default does, which fine-tunes with seed 0 what it selects. All are fine-tuned; unseen are the seeds from 1 on.
 
 Reads   the world that `bash scripts/quickstart.sh --seed N` has made
 Writes  a run of its own; results/kept_<seed>_epochs_<n>/kept_tasks.csv
@@ -11,6 +12,7 @@ Writes  a run of its own; results/kept_<seed>_epochs_<n>/kept_tasks.csv
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,38 +54,42 @@ def main(args: Any) -> None:
     wrong = [task for task in estimator.tasks if "noisy100" in task][: args.targets]
     clean = [task for task in estimator.tasks if "clean" in task]
 
-    def selected(target: str, called: str, **flags: Any) -> tuple[int, ...]:
-        results = f"{name}_{target}_{called}"
-        console.call(
-            "fast_estimate_forward_selection.py", save_name=name, target_task=[target], results_name=results, **flags
-        )
-        file = artifacts.subset_file(f"{results}_forward_selection")
+    def selected(target: str, **flags: Any) -> tuple[int, ...]:
+        try:
+            console.call("fast_estimate_forward_selection.py", save_name=name, target_task=[target], **flags)
+        except ValueError as error:  # nothing is within the tolerance: the base model
+            print(error)
+            return ()
+        file = artifacts.subset_file(f"{name}_forward_selection")
         return read_subsets(file, len(estimator.tasks), estimator.tasks)[0]
 
     def rises(subset: tuple[int, ...], targets: Sequence[str]) -> np.ndarray:
         columns = [estimator.targets.index(target) for target in targets]
         return estimator.above_base(membership_matrix([subset], len(estimator.tasks)), columns)[0]
 
-    chosen: dict[tuple[str, str], tuple[tuple[int, ...], list[str]]] = {}
+    chosen: dict[tuple[str, str, str], tuple[tuple[int, ...], list[str]]] = {}
     for target in wrong:
-        free = selected(target, "free")
+        free = selected(target)
         kept = [clean[place] for place in np.argsort(-rises(free, clean))[: args.kept]]
-        chosen[target, "free"] = free, kept
-        for tolerance in args.tolerances:
-            subset = selected(target, f"at_{tolerance:g}", keep_task=kept, tolerance_keep=tolerance)
-            chosen[target, f"{tolerance:g}"] = subset, kept
+        chosen[target, "free", ""] = free, kept
+        for tolerance, refine in itertools.product(args.tolerances, (0, 1)):
+            subset = selected(target, keep_task=kept, tolerance_keep=tolerance, refine=refine)
+            chosen[target, f"{tolerance:g}", "fine-tuning" if refine else "estimates"] = subset, kept
     for subset in dict.fromkeys([(), *(subset for subset, _ in chosen.values())]):
         console.call(TRAIN, save_name=name, task_idxes=subset, runs=args.runs)
-    truth = tables.read_table(artifacts.results_dir(name) / artifacts.RESULTS_FILE, of_subsets=True)
-    truth = truth.groupby("subset").mean(numeric_only=True).filter(like=f"{tables.VALIDATION_LOSS}/")
-    truth.columns = truth.columns.str.removeprefix(f"{tables.VALIDATION_LOSS}/")
+    truth = tables.read_table(artifacts.results_dir(name) / artifacts.RESULTS_FILE, of_subsets=True).set_index("subset")
+    losses = truth.filter(like=f"{tables.VALIDATION_LOSS}/").rename(columns=lambda c: c.partition("/")[2])
+    changes = losses - losses.loc[[""]].mean()
+    measured, unseen = (changes[runs].groupby(level=0).mean() for runs in (truth["run"].ge(0), truth["run"].gt(0)))
     rows = []
-    for (target, tolerance), (subset, kept) in chosen.items():
-        measured = truth.loc[tables.subset_text(subset)] - truth.loc[""]
-        values = {"estimated": rises(subset, [target, *kept]), "measured": measured[[target, *kept]].to_numpy()}
-        row: dict[str, Any] = {"seed": args.seed, "target": target, "tolerance": tolerance, "sources": len(subset)}
+    for (target, tolerance, kept_by), (subset, kept) in chosen.items():
+        place = tables.subset_text(subset), [target, *kept]
+        values = {"estimated": rises(subset, place[1]), "measured": measured.loc[place].to_numpy(),
+                  "unseen": unseen.loc[place].to_numpy()}  # fmt: skip
+        row: dict[str, Any] = {"seed": args.seed, "target": target, "tolerance": tolerance, "kept_by": kept_by}
+        row["sources"] = len(subset)
         for kind, of_kind in values.items():
-            row |= {f"{kind}_change": of_kind[0], f"{kind}_worst_rise": of_kind[1:].max()}
+            row |= {f"{kind}_change": of_kind.item(0), f"{kind}_worst_rise": of_kind[1:].max()}
         rows.append(row)
     frame, path = pd.DataFrame(rows), artifacts.results_dir(name) / "kept_tasks.csv"
     tables.write_table(path, frame)

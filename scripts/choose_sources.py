@@ -282,6 +282,7 @@ def pipeline_from(typed: dict[str, Any], name: str) -> Pipeline:
         names = [f.name for group in groups for f in fields(group)]
         return {flag: typed[flag] for flag in names if flag in typed}
 
+    kept = of(config.KeepConfig)
     trained_by_us = () if typed.get("load_model_dir") else (config.CheckpointShares,)
     return Pipeline(
         name,
@@ -290,7 +291,7 @@ def pipeline_from(typed: dict[str, Any], name: str) -> Pipeline:
         of(config.EstimatorConfig),
         hardware=of(config.HardwareConfig),
         checkpoints=typed.get("load_model_dir", ()),
-        selection=of(config.KeepConfig),
+        selection=kept | ({"refine": 0} if kept else {}),  # what is fine-tuned afterwards has to hold
         runs=typed.get("runs", 1),
     )
 

@@ -64,6 +64,12 @@ class World:
         "fast_estimate_linear_regression_alpaca.py",
     )
     made_by: str | None = None  # the command that writes the data, where they are not the user's
+    checkpoint_at: tuple[float, ...] = ()  # shares of meta-training; none: the default's
+
+    @property
+    def run(self) -> str:
+        """What its meta-training is called."""
+        return f"{self.folder.name}_{len(self.checkpoint_at)}_checkpoints" if self.checkpoint_at else self.folder.name
 
     def save_name(self, benchmark: str) -> str:
         """Folder of a benchmark's fine-tuned values, below `results/`."""
@@ -188,8 +194,9 @@ def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
     train, gradients, _ = world.scripts
     if world.made_by:
         console.run_command(world.made_by)
-    console.run_command(f"{train} {world.data} {world.training} --save_name {world.folder.name}")
-    stage_2 = f"{gradients} --save_name {world.folder.name} --project_dim {args.project_dim}"
+    kept = f"--checkpoint_at {' '.join(map(str, world.checkpoint_at))}" if world.checkpoint_at else ""
+    console.run_command(f"{train} {world.data} {world.training} {kept} --save_name {world.run}")
+    stage_2 = f"{gradients} --save_name {world.run} --project_dim {args.project_dim}"
     console.run_command(f"{stage_2} --representations")
     if margins:
         console.run_command(f"{stage_2} --output_function margin")
@@ -198,13 +205,13 @@ def prepare(world: World, args: argparse.Namespace, *, margins: bool) -> None:
 
 def fine_tuning(world: World, args: argparse.Namespace, benchmark: str) -> str:
     """The command that fine-tunes on subsets, without them."""
-    named = f"--save_name {world.folder.name} --results_name {world.save_name(benchmark)}"
+    named = f"--save_name {world.run} --results_name {world.save_name(benchmark)}"
     return f"{world.scripts[0]} {named} {world.tasks}"
 
 
 def store_of(world: World, args: argparse.Namespace, estimator: str) -> tuple[config.EstimateConfig, Path]:
     """The configuration of an estimator on the world, and its store."""
-    flags = f"--save_name {world.folder.name} {world.tasks} --project_dim {args.project_dim} --estimator {estimator}"
+    flags = f"--save_name {world.run} {world.tasks} --project_dim {args.project_dim} --estimator {estimator}"
     typed = config.typed_flags(console.load_script(world.scripts[2]).parse_args(flags.split()))
     return stored(config.EstimateConfig, typed)
 

@@ -349,7 +349,7 @@ class SelectionConfig:
     try_at_most: int | None = flag(None, "after the first step try only so many tasks, those that looked best when "
         "last tried; for thousands of tasks", COUNT, shown="all")  # fmt: skip
     refine: int | None = flag(None, "really fine-tune the K best subsets on the way, as the run was trained, and "
-        "select the best of them", COUNT, "K", shown="trust the estimates")  # fmt: skip
+        "select the best of them", number(int, 0), "K", shown="0: trust the estimates; with --keep_task 1")  # fmt: skip
     weights: bool = flag(False, "also find how much to draw from each task, for --task_weights", shown="do not")
     per_target: bool = flag(False, "select for each target; show what each task alone does", shown="do not")
 
@@ -359,7 +359,7 @@ class KeepConfig:
     """what must not get worse"""
 
     keep_task: tuple[str, ...] = flag((), "targets that must not get worse: no step is taken that is estimated to raise one "
-        "of their losses above the base model's", metavar="NAME", nargs="+", shown="none")  # fmt: skip
+        "of their losses above the base model's, and fine-tuning does not", metavar="NAME", nargs="+", shown="none")  # fmt: skip
     tolerance_keep: float = flag(0.0, "by how much more these losses may be, in nats per token", number(float), "X")
 
 

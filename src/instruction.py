@@ -8,7 +8,6 @@ import contextlib
 import csv
 import datetime
 import functools
-import gzip
 import io
 import itertools
 import json
@@ -215,8 +214,8 @@ def _texts(layout: tuple[str, ...], record: Record, where: str, chat: Chat) -> t
 
 
 def _opened(source: str) -> io.BufferedReader:
-    unpacked = gzip.open if source.lower().endswith(".gz") else open
-    return cast(io.BufferedReader, unpacked(require_file(Path(source)), "rb"))
+    stream = pa.input_stream(require_file(Path(source)), COMPRESSED.get(Path(source).suffix.lower()))
+    return io.BufferedReader(cast(io.RawIOBase, stream))
 
 
 def _numbered(source: str, records: Iterable[Any], place: str = "row") -> Iterator[tuple[str, Any]]:
@@ -317,11 +316,13 @@ FORMATS: dict[str, Callable[[str], Iterator[tuple[str, Record]]]] = {
     **dict.fromkeys((".csv", ".tsv"), _csv_records),
     ".parquet": _parquet_records,
 }
-"""Ending of a file's name, without .gz -> its records, each with its place. A new format is an entry here."""
+"""Ending of a file's name, without .gz or .zst -> its records, each with its place. A new format is an entry here."""
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
 def _format_of(name: str) -> str:
-    return Path(name.lower().removesuffix(".gz")).suffix
+    path = Path(name.lower())
+    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def _records_of(source: str, use_dev_map: bool) -> Iterator[tuple[str, Record]]:
@@ -394,11 +395,12 @@ def _other_splits(paths: Iterable[str], in_folder: bool = False) -> list[str]:
     """Those of some files or folders that are test or validation splits of a data set whose training rows are among them;
     in a folder also `test` by itself, beside other files."""
     stems = {path: re.sub(r"-\d+-of-\d+.*|(\.\w+){1,2}$", "", os.path.abspath(path)).lower() for path in paths}
-    pattern = re.compile(r"(.*[-_./])(?:test|testing|validation|valid|val|dev|eval)")
-    heads = {path: match[1] for path, stem in stems.items() if (match := pattern.fullmatch(stem))}
-    rest = {stem for path, stem in stems.items() if path not in heads}
-    is_alone = {head for head in heads.values() if in_folder and rest and head.endswith("/")}
-    return [path for path, head in heads.items() if head in is_alone or rest & {f"{head}train", head.rstrip("-_.")}]
+    pattern = re.compile(r"(.*[-_./])(?:test|testing|validation|valid|val|dev|eval)([-_.][^/]*|)")
+    found = {path: match.groups() for path, stem in stems.items() if (match := pattern.fullmatch(stem))}
+    rest = {stem for path, stem in stems.items() if path not in found or found[path][1]}
+    beside = {head for head, end in found.values() if in_folder and rest and head.endswith("/") and not end}
+    return [path for path, (head, end) in found.items() if (not end and head in beside)
+            or rest & {f"{head}train{end}", head.rstrip("-_.") if not end else ""}]  # fmt: skip
 
 
 # --- all sources together ------------------------------------------------------------------------------------

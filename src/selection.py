@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 Estimate = Callable[[np.ndarray], np.ndarray]
-"""Membership (m, n) bool -> estimates (m,)."""
+"""Membership (m, n) bool -> estimates (m,); or (m, 2), with how far subsets are beyond a limit: above 0 is not taken."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ def forward_selection(
     past_best: int = 1,
     direction: str = "forward",
     try_at_most: int | None = None,
-    is_within: Callable[[np.ndarray], np.ndarray] | None = None,
     progress: Callable[..., Any] | None = None,
 ) -> SelectionPath:
     """Repeatedly add the best task until the estimate no longer falls; or, backward, remove the worst.
@@ -65,7 +64,6 @@ def forward_selection(
         past_best: steps to take beyond the best subset before the search ends.
         try_at_most: from the second step on, estimate only this many of the subsets: those whose task gave the lowest
             estimate when it was last tried. An approximation, for thousands of tasks; None tries all.
-        is_within: whether subsets (m, n) keep to a limit of another kind, (m,) bool; what does not is not taken.
         progress: makes a progress bar, called as progress(desc=..., total=..., unit=...).
 
     Raises:
@@ -80,18 +78,20 @@ def forward_selection(
         few = np.sum(subsets, axis=-1) <= (num_tasks if max_tasks is None else max_tasks)
         return few if budget_rows is None else few & (subsets @ rows <= budget_rows)
 
-    def estimates(subsets: np.ndarray) -> np.ndarray:
-        values = np.asarray(estimate(subsets), float)
-        if np.isnan(values).any():
-            raise ValueError(f"the estimate of subset {_tasks(subsets[np.argmax(np.isnan(values))])} is not a number")
-        return values
+    def estimates(subsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Estimates of subsets, and whether they keep to the limit that these come with."""
+        found = np.asarray(estimate(subsets), float).reshape(len(subsets), -1)
+        if (wrong := np.isnan(found).any(axis=1)).any():
+            raise ValueError(f"the estimate of subset {_tasks(subsets[np.argmax(wrong)])} is not a number")
+        return found[:, 0], (found[:, 1:] <= 0).all(axis=1)
 
     current = np.zeros(num_tasks, bool)
     current[list(start_from) if forward or len(start_from) else slice(None)] = True
     if forward and not allowed(current):
         raise ValueError(f"the {current.sum()} tasks of start_from are beyond max_tasks or budget_rows already")
-    start, start_estimate = current, float(estimates(current[None])[0])
-    best, best_estimate = (current, start_estimate) if current.any() and allowed(current) else (None, np.inf)
+    (start_estimate, is_within), start = (of_start.item() for of_start in estimates(current[None])), current
+    is_choice = current.any() and allowed(current) and is_within
+    best, best_estimate = (current, start_estimate) if is_choice else (None, np.inf)
     steps, singles = list[Step](), np.eye(num_tasks, dtype=bool)
     last_estimates, beyond = np.full(num_tasks, -np.inf), 0  # a task that could not be tried yet comes first
     with progress(desc=f"{direction} selection", total=num_tasks, unit="step") if progress else nullcontext() as bar:
@@ -105,8 +105,8 @@ def forward_selection(
             if try_at_most is not None and steps:
                 promising = np.sort(np.argsort(last_estimates[movable], kind="stable")[:try_at_most])
                 movable, candidates = movable[promising], candidates[promising]
-            last_estimates[movable] = values = estimates(candidates)
-            within = np.ones(len(values), bool) if is_within is None else is_within(candidates)
+            values, within = estimates(candidates)
+            last_estimates[movable] = values
             if not within.any():
                 break
             chosen = int(np.argmin(np.where(within, values, np.inf)))

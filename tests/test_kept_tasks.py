@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from src.config import EstimationConfig
 from src.selection import forward_selection
 from src.stage_estimate import Estimator, stored
-from src.subsets import membership_matrix
+from src.subsets import membership_matrix, read_subsets
 from tests.commands import run_script
 from tests.conftest import write_sources
 
@@ -25,8 +26,8 @@ def test_the_path_is_the_greedy_one_within_the_limit(seed: int, direction: str) 
     rng = np.random.default_rng(seed)
     table, rise = rng.standard_normal((2, 64))
     powers, forward = 1 << np.arange(6), direction == "forward"
-    found = forward_selection(lambda m: table[m @ powers], 6, direction=direction, past_best=100,
-                              is_within=lambda m: rise[m @ powers] <= 0.3)  # fmt: skip
+    found = forward_selection(lambda m: np.stack([table[m @ powers], rise[m @ powers] - 0.3], axis=1), 6,
+                              direction=direction, past_best=100)  # fmt: skip
     current = set() if forward else set(range(6))
     for step in found.steps:
         options = {task: current ^ {task} for task in range(6) if (task in current) != forward}
@@ -43,7 +44,13 @@ def test_the_path_is_the_greedy_one_within_the_limit(seed: int, direction: str) 
 
 def test_no_task_within_the_limit_is_an_error() -> None:
     with pytest.raises(ValueError, match="no task fits into max_tasks, budget_rows and tolerance_keep"):
-        forward_selection(lambda m: m.sum(1), 3, is_within=lambda m: np.zeros(len(m), bool))
+        forward_selection(lambda m: np.ones((len(m), 2)), 3)
+
+
+def test_a_start_beyond_the_limit_is_no_answer() -> None:
+    """It is estimated lowest, and raises what is to be kept; with one task more it does not."""
+    found = forward_selection(lambda m: np.stack([m.sum(1), 1.0 - m[:, 1]], axis=1), 3, start_from=[0])
+    assert found.start == (0,) and found.selected == (0, 1)
 
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def test_kept_targets_stay_within_their_tolerance(run: list[str], capsys: pytest
     singles = rise(pd.Series(["0", "1", "2", "3"]))
     limit = (np.sort(singles)[0] + np.sort(singles)[1]) / 2  # one task alone is allowed
     capsys.readouterr()
-    run_script(*run, "--keep_task", "other", "--tolerance_keep", str(limit), "--results_name", "kept")
+    run_script(*run, "--keep_task", "other", "--tolerance_keep", str(limit), "--refine", "0", "--results_name", "kept")
     path = pd.read_csv("results/kept/selection.csv", dtype={"subset": str})
     np.testing.assert_allclose(path["worst_rise"], rise(path["subset"]), atol=1e-6)
     assert (path["worst_rise"] <= limit).all() and int(path["task"][0]) == singles.argmin()
@@ -84,6 +91,32 @@ def test_kept_targets_stay_within_their_tolerance(run: list[str], capsys: pytest
     assert "Kept, in nats per token above the base model's loss" in said and "other " in said
     assert Path("results/kept/tradeoff.png").is_file()
     assert goal != other
+
+
+def test_what_is_kept_is_so_when_really_fine_tuned(run: list[str], capsys: pytest.CaptureFixture) -> None:
+    """The lowest estimate whose measured losses hold, of one subset at a time; where none do, that is an error."""
+    command = [*run, "--keep_task", "other", "--tolerance_keep", "9", "--results_name", "kept"]
+    file, loss = Path("results/kept/results.csv"), "validation_loss/other"
+
+    def measured() -> pd.DataFrame:
+        return pd.read_csv(file, dtype={"subset": str})
+
+    run_script(*command)
+    steps = pd.read_csv("results/kept/selection.csv", dtype={"subset": str}).sort_values("estimate")["subset"].tolist()
+    assert len(steps) > 1 and measured()["subset"].tolist() == steps[:1]
+    base = json.loads(Path("results/kept/selection.json").read_text())["levels"]["base"]["other"]
+    assert f"in nats per token: other {measured()[loss][0] - base:+.3g}." in capsys.readouterr().out
+    measured().assign(**{loss: base + 9.01}).to_csv(file, index=False)
+    run_script(*command)
+    assert measured()["subset"].tolist() == steps[:2]
+    (chosen,) = read_subsets(Path("sampled_tasks/kept_forward_selection.txt"), 4)
+    assert chosen == tuple(map(int, steps[1].split()))
+    run_script(*command, "--refine", "9")
+    measured().assign(**{loss: base + 9.01}).to_csv(file, index=False)
+    with pytest.raises(
+        ValueError, match=f"each of the {len(steps)} subsets of the search raises a loss of other by more"
+    ):
+        run_script(*command)
 
 
 def test_targets_that_cannot_be_kept_are_refused(run: list[str]) -> None:
