@@ -10,9 +10,9 @@ import pytest
 from tests.commands import ROOT
 
 BUDGETS = {
-    "distributed": 170, "artifacts": 395, "console": 285, "config": 685, "data": 255, "frames": 140,
+    "distributed": 170, "artifacts": 395, "console": 290, "config": 685, "data": 255, "frames": 140,
     "instruction": 545, "cot": 285, "datamodule": 400, "models": 495, "finetune": 565, "projection": 320,
-    "estimation": 520, "tables": 155, "subsets": 220, "run_data": 85, "selection": 195, "evaluation": 340, "figures": 225, "stage_scores": 120,
+    "estimation": 520, "tables": 155, "subsets": 220, "run_data": 85, "selection": 195, "evaluation": 340, "figures": 230, "stage_scores": 120,
     "store": 440, "gradients": 285, "stage_train": 335, "stage_collect": 255, "stage_estimate": 390,
     "stage_select": 260, "export": 245,
 }  # fmt: skip
