@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -26,11 +27,25 @@ def document(title: str, body: str) -> str:
     )
 
 
-def table(frame: pd.DataFrame, sortable: bool = False, marked: Sequence[bool] = ()) -> str:
-    """A frame as an HTML table, numbers with four significant digits; some rows may be marked."""
+def prose(text: str) -> str:
+    """Text in which no line ends inside a flag."""
+    return re.sub(r"--\w+", r"<span class=flag>\g<0></span>", escape(text))
 
-    def cell(value: Any, tag: str, numeric: bool) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+def _decimals(column: pd.Series) -> int:
+    """So many that the largest number of a column has four significant digits, and all line up."""
+    largest = max((abs(value) for value in column if math.isfinite(value)), default=0.0) or 1.0
+    return min(max(3 - math.floor(math.log10(largest)), 0), 9)
+
+
+def table(frame: pd.DataFrame, sortable: bool = False, marked: Sequence[bool] = ()) -> str:
+    """A frame as an HTML table, the numbers of a column with as many decimals; some rows may be marked."""
+    floats = [name for name in frame.columns if pd.api.types.is_float_dtype(frame[name])]
+    decimals = {place: _decimals(frame[name]) for place, name in enumerate(frame.columns) if name in floats}
+
+    def cell(value: Any, tag: str, numeric: bool, places: int = 4) -> str:
+        layout = f".{places}f" if isinstance(value, float) else "," if isinstance(value, int) else ""
+        text = format(value, layout) if layout else str(value)
         plain = f' class=number data-value="{value if value == value else 1e300}"' if numeric and tag == "td" else ""
         return f"<{tag}{plain or (' class=number' if numeric else '')}>{escape('-' if text == 'nan' else text)}</{tag}>"
 
@@ -38,7 +53,7 @@ def table(frame: pd.DataFrame, sortable: bool = False, marked: Sequence[bool] = 
     head = "".join(cell(name, "th", is_number) for name, is_number in zip(frame.columns, numeric, strict=True))
     lines = "".join(
         f"<tr{' class=in' if place < len(marked) and marked[place] else ''}>"
-        f"{''.join(cell(value, 'td', is_number) for value, is_number in zip(row, numeric, strict=True))}</tr>"
+        f"{''.join(cell(value, 'td', numeric[at], decimals.get(at, 4)) for at, value in enumerate(row))}</tr>"
         for place, row in enumerate(frame.itertuples(index=False))
     )
     kind = " class=sortable" if sortable else ""
@@ -55,7 +70,7 @@ def details(summary: str, content: str) -> str:
 def figure(path: Path, caption: str, made_by: str) -> str:
     """A figure inside the page, or what would make it."""
     if not path.is_file():
-        return f"<p class=muted>{escape(caption)}: not made yet. <code>{escape(made_by)}</code></p>"
+        return f"<p class=muted>{escape(caption)}: not made yet. <code>{prose(made_by)}</code></p>"
     data, text = path.read_bytes(), escape(caption)
     wide = " class=wide" if int.from_bytes(data[16:20]) > 1200 else ""  # the width in a PNG's head
     return f'<figure{wide}><img alt="{text}" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{text}</figcaption></figure>'

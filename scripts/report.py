@@ -108,6 +108,11 @@ class Run:
         only = next(iter(self.selected.values()))[0] if len(self.selected) == 1 else ""
         return evaluation.Answer(parse_subset(only), tuple(lines))
 
+    @property
+    def judged(self) -> list[str]:
+        """The subsets that have both an estimate and a fine-tuned loss."""
+        return sorted((self.measured & set(self.estimates.get("subset", ()))) - {""})
+
     def losses(self, metric: str, texts: Sequence[str]) -> pd.DataFrame:
         """Losses by subset and run, the mean over targets."""
         if not self.measured:
@@ -123,11 +128,11 @@ class Run:
         if len(self.scores) and (text := subset_text(self.scores.loc[self.scores["selected"], "task"].tolist())):
             both = "search and " if text in by_search else "random "
             others.insert(0, (text, f"by the {both}ensemble ({len(parse_subset(text))})"))
-        if len(self.selected) == 1 and not self.manifest["ranks_only"]:
+        if len(self.selected) == 1:
             ((target, (text, estimate)),) = self.selected.items()
-            estimates = dict(zip(("", self.everything), self.references(target).values(), strict=False)) | {
-                text: estimate
-            }
+            if not self.manifest["ranks_only"]:
+                known = zip(("", self.everything), self.references(target).values(), strict=False)
+                estimates = {**dict(known), text: estimate}
             others[:0] = [(text, f"by the search ({len(parse_subset(text))})")] if text else []
         named = {best: f"this answer ({console.counted(len(self.answer.subset), 'source')})" if best else "base model"}
         named |= {text: name for text, name in others if text != best and text in {*self.measured, *estimates}}
@@ -161,11 +166,8 @@ class Run:
 
     def trust(self) -> str:
         """How far estimates can be trusted: against what was fine-tuned, and by the agreement of checkpoints."""
-        common, prefix = (
-            sorted((self.measured & set(self.estimates["subset"])) - {""}),
-            tables.estimate_prefix(self.estimates),
-        )
-        said = "No three subsets have both an estimate and a fine-tuned loss, so nothing was measured here."
+        common, prefix = self.judged, tables.estimate_prefix(self.estimates)
+        said = "How well estimates rank subsets was not measured here: that takes three random subsets, fine-tuned."
         if len(common) >= 3 and set(self.targets) <= set(tables.columns_of(self.estimates, prefix)):
             guess = tables.mean_over_targets(self.estimates.set_index("subset").loc[common], prefix, self.targets)
             true = self.losses(tables.VALIDATION_LOSS, common).mean(axis=1).to_numpy()
@@ -174,7 +176,14 @@ class Run:
                 f"{evaluation.linear_datamodeling_score(guess, true):.2f} (90 % interval {low:.2f} to {high:.2f})"
             )
             said = f"Over {len(common)} subsets that were really fine-tuned, estimates rank losses with Spearman {spearman}."
-        return f"{said} {self.facts.get('trust', '')}"
+        return f"{said} {self.facts.get('trust', '')}{self.worse()}"
+
+    def worse(self) -> str:
+        """What to do where the search's own subset was fine-tuned and is not the answer."""
+        texts = {text for text, _ in self.selected.values()} - {""}
+        if not self.is_measured or not texts or subset_text(self.answer.subset) in texts:
+            return ""
+        return " What the search selected is worse than this answer: docs/worse.md says how to find out why."
 
     def seconds(self) -> dict[str, float]:
         """What each stage took."""
@@ -262,6 +271,8 @@ def judged_html(run: Run) -> str:
     command = f"python notebook/compare_estimates.py {run.folder / artifacts.ESTIMATES_FILE} {truth}"
     figures = (run.folder / name for name in (artifacts.COMPARISON_FIGURE, artifacts.ESTIMATES_FIGURE))
     figure = next((path for path in figures if path.is_file()), run.folder / artifacts.COMPARISON_FIGURE)
+    if not run.manifest["calibrate"] and len(run.judged) < 3:
+        command = "Fine-tune a few random subsets first: docs/worse.md has the commands."
     return html.figure(figure, "Estimates against fine-tuned losses, a point for each subset", command) + "".join(parts)
 
 
@@ -288,7 +299,7 @@ def page(folder: Path) -> str:
     scores = html.figure(folder / artifacts.SCORES_FIGURE, caption, ensemble)
     stages = html.table(pd.DataFrame({"stage": list(seconds), "seconds": list(seconds.values())}))
     facts = {
-        "How far to trust it": f"<p>{escape(run.trust())}</p>",
+        "How far to trust it": f"<p>{html.prose(run.trust())}</p>",
         "What it cost": f"<p>{console.duration(sum(seconds.values()))} ({escape(costs)}).</p>",
         "What to run next": run.next_html(),
     }
@@ -305,7 +316,7 @@ def page(folder: Path) -> str:
     title = f"{run.model} for {targets}: which of {len(run.tasks)} data sources"
     body = (
         f"<h1>{escape(question)}</h1><h2 class=answer>{escape(headline)}</h2>"
-        f"{''.join(f'<p>{escape(line)}</p>' for line in more)}{run.chart()}"
+        f"{''.join(f'<p>{html.prose(line)}</p>' for line in more)}{run.chart()}"
         f"<dl>{''.join(f'<dt>{name}</dt><dd>{content}</dd>' for name, content in facts.items())}</dl>"
         f"{''.join(f'<h2>{name}</h2>{content}' for name, content in sections.items())}"
     )

@@ -160,12 +160,18 @@ def as_typed(name: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, several)]
 
 
+def _print_command() -> None:
+    """The command of the script that runs now, bold on a terminal."""
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    print(f"\n{bold}$ {command_typed()}{plain}", flush=True)
+
+
 def call(script: str, *, apart: bool = False, **values: Any) -> Any:
     """Run a script's stage in this process with these flags, or `apart` in one of its own, as several processes need it: each
     of them runs its command from the beginning. The command that a user would type is printed first."""
     words = [script, *([str(results)] if (results := values.get("results")) else [])]
     _typed[:] = words + [word for name, value in values.items() if name != "results" for word in as_typed(name, value)]
-    print(f"\n\033[1m$ {command_typed()}\033[0m", flush=True)
+    _print_command()
     if not apart:
         return load_script(script).main(argparse.Namespace(**values))
     if status := subprocess.run([sys.executable, str(ROOT / script), *_typed[1:]], check=False).returncode:
@@ -176,7 +182,7 @@ def call(script: str, *, apart: bool = False, **values: Any) -> Any:
 def run_command(command: str, *more: str) -> Any:
     """`python <command> <more>` in this process, printed first: for files of commands and scripts that make data."""
     script, *arguments = _typed[:] = [*shlex.split(command), *more]
-    print(f"\n\033[1m$ {command_typed()}\033[0m", flush=True)
+    _print_command()
     module = load_script(script)
     return run_stage(module.main, module.parse_args(arguments))
 

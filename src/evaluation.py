@@ -53,7 +53,8 @@ def mean_rank_correlation(values: np.ndarray) -> np.ndarray:
 
 def bootstrap_interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     """Where the mean rank correlation of the columns of values (m, r) falls in 90 % of the draws of m subsets with
-    replacement (percentile bootstrap)."""
+    replacement (percentile bootstrap), whatever the order of the subsets."""
+    values = values[np.lexsort(values.T[::-1])]
     samples = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     scores = mean_rank_correlation(values[samples])
     if np.isnan(scores).all():
@@ -280,8 +281,11 @@ def best_fine_tuned(folder: Path, tasks: Sequence[str], chosen_by: Mapping[str, 
         said[0] += " (the base model is not among them: --task_idxes without ids evaluates it)"
     for text in rivals:
         name = called.get(text) or tables.names_of(tables.parse_subset(text), tasks, 6)
-        found, *basis = _difference(folder, truth, best, text, targets, name)
+        found, rests_on = _difference(folder, truth, best, text, targets, name)
         said.append(found)
+        basis = [rests_on] if rests_on else basis
+    if rivals and not basis:
+        basis = ["How sure this is cannot be said of one seed; --runs 2 or more shows it."]
     ids = tables.parse_subset(best)
     by = f", by {chosen_by[best]}" if chosen_by and best in chosen_by else ""
     headline = "Nothing here helps: keep the base model."
@@ -302,7 +306,7 @@ def kept_targets(folder: Path) -> tuple[list[str], float]:
 def _difference(
     folder: Path, truth: pd.DataFrame, best: str, other: str, targets: Sequence[str], name: str
 ) -> tuple[str, str]:
-    """How much lower the best's loss is than another's, in words, and what that rests on: the variance of the difference is
+    """How much lower the best's loss is than another's, in words, and what its interval rests on, if it has one: the variance of the difference is
     that of paired validation rows, where both have them, plus that of the seeds, where there are several."""
     by_run = truth.pivot_table(index="run", columns="subset", values="loss")
     of_runs = (by_run[other] - by_run[best]).dropna()
@@ -321,7 +325,7 @@ def _difference(
         parts.append((float(of_runs.var() / len(of_runs)), len(of_runs) - 1))
         basis.append(f"{len(of_runs)} seeds")
     if not parts:
-        return f"{gap:.3f} above it: {name}", "How sure this is cannot be said of one seed; --runs 2 or more shows it."
+        return f"lower than that of {name} by {gap:.3f} (one seed)", ""
     total = sum(variance for variance, _ in parts)
     freedom = total**2 / max(sum(variance**2 / degrees for variance, degrees in parts), np.finfo(float).tiny)
     half = float(student.ppf(0.95, max(freedom, 1))) * math.sqrt(total)

@@ -101,7 +101,7 @@ class Trainer(NamedTuple):
 
 
 TRAINERS = {
-    "axolotl": Trainer(_axolotl, "weight is the share of a source that is kept, at most 1; older versions ignore it"),
+    "axolotl": Trainer(_axolotl, "weight is the share of a source that is kept, at most 1; version 0.19.0 ignores it"),
     "llamafactory": Trainer(_llamafactory, "num_samples draws exactly so many rows, also more than there are", turns="plain"),
     "trl": Trainer(_trl, "fraction stands at all or none and takes first rows, never repeats, and so the scarcest source sets the total", alike=True),
     "open-instruct": Trainer(_open_instruct, "1 is one row and 1.0 is all of them; rows must have messages", ()),
@@ -224,7 +224,7 @@ def export(config: TrainConfig, data: TaskData | None = None, trainer: str | Non
             path = Path(config.task_weights).with_suffix(".json")
             known = artifacts.described(path.parent, path.name).get("estimates", [])
         path, of_file = _write_for(trainer, config, data, dict(zip(chosen, weights, strict=True)), known, **sampling)
-        written, counts = str(path), [source.rows for source in of_file]
+        written, counts = f"{path} (its settings name the data alone)", [source.rows for source in of_file]
     else:
         examples = [data.examples[index] for index in data.indices("train", subsets[0]).tolist()]
         rows = pd.DataFrame(map(vars, examples))[["prompt", "completion", "task", "sample_index"]]

@@ -41,17 +41,17 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 def about_run(facts: Mapping[str, Any], target: str = "", *more: str) -> str:
     """The subtitle of a figure: model, data, number of sources, target, and what else is to be said, of `Estimator.facts`."""
-    known = [str(facts["model_key"]).rstrip("/").rpartition("/")[2]] if "model_key" in facts else []
-    known += [f"data {shorten(facts['data'], 36)}"] if "data" in facts else []
+    known = [f"model: {str(facts['model_key']).rstrip('/').rpartition('/')[2]}"] if "model_key" in facts else []
+    known += [f"data: {shorten(facts['data'], 36)}"] if "data" in facts else []
     known += [f"{len(facts['tasks'])} sources"] if "tasks" in facts else []
-    known += [f"target {shorten(target, 40)}"] if target else []
+    known += [f"target: {shorten(target, 40)}"] if target else []
     known += [f"seed {facts['seed']}"] if "seed" in facts else []
     return ", ".join([*known, *more])
 
 
-def titled(axes: plt.Axes, title: str, about: str) -> None:
-    """A title, and smaller below it what the figure is about, in as many lines as it needs."""
-    width = axes.figure.get_size_inches()[0] / axes.get_subplotspec().get_gridspec().ncols
+def titled(axes: plt.Axes, title: str, about: str, labels: float = 0.0) -> None:
+    """A title, and smaller below it what the figure is about, in as many lines as it needs right of labels so many inches wide."""
+    width = axes.figure.get_size_inches()[0] / axes.get_subplotspec().get_gridspec().ncols - labels
     lines = textwrap.wrap(_plain(about), int(15 * width) - 6)
     axes.set_title(_plain(title), loc="left", fontsize=11, pad=6 + 11 * len(lines))
     place = {"xytext": (0, 5), "xycoords": "axes fraction", "textcoords": "offset points", "in_layout": False}
@@ -167,7 +167,11 @@ def affinity_figure(
     axes.set_yticks(range(len(tasks)), _names(tasks), fontsize=7)
     axes.grid(visible=False)
     axes.set(xlabel="target", ylabel="task trained on")
-    titled(axes, "What each task alone does", about)
+    if len(targets) <= 8:
+        for (task, target), value in np.ndenumerate(affinity):
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(target, task, f"{value:.2g}", color=color, fontsize=6, ha="center", va="center")
+    titled(axes, "What each task alone does", about, labels=0.06 * max(map(len, _names(tasks))))
     label = f"fall of the {RANKING_ONLY}" if ranks_only else "estimated fall of the loss (nats per token)"
     figure.colorbar(image, ax=axes, shrink=0.8, label=label)
     save_figure(figure, path)
