@@ -9,15 +9,17 @@ They need an environment of their own, which this script's Python must be:
     OMP_NUM_THREADS=1 .venv-peers/bin/python scripts/benchmark_peers.py --model llama --dims 100 1024
     OMP_NUM_THREADS=1 .venv-peers/bin/python scripts/benchmark_peers.py --model data/smollm2 --dims 400 4000 --samples 8
 
-First what is right: on a few rows every engine's gradients without a projection against a loop of backward passes, and the
-inner products of its projected rows against the exact ones. Then what it takes: a pass over all rows, engines and a plain
-training step (forward and backward, transformers' own loss, no optimizer) in turn, in multiples of the step of the same round.
-Memory is the peak above the loaded model, each engine in a process of its own.
+First what is right: on a few rows every engine's gradients without a projection against a loop of backward passes, both in
+float64 (in float32 a unit of T5 that is nearly zero may fall on either side), and the inner products of its projected rows
+against the exact ones. Then what it takes: a pass over all rows, engines and a plain
+training step (forward and backward, transformers' own loss, no optimizer) in turn, in multiples of the step of the same round;
+beside them the step of this project's trainer, whose output layer sees the target tokens alone. Memory is the peak above the
+loaded model, each engine in a process of its own.
 
 Every engine gets the same batches, padded alike, and the loss of a row is the mean over its target tokens; peers take it from
 transformers' logits. One that projects each matrix by itself to k x k numbers gets the least k that gives at least d in all.
 
-Writes  a table; with --keep also its rows into a table of all models
+Writes  a table; with --keep also its rows into a table of all models, where what a run leaves out stays as it was
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import logging
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
@@ -41,14 +44,14 @@ from torch import Tensor
 from src import config, console
 from src.gradients import GradientCollector
 from src.projection import make_projection
-from src.tables import read_table, write_table
+from src.tables import write_table
 
 gradients = console.load_script("scripts/benchmark_gradients.py")
 
 PINS = console.ROOT / "requirements-peers.txt"
-STEP, OURS = "training step", "this project"
+STEP, OWN_STEP, OURS = "training step", "this project's training step", "this project"
 AGREES = 1e-4
-"""Relative error of a row's gradient up to which it is the loop's: float32 sums in another order are 1e-6 apart."""
+"""Relative error of a row's gradient up to which it is the loop's."""
 Parts = Mapping[str, Tensor]
 Engine = Callable[[Mapping[str, Tensor]], Parts]
 """Rows of a batch, by module (B, numbers of that module), or all in one."""
@@ -141,7 +144,8 @@ def bergson(bench: Any, dim: int | None, kept: dict, target: str = "per_module")
 
 @contextlib.contextmanager
 def dattri_logra(bench: Any, dim: int | None, kept: dict) -> Iterator[Engine]:
-    """As `LoGraAttributor.cache` runs it, whose batches must all have one size; its factor B asks for the mean over a batch."""
+    """As `LoGraAttributor.cache` runs it, which wants batches of one size; its factor B asks for the mean over a batch. Its
+    `torch.compile` is left out: with a guard for each of the matrices it takes a tenth longer on a CPU."""
     from dattri.algorithm.block_projected_if.core.compressor import setup_model_compressors
     from dattri.algorithm.block_projected_if.core.hook import HookManager
 
@@ -160,7 +164,8 @@ def dattri_logra(bench: Any, dim: int | None, kept: dict) -> Iterator[Engine]:
         return dict(zip(modules, hooks.get_compressed_grads(), strict=True))
 
     try:
-        yield rows_of
+        with torch.compiler.set_stance("force_eager"):
+            yield rows_of
     finally:
         hooks.remove_hooks()
 
@@ -269,30 +274,42 @@ def product_error(rows: Tensor, exact: Tensor) -> float:
 
 
 def judged(error: float) -> str:
-    """What the table says about an engine's gradients: nothing where they are the loop's."""
-    return "" if error <= AGREES else f"gradients are off by {error:.2g}"
+    """What the table says about an engine's gradients."""
+    return "gradients agree" if error <= AGREES else f"gradients are off by {error:.2g}"
 
 
-def check(bench: PeersBench, name: str, dims: Sequence[int], exact: Parts) -> dict[str, Any]:
-    """Errors of an engine's gradients and, by d, numbers of a row and error of the inner products; and a remark.
+def check(bench: PeersBench, dims: Sequence[int], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By engine the error of its gradients; by d the numbers of a row and the error of the inner products; and a remark.
 
     Whatever a peer raises is its remark: it cannot do this case.
     """
 
-    def rows(dim: int | None) -> Parts:
+    def rows(name: str, dim: int | None) -> Parts:
         several = list(bench.rows(ENGINES[name][1](bench, dim, {})))
-        return {module: torch.cat([parts[module] for parts in several]) for module in several[0]}
+        return {module: torch.cat([parts[module] for parts in several]).double() for module in several[0]}
 
-    try:
-        error, whole = gradient_error(rows(None), exact), torch.cat(list(exact.values()), 1).double()
-        projected = {dim: torch.cat(list(rows(dim).values()), 1).double() for dim in dims}
-    except Exception as refusal:
-        if name == OURS:
-            raise
-        return {"remark": f"cannot: {(str(refusal).strip() or repr(refusal)).splitlines()[0]}"}
-    products = {dim: product_error(rows_of, whole) for dim, rows_of in projected.items()}
-    numbers = {dim: rows_of.shape[1] for dim, rows_of in projected.items()}
-    return {"gradient_error": error, "remark": judged(error), "product_error": products, "numbers": numbers}
+    bench.model.double()
+    exact, found = loop_of_backwards(bench), dict[str, dict[str, Any]]()
+    whole = torch.cat(list(exact.values()), 1)
+    for dim in (None, *dims):
+        for name in names:
+            facts = found.setdefault(name, {"remark": "", "numbers": {}, "product_error": {}})
+            try:
+                if dim is None:
+                    facts["gradient_error"] = gradient_error(rows(name, None), exact)
+                    facts["remark"] = judged(facts["gradient_error"])
+                elif "gradient_error" in facts:
+                    projected = torch.cat(list(rows(name, dim).values()), 1)
+                    facts["numbers"][dim], facts["product_error"][dim] = (
+                        projected.shape[1],
+                        product_error(projected, whole),
+                    )
+            except Exception as refusal:
+                if name == OURS:
+                    raise
+                facts["remark"] = f"cannot: {(str(refusal).strip() or repr(refusal)).splitlines()[0]}"
+        bench.model.float()
+    return found
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -303,56 +320,66 @@ def measured(args: argparse.Namespace, folder: Path) -> pd.DataFrame:
     arguments = (args.model, args.dims[0], "cpu", args.samples, args.max_tokens, folder)
     bench = PeersBench(*arguments)
     every = bench.batches
-    bench.batches = [batch[: args.checked_rows] for batch in every[-1:]]  # the shortest rows
-    exact = loop_of_backwards(bench)
-    checked = {name: check(bench, name, args.dims, exact) for name in args.engines}
+    bench.batches, checked = [batch[: args.checked_rows] for batch in every[-1:]], {}  # the shortest rows
+    if "check" not in args.leave_out:
+        checked = check(bench, args.dims, args.engines)
     bench.batches = every
-    ways = {(STEP, dim): bench.floor for dim in args.dims[:1]}
+    step = (STEP, "")
+    ways: dict[tuple, Callable[[], None]] = {step: bench.floor, (OWN_STEP, ""): bench.own_step}
     ways |= {
         (name, dim): partial(bench.peer, name, dim)
         for dim in args.dims
         for name in args.engines
-        if "numbers" in checked[name]
+        if not checked or dim in checked[name]["numbers"]
     }
-    seconds = gradients.in_turn(ways, args.repeats, "cpu", clock=gradients.CLOCKS[args.clock])
-    ratios = gradients.over(seconds, (STEP, args.dims[0]))
-    memory = {}
-    for name, dim in ways if args.memory else ():
-        way = "floor" if name == STEP else f"peer:{name}:{dim}"
-        memory[name, dim] = gradients.peak_memory(way, arguments, "cpu", PeersBench)
+    timed, weighed = (ways if part not in args.leave_out else {} for part in ("time", "memory"))
+    seconds = gradients.in_turn(timed, args.repeats, "cpu", clock=gradients.CLOCKS[args.clock])
+    ratios, medians = gradients.over(seconds, step) if timed else {}, gradients.medians(seconds)
+    of_steps = {STEP: "floor", OWN_STEP: "own_step"}
+    memory = {
+        (name, dim): gradients.peak_memory(of_steps.get(name, f"peer:{name}:{dim}"), arguments, "cpu", PeersBench)
+        for name, dim in weighed
+    }
     setting = {
         "parameters": bench.model.layout.num_parameters,
         "rows": args.samples,
         "tokens": bench.datamodule.padded_tokens(every),
-        "rounds": args.repeats,
-        "clock": args.clock,
-        "threads": torch.get_num_threads(),
+        "rounds": args.repeats if timed else "",
+        "clock": args.clock if timed else "",
+        "threads": torch.get_num_threads() if timed else "",
         "torch": torch.__version__,
-        "command": console.command_typed(),
+        "command": console.command_typed() if timed else "",
+        "memory_command": console.command_typed() if weighed else "",
     }
     records = []
-    for name, dim in [(STEP, ""), *((name, dim) for dim in args.dims for name in args.engines)]:
-        key, facts = (name, dim or args.dims[0]), checked.get(name, {})
-        package = "transformers" if name == STEP else ENGINES[name][0]
+    for name, dim in [step, (OWN_STEP, ""), *((name, dim) for dim in args.dims for name in args.engines)]:
+        key, facts = (name, dim), checked.get(name, {})
+        package = "transformers" if name == STEP else ENGINES.get(name, ("",))[0]
         record = {"model": Path(args.model).name, "dim": dim, "engine": name}
         record["version"] = metadata.version(package) if package else ""
         record["numbers"] = facts.get("numbers", {}).get(dim, "")
         for column, value in zip(("time", "time_least", "time_greatest"), ratios.get(key, ("", "", "")), strict=True):
             record[column] = f"{value:.3f}" if key in ratios else ""
-        record["seconds"] = f"{gradients.medians(seconds)[key]:.2f}" if key in seconds else ""
-        record["memory"] = f"{memory[key] / memory[STEP, args.dims[0]]:.2f}" if key in memory else ""
+        record["seconds"] = f"{medians[key]:.2f}" if key in medians else ""
+        record["memory"] = f"{memory[key] / memory[step]:.2f}" if key in memory else ""
         record["megabytes"] = f"{memory[key] / 1e6:.0f}" if key in memory else ""
         record["gradient_error"] = f"{facts['gradient_error']:.1e}" if "gradient_error" in facts else ""
-        record["product_error"] = f"{facts['product_error'][dim]:.2g}" if "product_error" in facts else ""
+        product_error = facts.get("product_error", {}).get(dim)
+        record["product_error"] = f"{product_error:.2g}" if product_error else ""
         records.append({**record, "remark": facts.get("remark", ""), **setting})
     return pd.DataFrame(records)
 
 
 def keep(file: Path, table: pd.DataFrame) -> None:
-    """Put the rows of a model into a table of all, in the place of those it has."""
-    there = read_table(file) if file.is_file() else table[:0]
-    others = there[~there["model"].isin(table["model"])]
-    write_table(file, pd.concat([others, table]) if len(others) else table)
+    """Put rows into a table of all models, in the place of those of the same engine, whose cells stay where the new are empty."""
+    table = table.astype(str)
+    if file.is_file():
+        there, same = pd.read_csv(file, dtype=str, keep_default_na=False), ["model", "dim", "engine"]
+        there = there.set_index(same, drop=False)
+        table.index = pd.MultiIndex.from_frame(table[same])
+        table = table.mask(table == "", there.reindex(table.index).fillna(""))
+        table = pd.concat([there.loc[~there.index.isin(table.index)], table])
+    write_table(file, table)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -371,9 +398,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "(default: 8)")  # fmt: skip
     group.add_argument("--max_tokens", type=config.COUNT, default=2048, help="token budget of a batch (default: 2048)")
     group.add_argument("--repeats", type=config.COUNT, default=7, help="timed rounds (default: 7)")
-    group.add_argument(
-        "--no_memory", dest="memory", action="store_false", help="leave memory out (default: measure it)"
-    )
+    group.add_argument("--leave_out", nargs="+", choices=("check", "time", "memory"), default=(), help="what not to measure "
+                       "(default: nothing)")  # fmt: skip
     group.add_argument("--clock", choices=tuple(gradients.CLOCKS), default="wall", help=gradients.CLOCK_HELP)
     group.add_argument("--keep", metavar="CSV", help="table of all models to put the rows into (default: none)")
     return parser.parse_args(argv)
@@ -384,6 +410,7 @@ def main(args: argparse.Namespace) -> None:
     check_versions()
     for name in ("bergson", "dattri", "dattri_llm"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # dattri-LLM's, at the lowest matrices
     with tempfile.TemporaryDirectory() as name:
         table = measured(args, Path(name))
     print(table.iloc[:, : table.columns.get_loc("remark") + 1].to_string(index=False))
