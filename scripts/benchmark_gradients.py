@@ -1,14 +1,15 @@
 """How long projected per-sample gradients take and how much memory, as multiples of a training step.
 
 The floor is one plain training step (forward and backward of the LoRA model through transformers' own loss, no
-optimizer) on the same samples in the same batches: by length, within a token budget, padded to the longest.
-The floor and the engine are timed in turn, several times, in one process, and figures are medians; the loops and the
-whole stage are timed once. Memory is the peak above the
-loaded model, each way in a process of its own.
+optimizer) on the same samples in the same batches: by length, within a token budget, padded to the longest. Our own
+step is that of this project's trainer, whose output layer sees the target tokens alone.
+The steps and the engine are timed in turn, several times, in one process, and figures are medians; the loops and the
+whole stage are timed once. Memory is the peak above the loaded model, each way in a process of its own.
 
     python scripts/benchmark_gradients.py --model llama --dim 100
     python scripts/benchmark_gradients.py --model t5 --dim 1024 --json
     python scripts/benchmark_gradients.py --model llama --dim 400 --device cuda    # TinyLlama shape, bf16
+    python scripts/benchmark_gradients.py --model data/smollm2 --dim 4000 --samples 12 --quick --kinds sketch
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import gc
 import json
 import multiprocessing
 import random
+import re
 import resource
 import statistics
 import tempfile
@@ -32,24 +34,48 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from src import config, console
 from src.datamodule import TaskDataModule
 from src.gradients import GradientCollector, collect_gradients
 from src.instruction import load_instruction
-from src.models import LanguageModel, LoraShape, add_adapter
+from src.models import LanguageModel, LoraShape, add_adapter, load_model
 from src.projection import Projection, make_projection
 from src.store import StoreWriter
 
 VOCABULARY = 4096
+SMALL = ("llama", "t5")
 KINDS = ("sketch", "two_sided", "dense")
 DEFAULT = "sketch"
+LORA = LoraShape(16, 32)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCK_HELP = (
+    "wall, or CPU seconds of the process, which other processes lengthen less: with OMP_NUM_THREADS=1 (default: wall)"
+)
 ENGINE = f"engine:{DEFAULT}"
 
 
 def build_model(architecture: str, device: str) -> LanguageModel:
-    """A LoRA model from a configuration: p = 147k (llama) or 442k (t5) on the CPU, TinyLlama's shape on a GPU."""
+    """A LoRA model from a configuration: p = 147k (llama) or 442k (t5) on the CPU, TinyLlama's shape on a GPU; or from a
+    folder that holds a model."""
+    model = _small_model(architecture, device) if architecture in SMALL else load_model(architecture, LORA)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # B starts at zero, and zeros can be cheaper than numbers
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+    return model.to(device)
+
+
+def _small_model(architecture: str, device: str) -> LanguageModel:
     words = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 3))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -60,7 +86,7 @@ def build_model(architecture: str, device: str) -> LanguageModel:
             vocab_size=VOCABULARY, d_model=256, d_kv=32, d_ff=1024, num_layers=6, num_heads=8, dropout_rate=0.0,
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
         )  # fmt: skip
-        network, lora = T5ForConditionalGeneration(config), LoraShape(16, 32)
+        network, lora = T5ForConditionalGeneration(config), LORA
     elif device == "cuda":
         config = LlamaConfig(
             vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
@@ -72,34 +98,37 @@ def build_model(architecture: str, device: str) -> LanguageModel:
             vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8,
             num_key_value_heads=8, pad_token_id=0, eos_token_id=1, bos_token_id=None,
         )  # fmt: skip
-        network, lora = LlamaForCausalLM(config), LoraShape(16, 32)
-    model = add_adapter(LanguageModel(network, fast, architecture), lora, seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():  # B starts at zero, and zeros can be cheaper than numbers
-            if parameter.requires_grad:
-                parameter.normal_(std=0.02)
-    return model.to(device)
+        network, lora = LlamaForCausalLM(config), LORA
+    return add_adapter(LanguageModel(network, fast, architecture), lora, seed=0)
 
 
-def write_samples(path: Path, count: int, longest: int = 256, shortest: int = 20) -> Path:
+def words_of_one_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words that the tokenizer takes for one token each, after a space where it marks spaces; sorted."""
+    tokens = tokenizer.get_vocab()
+    spaced = [token[1:] for token in tokens if token[:1] in ("Ġ", "▁")]
+    return sorted(word for word in spaced or tokens if re.fullmatch("[a-z]+[0-9]*", word))
+
+
+def write_samples(path: Path, count: int, words: Sequence[str], longest: int = 256, shortest: int = 20) -> Path:
     """Rows of 20 to 256 tokens, half of them the prompt, of random words in FLAN layout."""
     generator = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         for row in range(count):
-            words = [f"w{generator.randrange(VOCABULARY - 3)}" for _ in range(generator.randint(shortest, longest) - 1)]
-            half = len(words) // 2
-            line = {"inputs": " ".join(words[:half]), "targets": " ".join(words[half:]), "_task_name": f"t{row % 10}"}
+            drawn = [generator.choice(words) for _ in range(generator.randint(shortest, longest) - 1)]
+            half = len(drawn) // 2
+            line = {"inputs": " ".join(drawn[:half]), "targets": " ".join(drawn[half:]), "_task_name": f"t{row % 10}"}
             file.write(json.dumps(line) + "\n")
     return path
 
 
 class Bench:
-    """A model ("llama" or "t5") and its samples, in batches of `max_tokens`, and the ways to take a pass over them."""
+    """A model ("llama", "t5" or a folder) and its samples, in batches of `max_tokens`, and the ways to take a pass over them."""
 
     def __init__(self, architecture: str, dim: int, device: str, samples: int, max_tokens: int, folder: Path) -> None:
         self.dim, self.device, self.folder, self.max_tokens = dim, device, folder, max_tokens
-        self.file = write_samples(folder / f"samples_{samples}.jsonl", samples)
         self.model = build_model(architecture, device)
+        words = words_of_one_token(self.model.tokenizer)
+        self.file = write_samples(folder / f"samples_{samples}.jsonl", samples, words)
         self.autocast = "bfloat16" if device == "cuda" else None
         self.projections: dict[str, Projection] = {}
         self.datamodule = self.make_datamodule()
@@ -126,6 +155,29 @@ class Bench:
                 loss = self.model.network(**self._collate(rows)).loss
             loss.backward()
             self.model.zero_grad(set_to_none=True)
+
+    def own_step(self) -> None:
+        """Forward and backward as this project's trainer does it: logits of the target tokens alone."""
+        self.model.train()
+        for rows in self.batches:
+            with self._autocast():
+                logits, labels, _ = self.model.target_logits(self._collate(rows))
+                loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            loss.backward()
+            self.model.zero_grad(set_to_none=True)
+
+    def row_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean loss over the target tokens of each row, (B,), from transformers' logits of all positions."""
+        batch = dict(batch)
+        labels, network = batch.pop("labels"), self.model.network
+        if self.model.kind == "decoder":
+            logits, targets = network(**batch).logits[:, :-1], labels[:, 1:]
+        else:
+            shifted = network.prepare_decoder_input_ids_from_labels(labels)
+            logits, targets = network(**batch, decoder_input_ids=shifted).logits, labels
+        # classes last: along another dimension torch adds up 49,152 of them with an error of 5e-4
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view_as(targets).sum(1) / (targets != -100).sum(1)
 
     def engine(self, kind: str) -> None:
         """This project's collector."""
@@ -163,16 +215,7 @@ class Bench:
                 if name in batch:
                     missing = width - batch[name].shape[1]
                     batch[name] = torch.nn.functional.pad(batch[name], (0, max(0, missing)), value=fill)
-            labels = batch.pop("labels")
-            network = self.model.network
-            if self.model.kind == "decoder":
-                logits = network(**batch).logits[:, :-1]
-                targets = labels[:, 1:]
-            else:
-                shifted = network.prepare_decoder_input_ids_from_labels(labels)
-                logits, targets = network(**batch, decoder_input_ids=shifted).logits, labels
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            outputs = losses.sum(1) / (targets != -100).sum(1)
+            outputs = self.row_losses(batch)
             for row in range(len(outputs)):
                 gradients = torch.autograd.grad(outputs[row], parameters, retain_graph=True)
                 flat = torch.cat([gradient.flatten() for gradient in gradients]).cpu().numpy().astype(np.float64)
@@ -195,8 +238,8 @@ class Bench:
             store.finish({})
 
 
-def seconds_of(way: Callable[[], None], device: str) -> float:
-    """Seconds of one pass; on a GPU by CUDA events."""
+def seconds_of(way: Callable[[], None], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one pass by a clock; on a GPU by CUDA events."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -204,34 +247,52 @@ def seconds_of(way: Callable[[], None], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
-    started = time.perf_counter()
+    started = clock()
     way()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def interleaved(
-    ways: dict[str, Callable[[], None]], repeats: int, device: str, warm_up: bool = True
-) -> dict[str, float]:
-    """Median seconds of each way, timed in turn, by default after a round that does not count."""
+def in_turn(
+    ways: dict[str, Callable[[], None]],
+    repeats: int,
+    device: str,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each way in every round, timed in turn, by default after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(-warm_up, repeats):
         for name, way in ways.items():
-            value = seconds_of(way, device)
+            value = seconds_of(way, device, clock)
             if repeat >= 0:
                 seconds[name].append(value)
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each way."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_memory(way: str, arguments: tuple, device: str) -> int:
+def over(seconds: dict[str, list[float]], floor: str) -> dict[str, tuple[float, float, float]]:
+    """Each way in multiples of the floor, round by round: median, least and greatest."""
+    ratios = {
+        name: [value / unit for value, unit in zip(values, seconds[floor], strict=True)]
+        for name, values in seconds.items()
+    }
+    return {name: (statistics.median(values), min(values), max(values)) for name, values in ratios.items()}
+
+
+def peak_memory(way: str, arguments: tuple, device: str, kind: type[Bench] = Bench) -> int:
     """Peak bytes above the loaded model of one way, in a process of its own (on a GPU: of the allocator)."""
     if device == "cuda":
-        bench = Bench(*arguments)
+        bench = kind(*arguments)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         getattr(bench, way.split(":")[0])(*way.split(":")[1:])
         return torch.cuda.max_memory_allocated() - before
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_in_this_process, (way, arguments))
+        return pool.apply(_peak_in_this_process, (way, arguments, kind))
 
 
 def resident_bytes() -> int:
@@ -239,10 +300,9 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _peak_in_this_process(way: str, arguments: tuple) -> int:
+def _peak_in_this_process(way: str, arguments: tuple, kind: type[Bench]) -> int:
     console.quiet_libraries()
-    torch.set_num_threads(2)
-    bench = Bench(*arguments)
+    bench = kind(*arguments)
     every, bench.batches = bench.batches, bench.batches[-1:]
     run = getattr(bench, way.split(":")[0])
     run(*way.split(":")[1:])  # the shortest rows: loads code, draws signs and makes buffers that stay
@@ -268,7 +328,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = console.Parser(__doc__)
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--model", choices=("llama", "t5"), default="llama", help="architecture (default: llama)")
+    group.add_argument("--model", default="llama", help="architecture, llama or t5, or a folder with a model "
+                       "(default: llama)")  # fmt: skip
+    group.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="projections (default: all)")
     group.add_argument("--dim", type=config.COUNT, default=100, help="projection dimension d (default: 100)")
     group.add_argument("--samples", type=config.COUNT, default=256, help="rows of a pass (default: 256)")
     group.add_argument("--stage_samples", type=config.COUNT, default=2000, help="rows of the whole stage "
@@ -276,9 +338,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max_tokens", type=config.COUNT, default=2048, help="token budget of a batch; on 2 cores "
                        "a training step is about its fastest at the default (default: 2048)")  # fmt: skip
     group.add_argument("--repeats", type=config.COUNT, default=5, help="timed rounds (default: 5)")
+    group.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device; on cuda with the shape of "
                        "TinyLlama, in bfloat16 (default: cpu)")  # fmt: skip
-    group.add_argument("--quick", action="store_true", help="only the floor, the engine and their memory (default: also "
+    group.add_argument("--quick", action="store_true", help="only the steps, the engine and their memory (default: also "
                        "the loops and the whole stage)")  # fmt: skip
     group.add_argument("--json", action="store_true", help="only the last line, the figures as JSON (default: the table "
                        "too)")  # fmt: skip
@@ -290,17 +353,18 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         arguments = (args.model, args.dim, args.device, args.samples, args.max_tokens, Path(name))
         bench = Bench(*arguments)
-        ways: dict[str, Callable[[], None]] = {"floor": bench.floor}
-        ways |= {f"engine:{kind}": partial(bench.engine, kind) for kind in KINDS}
-        seconds = interleaved(ways, args.repeats, args.device)
-        memory = {way: peak_memory(way, arguments, args.device) for way in ("floor", ENGINE)}
+        ways: dict[str, Callable[[], None]] = {"floor": bench.floor, "own_step": bench.own_step}
+        ways |= {f"engine:{kind}": partial(bench.engine, kind) for kind in {DEFAULT: 0} | dict.fromkeys(args.kinds, 0)}
+        by_round = in_turn(ways, args.repeats, args.device, clock=CLOCKS[args.clock])
+        seconds, ranges, own = medians(by_round), over(by_round, "floor"), over(by_round, "own_step")[ENGINE]
+        memory = {way: peak_memory(way, arguments, args.device) for way in ("floor", "own_step", ENGINE)}
         stage_over_floor = None
         if not args.quick:
             slow = {"for loop": bench.for_loop, "published loop": bench.published}
-            seconds |= interleaved(slow, 1, args.device, warm_up=False)
+            seconds |= medians(in_turn(slow, 1, args.device, warm_up=False))
             large = (*arguments[:3], args.stage_samples, *arguments[4:])
             staged = Bench(*large)
-            whole = interleaved({"floor": staged.floor, "stage": staged.stage}, 1, args.device, warm_up=False)
+            whole = medians(in_turn({"floor": staged.floor, "stage": staged.stage}, 1, args.device, warm_up=False))
             stage_over_floor = whole["stage"] / whole["floor"]
             for label, changed in {
                 "a quarter of the samples": (*arguments[:3], args.samples // 4, *arguments[4:]),
@@ -308,9 +372,11 @@ def main(args: argparse.Namespace) -> None:
             }.items():
                 memory[f"{ENGINE}, {label}"] = peak_memory(ENGINE, changed, args.device)
     if not args.json:
-        print(f"{'way':<40}{'seconds':>10}{'/ floor':>10}")
+        print(f"{'way':<40}{'seconds':>10}{'/ floor':>10}{'range':>14}")
         for way, value in seconds.items():
-            print(f"{way:<40}{value:>10.2f}{value / seconds['floor']:>10.2f}")
+            middle, least, greatest = ranges.get(way, [value / seconds["floor"]] * 3)
+            print(f"{way:<40}{value:>10.2f}{middle:>10.2f}{f'{least:.2f} to {greatest:.2f}':>14}")
+        print(f"{'engine, in steps of our own':<40}{'':>10}{own[0]:>10.2f}{f'{own[1]:.2f} to {own[2]:.2f}':>14}")
         if stage_over_floor:
             label = f"stage, {args.stage_samples:,} samples (floor {whole['floor']:.1f} s)"
             print(f"{label:<40}{whole['stage']:>10.2f}{stage_over_floor:>10.2f}")
@@ -320,10 +386,12 @@ def main(args: argparse.Namespace) -> None:
     figures = {
         "model": args.model,
         "dim": args.dim,
-        "engine_over_floor": round(seconds[ENGINE] / seconds["floor"], 3),
+        "engine_over_floor": round(ranges[ENGINE][0], 3),
+        "engine_over_own_step": round(own[0], 3),
         "stage_over_floor": stage_over_floor and round(stage_over_floor, 3),
         "published_over_engine": None if args.quick else round(seconds["published loop"] / seconds[ENGINE], 2),
         "memory_over_floor": round(memory[ENGINE] / memory["floor"], 3),
+        "memory_over_own_step": round(memory[ENGINE] / memory["own_step"], 3),
     }
     print(json.dumps(figures))
 
