@@ -73,15 +73,15 @@ def flag(
 class InstructionData:
     """data (instruction)"""
 
-    data_files: tuple[str, ...] = flag((), "training sources: .jsonl, .json, .csv, .tsv, .parquet or .pkl files, "
-        "folders, saved data sets, or hub ids as org/name:split", metavar="SOURCE", nargs="+", shown=str(ALPACA_FILE))  # fmt: skip
-    target_files: tuple[str, ...] = flag((), "target tasks, never trained on; half of each is for validation, half for "
-        "the final test", metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
+    data_files: tuple[str, ...] = flag((), "training sources: files, folders, or hub ids as org/name:split",
+        metavar="SOURCE", nargs="+", shown=str(ALPACA_FILE))  # fmt: skip
+    target_files: tuple[str, ...] = flag((), "target tasks, never trained on",
+        metavar="SOURCE", nargs="+", shown="each training task is a target too")  # fmt: skip
     train_instruction: bool = flag(False, "train on Alpaca, FLAN v2 and chain of thought", shown="--data_files")
-    prompt_column: str | None = flag(None, "column of the prompts, in sources that have it", metavar="NAME",
-        shown="inputs, prompt, messages, instruction, question …, whichever is there")  # fmt: skip
-    completion_column: str | None = flag(None, "column of the completions, in sources that have it", metavar="NAME",
-        shown="targets, completion, output or response, or the last of the messages")  # fmt: skip
+    prompt_column: str | None = flag(None, "column of the prompts, in sources that have it",
+        metavar="NAME", shown="found by its name")  # fmt: skip
+    completion_column: str | None = flag(None, "column of the completions, in sources that have it",
+        metavar="NAME", shown="found by its name")  # fmt: skip
     loss_on_prompt: bool = flag(False, "count a decoder's prompts in the loss, as published", shown="do not")
 
     @property
@@ -95,11 +95,10 @@ class InstructionData:
 class RowsConfig:
     """tasks and held-out rows"""
 
-    task_column: str | None = flag(None, "column that names a row's task, in sources that have it; chain of thought: "
-        "field of the completions or of the data set", metavar="NAME", shown="_task_name, skill or task; without one "
-        "a source is a task, and chain of thought one task, which --load_clusters divides")  # fmt: skip
-    heldout_share: float | None = flag(None, "share of a task's different prompts for validation, and again for test; "
-        "chain of thought: of training questions, for validation", SHARE, shown="0.1; with --target_files 0")  # fmt: skip
+    task_column: str | None = flag(None, "column that names a row's task, in sources that have it",
+        metavar="NAME", shown="_task_name, skill or task")  # fmt: skip
+    heldout_share: float | None = flag(None, "share of a task's prompts for validation, and again for test",
+        SHARE, shown="0.1; with --target_files 0")  # fmt: skip
     max_heldout: int | None = flag(None, "most prompts of a task for each", COUNT, shown="50; chain of thought 500")
 
 
@@ -143,8 +142,8 @@ class ModelConfig:
     train_lora: bool = flag(False, "train a LoRA adapter", shown="every weight")
     lora_rank: int = flag(16, "rank of the adapter, with --train_lora", COUNT)
     lora_alpha: int = flag(32, "scale of the adapter: its update counts alpha / rank, with --train_lora", COUNT)
-    lora_target_modules: tuple[str, ...] | None = flag(None, "layers that carry the adapter: ends of their names, a "
-        "regular expression, or all-linear", metavar="NAME", nargs="+", shown="the attention's inputs, by architecture")  # fmt: skip
+    lora_target_modules: tuple[str, ...] | None = flag(None, "layers that carry the adapter, or all-linear",
+        metavar="NAME", nargs="+", shown="the attention's inputs")  # fmt: skip
     base_dtype: str = flag("float32", "dtype of the frozen base, with --train_lora", choices=("float32", "bfloat16"))
     use_qlora: bool = flag(False, "hold the base model in 4 bits (NF4), compute in bfloat16", shown="see --base_dtype")
     gradient_checkpointing: bool = flag(False, "save memory: compute activations twice", free=True, shown="do not")
@@ -168,8 +167,8 @@ class TrainingConfig:
 class CheckpointShares:
     """meta-training"""
 
-    checkpoint_at: tuple[float, ...] = flag((0.08, 0.2, 0.5),
-        "shares of the optimizer steps to keep checkpoints at, for gradients; 0: the start", SHARE, nargs="*")  # fmt: skip
+    checkpoint_at: tuple[float, ...] = flag((0.08, 0.2, 0.5), "shares of the steps to keep checkpoints at; 0: the start",
+        SHARE, nargs="*")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,20 +183,20 @@ class MetaTrainingConfig(CheckpointShares):
 class StatesConfig:
     """interruptions"""
 
-    save_every: float = flag(15.0, "minutes between states of a training, besides those at the end of each epoch; the same "
-        "command goes on from the last one", NOT_NEGATIVE, "MINUTES", free=True)  # fmt: skip
+    save_every: float = flag(15.0, "minutes between states that a killed training goes on from",
+        NOT_NEGATIVE, "MINUTES", free=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ChosenTasks:
     """fine-tuning on subsets"""
 
-    subset_file: str | None = flag(None, "fine-tune the base model once for each line of a sampled_tasks file and "
-        "append a row of losses for each", metavar="FILE", shown="meta-training on all tasks")  # fmt: skip
-    task_weights: str | None = flag(None, "fine-tune the base model once on rows drawn from the tasks in these shares, "
-        "a CSV that fast_estimate_forward_selection.py --weights writes", metavar="FILE", shown="meta-training")  # fmt: skip
-    task_idxes: tuple[Any, ...] | None = flag(None, "fine-tune once on these tasks, or on `all`; without ids, only "
-        "evaluate the base model", number(int, 0, word=ALL_TASKS), "ID", nargs="*", shown="meta-training")  # fmt: skip
+    subset_file: str | None = flag(None, "fine-tune on the tasks of each line of a file, and append their losses",
+        metavar="FILE", shown="meta-training")  # fmt: skip
+    task_weights: str | None = flag(None, "fine-tune on rows drawn in the shares of this CSV",
+        metavar="FILE", shown="meta-training")  # fmt: skip
+    task_idxes: tuple[Any, ...] | None = flag(None, "fine-tune on these tasks, or `all`; on none: the base model",
+        number(int, 0, word=ALL_TASKS), "ID", nargs="*", shown="meta-training")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,8 @@ class RunsConfig:
 class NameConfig:
     """run"""
 
-    save_name: str | None = flag(None, "name of the run; later stages take from it every flag that is not typed",
-        metavar="NAME", shown="stage 1: made of model and data; later: the last that fits what is typed")  # fmt: skip
+    save_name: str | None = flag(None, "name of the run, from which later stages take their flags",
+        metavar="NAME", shown="model and data; later the last that fits")  # fmt: skip
     results_name: str | None = flag(None, "name of tables and selections", str, "NAME", free=True, shown="--save_name")
 
 
@@ -228,14 +227,14 @@ class NameConfig:
 class HardwareConfig:
     """hardware"""
 
-    devices: tuple[int, ...] | None = flag(None, "GPU numbers: `--devices 1` is the second GPU, `--devices 0 1 2 3` "
-        "four GPUs", int, "GPU", nargs="+", alias="--device", free=True, shown="GPU 0; ignored without a GPU")  # fmt: skip
-    accelerator: str = flag("auto", "auto: a GPU if there is one; `cpu` with several --devices runs that many "
-        "processes", choices=("auto", "cuda", "cpu"), free=True)  # fmt: skip
-    strategy: str = flag("auto", "ddp: the whole model in each process; fsdp: its weights spread over the processes; "
-        "auto is ddp", choices=("auto", "ddp", "fsdp"), free=True)  # fmt: skip
-    precision: str = flag("32", "32 bits, or mixed precision in 16 or bf16; or as Lightning spells it, such as bf16-mixed; "
-        "bf16-true adds --base_dtype bfloat16", metavar="NAME", free=True, choices=("32", "16", "bf16", *PRECISIONS))  # fmt: skip
+    devices: tuple[int, ...] | None = flag(None, "GPU numbers: `--devices 1` is the second, `--devices 0 1` are two",
+        int, "GPU", nargs="+", alias="--device", free=True, shown="GPU 0")  # fmt: skip
+    accelerator: str = flag("auto", "auto: a GPU if there is one; cpu: a process for each of --devices",
+        choices=("auto", "cuda", "cpu"), free=True)  # fmt: skip
+    strategy: str = flag("auto", "ddp, auto: the whole model in each process; fsdp: its weights spread",
+        choices=("auto", "ddp", "fsdp"), free=True)  # fmt: skip
+    precision: str = flag("32", "32 bits, or mixed in 16 or bf16; Lightning's names too",
+        metavar="NAME", free=True, choices=("32", "16", "bf16", *PRECISIONS))  # fmt: skip
     num_nodes: int = flag(1, "machines, each with as many processes", COUNT, free=True)
 
     @property
@@ -275,18 +274,18 @@ class GradientConfig:
     """gradients"""
 
     representations: bool = flag(False, "also keep hidden states, for --estimator representation", shown="do not")
-    save_projection_matrix: bool = flag(False, "also write the projection's random signs, packed in bits, beside the "
-        "gradients of each checkpoint", free=True, shown="do not; the seed draws them again")  # fmt: skip
-    max_tokens_per_batch: Any = flag(4096, "rows times longest row of a batch, or auto: on a GPU twice that and so on, "  # noqa: RUF009
-        "as long as a batch fits", number(int, 1, word=AUTO), "TOKENS", free=True)  # fmt: skip
+    save_projection_matrix: bool = flag(False, "also write the projection's random signs, packed in bits",
+        free=True, shown="do not")  # fmt: skip
+    max_tokens_per_batch: Any = flag(4096, "padded tokens of a batch, or auto: as many as a GPU takes",  # noqa: RUF009
+        number(int, 1, word=AUTO), "TOKENS", free=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ClustersConfig:
     """clusters as tasks"""
 
-    load_clusters: bool = flag(False, "tasks are clusters of the training samples by their projected gradients, made "
-        "on first use and kept", free=True, shown="the data's own tasks")  # fmt: skip
+    load_clusters: bool = flag(False, "tasks are clusters of the training rows' gradients",
+        free=True, shown="the data's own tasks")  # fmt: skip
     num_clusters: int = flag(100, "number of clusters, with --load_clusters", COUNT, free=True)
 
 
@@ -294,33 +293,31 @@ class ClustersConfig:
 class TargetConfig:
     """target"""
 
-    target_task: tuple[str, ...] | None = flag(None, "target tasks", metavar="NAME", nargs="+", free=True,
-        shown="stage 3: all with validation rows; selection: the mean over --target_files, else over all")  # fmt: skip
+    target_task: tuple[str, ...] | None = flag(None, "target tasks",
+        metavar="NAME", nargs="+", free=True, shown="all; selection: those of --target_files")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EstimatorConfig:
     """estimation"""
 
-    estimator: str = flag("ridge", "ridge: quadratic models of the subset and of the target; linear: first order in "
-        "the target; logistic: the paper's regression, for --output_function margin; alignment: inner product of mean "
-        "gradients, as in LESS; representation: similarity of hidden states, for stage 2's --representations; "
-        "constant: the loss before training", metavar="NAME", free=True)  # fmt: skip
+    estimator: str = flag("ridge", "ridge, linear, logistic, alignment, representation or constant",
+        metavar="NAME", free=True)  # fmt: skip
     rho: float = flag(1e-3, "ridge strength lambda, per mean squared norm of a gradient", POSITIVE, free=True)
-    weight_by: str | None = flag(None, "unit of equal weight in an estimate: target token, row (sample), or task of the "
-        "subset", free=True, choices=("token", "sample", "task"), shown="as the meta-training was")  # fmt: skip
+    weight_by: str | None = flag(None, "unit of equal weight: target token, row (sample), or task",
+        free=True, choices=("token", "sample", "task"), shown="the meta-training's")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SubsetsConfig:
     """subsets"""
 
-    sampled_tasks: str | None = flag(None, "file of subsets, one per line; read if it exists, else drawn and written",
+    sampled_tasks: str | None = flag(None, "file of subsets, a line each; drawn and written if absent",
         metavar="FILE", shown="sampled_tasks/<run>.txt")  # fmt: skip
     number_of_subsets: int | None = flag(None, "subsets to draw", COUNT, shown="1000, or as many as there are")
     subset_size: Any = flag(None, "share or number of the tasks in each", share_or_count, "SIZE", shown="0.5")  # noqa: RUF009
-    calibrate: str | None = flag(None, "five or more really fine-tuned subsets (results.csv of stage 1's script): "
-        "calibrate on them, and add 90 % prediction intervals", metavar="CSV", shown="estimates as they are")  # fmt: skip
+    calibrate: str | None = flag(None, "results.csv of five or more fine-tuned subsets: add intervals",
+        metavar="CSV", shown="estimates as they are")  # fmt: skip
     evaluate: str = flag("first_order", "displaced: run the displaced model too", choices=("first_order", "displaced"))
     scale: float | None = flag(None, "its length, in norms of the weights", POSITIVE, shown="that of the solution")
 
@@ -329,13 +326,13 @@ class SubsetsConfig:
 class ApproximationConfig:
     """stage 2, or the approximation error"""
 
-    compute_pretrained_outputs: bool = flag(False, "compute outputs and gradients at the checkpoints, which is stage 2",
-        shown="measure the first-order approximation error there")  # fmt: skip
+    compute_pretrained_outputs: bool = flag(False, "take gradients, which is stage 2",
+        shown="measure the approximation error")  # fmt: skip
     scale: tuple[float, ...] = flag((0.02, 0.04, 0.06, 0.08, 0.1), "lengths of the displacements as a share of the "
         "norm of the trained weights", POSITIVE, nargs="+")  # fmt: skip
     seed: tuple[int, ...] = flag((0,), "seeds of the random directions", int, nargs="+")
-    toward: tuple[str, ...] = flag((), "fine-tuned models, folders: also measure towards each, at these lengths and at the "
-        "model itself", metavar="FOLDER", nargs="+", shown="random directions alone")  # fmt: skip
+    toward: tuple[str, ...] = flag((), "fine-tuned models to measure the error towards",
+        metavar="FOLDER", nargs="+", shown="random directions")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -346,10 +343,9 @@ class SelectionConfig:
     start_from: tuple[int, ...] = flag((), "tasks to start with", int, "ID", nargs="+", shown="none; backward: all")
     max_tasks: int | None = flag(None, "most tasks in the subset", COUNT, shown="no limit")
     budget_rows: int | None = flag(None, "at most so many training rows", COUNT, shown="no limit")
-    try_at_most: int | None = flag(None, "after the first step try only so many tasks, those that looked best when "
-        "last tried; for thousands of tasks", COUNT, shown="all")  # fmt: skip
-    refine: int | None = flag(None, "really fine-tune the K best subsets on the way, as the run was trained, and "
-        "select the best of them", number(int, 0), "K", shown="0: trust the estimates; with --keep_task 1")  # fmt: skip
+    try_at_most: int | None = flag(None, "tasks to try at a step, those that last looked best", COUNT, shown="all")
+    refine: int | None = flag(None, "fine-tune the K best subsets on the way and select among them",
+        number(int, 0), "K", shown="0; with --keep_task 1")  # fmt: skip
     weights: bool = flag(False, "also find how much to draw from each task, for --task_weights", shown="do not")
     per_target: bool = flag(False, "select for each target; show what each task alone does", shown="do not")
 
@@ -358,8 +354,8 @@ class SelectionConfig:
 class KeepConfig:
     """what must not get worse"""
 
-    keep_task: tuple[str, ...] = flag((), "targets that must not get worse: no step is taken that is estimated to raise one "
-        "of their losses above the base model's, and fine-tuning does not", metavar="NAME", nargs="+", shown="none")  # fmt: skip
+    keep_task: tuple[str, ...] = flag((), "targets that must not get worse, estimated and fine-tuned",
+        metavar="NAME", nargs="+", shown="none")  # fmt: skip
     tolerance_keep: float = flag(0.0, "by how much more these losses may be, in nats per token", number(float), "X")
 
 

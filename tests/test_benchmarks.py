@@ -1,6 +1,7 @@
 """The benchmarks on a world of minutes made seconds: every row, every file, and going on where a run ended."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,17 @@ def test_every_estimator_and_every_method_is_judged(tmp_path, monkeypatch, capsy
     expected = [np.sqrt(2 * r / (1 + r))] * len(records)
     assert [record["attainable"] for record in records] == pytest.approx(expected, abs=1e-4)
     assert len(pd.read_csv("results/benchmark_estimates/table.csv")) == len(records)
+
+    more = ["--subsets", "6", "--calibration_subsets", "5", "--checkpoints", "0.5", "0/0.5/1"]
+    run_script("scripts/benchmark_estimates.py", *TINY, *more)  # at other checkpoints, and judged by the same truth
+    *records, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [record["estimator"] for record in records] == ["50 %", "base, 50 %, 100 %"]
+    assert len(pd.read_csv(truth_file)) == len(truth)
+    benchmark = load_script("scripts/benchmark_estimates.py")
+    args = benchmark.parse_args([*TINY, *more])
+    world = replace(benchmark.worlds.parse_world(WORLD, args), checkpoint_at=(0, 0.5, 1))
+    steps = [[part.manifest["step"] for part in of_set.stored] for _, of_set in benchmark.estimators_of(world, args)]
+    assert steps == [[round(steps[1][2] / 2)], [0, round(steps[1][2] / 2), steps[1][2]]] and steps[1][2] > 1
 
     run_script("scripts/benchmark_selection.py", *TINY, "--experts", "--keep", "kept.csv")
     of = {record["method"]: record for record in map(json.loads, capsys.readouterr().out.splitlines())}
