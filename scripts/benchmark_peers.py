@@ -49,7 +49,7 @@ from src.tables import write_table
 gradients = console.load_script("scripts/benchmark_gradients.py")
 
 PINS = console.ROOT / "requirements-peers.txt"
-STEP, OWN_STEP, OURS = "training step", "this project's training step", "this project"
+STEP, OWN_STEP, OURS = "transformers' training step", "this project's training step", "this project"
 AGREES = 1e-4
 """Relative error of a row's gradient up to which it is the loop's."""
 Parts = Mapping[str, Tensor]
@@ -325,7 +325,8 @@ def measured(args: argparse.Namespace, folder: Path) -> pd.DataFrame:
         checked = check(bench, args.dims, args.engines)
     bench.batches = every
     step = (STEP, "")
-    ways: dict[tuple, Callable[[], None]] = {step: bench.floor, (OWN_STEP, ""): bench.own_step}
+    ways: dict[tuple, Callable[[], None]] = {step: bench.floor}
+    ways |= {(OWN_STEP, ""): bench.own_step} if OURS in args.engines else {}
     ways |= {
         (name, dim): partial(bench.peer, name, dim)
         for dim in args.dims
@@ -352,7 +353,8 @@ def measured(args: argparse.Namespace, folder: Path) -> pd.DataFrame:
         "memory_command": console.command_typed() if weighed else "",
     }
     records = []
-    for name, dim in [step, (OWN_STEP, ""), *((name, dim) for dim in args.dims for name in args.engines)]:
+    steps = [step, (OWN_STEP, "")] if OURS in args.engines else []
+    for name, dim in [*steps, *((name, dim) for dim in args.dims for name in args.engines)]:
         key, facts = (name, dim), checked.get(name, {})
         package = "transformers" if name == STEP else ENGINES.get(name, ("",))[0]
         record = {"model": Path(args.model).name, "dim": dim, "engine": name}

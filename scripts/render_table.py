@@ -188,7 +188,33 @@ def by_estimator(kept: pd.DataFrame, data: str) -> pd.DataFrame:
     })  # fmt: skip
 
 
-VIEWS = {view.__name__: view for view in (by_distance, by_estimator, by_method, by_selection)}
+def by_engine(kept: pd.DataFrame, model: str) -> pd.DataFrame:
+    """What per-sample gradients of one model take by engine, in multiples of a training step, the fastest first; and whether
+    they are right."""
+    kept = kept[kept["model"] == model].astype({"dim": str})
+
+    def shown(column: str, form: str = "{:.2f}") -> list[str]:
+        return [form.format(float(value)) if str(value) else "" for value in kept[column]]
+
+    ranges = zip(shown("time"), shown("time_least"), shown("time_greatest"), strict=True)
+    table = pd.DataFrame(
+        {
+            "d": [f"{int(dim):,}" if dim else "" for dim in kept["dim"]],
+            "engine": [" ".join(filter(None, names)) for names in zip(kept["engine"], kept["version"], strict=True)],
+            "time": [f"{middle} ({least} to {greatest})" if middle else "" for middle, least, greatest in ranges],
+            "memory": shown("memory"),
+            "numbers of a row": shown("numbers", "{:,.0f}"),
+            "error of inner products": shown("product_error", "{:.2g}"),
+            "gradients": kept["remark"].tolist(),
+        }
+    )
+    order = pd.DataFrame(
+        {"d": [int(dim or 0) for dim in kept["dim"]], "time": pd.to_numeric(kept["time"].tolist(), errors="coerce")}
+    )
+    return table.loc[order.sort_values(["d", "time"], kind="stable").index]
+
+
+VIEWS = {view.__name__: view for view in (by_distance, by_engine, by_estimator, by_method, by_selection)}
 
 
 def rendered_document(path: Path) -> str:

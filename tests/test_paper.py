@@ -87,10 +87,37 @@ def test_a_documents_selections_have_intervals_where_seeds_are_several(here):
     ]
 
 
-@pytest.mark.parametrize("name", ["paper", "accuracy"])
-def test_a_page_shows_what_is_kept(name):
-    """Nobody types a figure: rendering the page again changes nothing."""
-    page = ROOT / "docs" / f"{name}.md"
+def test_a_documents_engines_are_in_steps_and_the_fastest_first(here):
+    facts = {
+        "time_least": "0.5",
+        "time_greatest": "2.5",
+        "memory": "",
+        "product_error": "",
+        "numbers": "",
+        "version": "",
+    }
+    records = [("", "step", "1.0", ""), ("100", "slow", "2.0", "gradients are off by 0.01"), ("100", "fast", "0.875", ""),
+               ("100", "none", "", "cannot: why")]  # fmt: skip
+    frame = pd.DataFrame(records, columns=["dim", "engine", "time", "remark"]).assign(model="toy", **facts)
+    frame.loc[1, ["version", "memory", "numbers", "product_error"]] = "1.2", "0.5", "1200", "0.125"
+    frame.loc[3, ["time_least", "time_greatest"]] = ""
+    frame.to_csv("peers.csv", index=False)
+    Path("page.md").write_text("<!-- peers.csv by_engine toy -->\n<!-- end -->\n")
+    run_script("scripts/render_table.py", "--into", "page.md")
+    assert Path("page.md").read_text().splitlines()[1:-1] == [
+        "| d | engine | time | memory | numbers of a row | error of inner products | gradients |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "|  | step | 1.00 (0.50 to 2.50) |  |  |  |  |",
+        "| 100 | fast | 0.88 (0.50 to 2.50) |  |  |  |  |",
+        "| 100 | slow 1.2 | 2.00 (0.50 to 2.50) | 0.50 | 1,200 | 0.12 | gradients are off by 0.01 |",
+        "| 100 | none |  |  |  |  | cannot: why |",
+    ]
+
+
+@pytest.mark.parametrize("name", ["accuracy.md", "paper.md", "speed.md"])
+def test_pages_show_what_is_kept(name):
+    """Nobody types a figure: rendering a page again changes nothing."""
+    page = ROOT / "docs" / name
     before = page.read_text()
     assert ".csv " in before
     copy = load_script("scripts/render_table.py").rendered_document(page)
