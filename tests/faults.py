@@ -50,7 +50,7 @@ class Stages:
 
     def __exit__(self, *_: object) -> None:
         self.server.stdin.close()
-        self.server.wait(timeout=60)
+        self.server.wait(timeout=600)
 
     def run(self, folder: Path, command: Sequence[str], **faults: Any) -> Outcome:
         """`python <command>` in a folder.

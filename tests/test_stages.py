@@ -152,7 +152,7 @@ def test_a_source_can_be_added_dropped_and_corrected_later(copy, capsys):
 
 def test_clusters_are_tasks_up_to_the_fine_tuning(copy, capsys):
     """Each stage is the one that the stage before it names as the next."""
-    run_script(ESTIMATE, *TOY, "--load_clusters", "--num_clusters", "3", "--number_of_subsets", "4")
+    run_script(ESTIMATE, *TOY, "--load_clusters", "--num_clusters", "3", "--number_of_subsets", "3")
     for script in (SELECT, TRAIN):
         command = re.search(rf"Next: .*?python ({script} [^,\n]*)", capsys.readouterr().out)[1]
         run_script(command)
