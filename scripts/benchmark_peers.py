@@ -210,7 +210,10 @@ ENGINES: dict[str, tuple[str, Callable[[Any, int | None, dict], contextlib.Abstr
 """Name in the table -> distribution, and the engine."""
 
 
-class PeersBench(gradients.Bench):
+Bench: Any = gradients.Bench
+
+
+class PeersBench(Bench):
     """The rows and the model of the gradients' benchmark, with a pass by any engine; `kept` is what engines draw or compile
     once and keep from pass to pass."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import importlib.util
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,17 @@ class Parser(argparse.ArgumentParser):
         usage = " ".join(filter(None, ["python", prog, positionals, "[flags]"]))
         layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
         super().__init__(prog=prog, usage=usage, description=doc, formatter_class=layout, allow_abbrev=False)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse; refuse unknown flags and suggest the nearest known ones."""
+        parsed, strangers = self.parse_known_args(args, namespace)
+        if strangers:
+            known = [name for action in self._actions for name in action.option_strings]
+            flags = [word.partition("=")[0] for word in strangers if word.startswith("-")]
+            meant = [name for flag in flags for name in difflib.get_close_matches(flag, known, n=1)]
+            guess = f"; did you mean {' '.join(meant)}?" if meant else ""
+            self.error(f"unrecognized arguments: {' '.join(strangers)}{guess}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.format_usage().strip()}   (all flags: --help)\nerror: {message}\n")

@@ -130,6 +130,7 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "half precision without an adapter": (TRAIN, ["--base_dtype", "bfloat16", "-no-lora"], r"--train_lora"),
     "one and a half tasks": (ESTIMATE, ["--subset_size", "1.5"], r"--subset_size"),
     "no GPU": (TRAIN, ["--accelerator", "cuda"], r"--accelerator cuda: this machine has no CUDA GPU"),
+    "a flag with a typing error": (TRAIN, ["--lora_rnak", "8"], r"--lora_rnak 8; did you mean --lora_rank\?"),
     "unknown flag": (TRAIN, ["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "4 bits to be spread": (TRAIN, ["--use_qlora", "--strategy", "fsdp"], r"--use_qlora is for .* and not --strategy fsdp"),
     "both tracks": (SELECT, ["--dataset_key", "strategy_qa"], r"--dataset_key none there, strategy_qa typed"),

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import trl
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -167,3 +168,12 @@ def test_trls_own_parser_reads_what_is_exported(rows, model_folders, monkeypatch
     expected = {source["source"]: source["rows"] for source in read_json("mixture.json")["sources"]}
     assert read.column_names == ["prompt", "completion"]
     assert Counter(prompt.split()[0] for prompt in read["prompt"]) == expected
+
+
+def test_axolotls_own_schema_knows_every_key(rows, model_folders):
+    """Where it is installed, in an environment of its own."""
+    schema = pytest.importorskip("axolotl.utils.schemas.datasets").SFTDataset
+    named = ["--model_key", model_folders["llama"], "--results_name", "mine"]
+    run_script(f"{EXPORT} --data_files my --task_idxes 0 --for axolotl", *named)
+    for entry in yaml.safe_load(Path("results/mine/export_axolotl/axolotl.yaml").read_text())["datasets"]:
+        assert schema(**entry).path == "down.jsonl" and set(entry) <= set(schema.model_fields)
