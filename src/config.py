@@ -597,7 +597,7 @@ def of_another_trainer(checkpoints: Sequence[str]) -> dict[str, Any]:
                 raise ValueError(f"--load_model_dir: --{name} is {_words(other)} in {where} and {_words(value)} in {folder}; "
                                  "name checkpoints of one training")  # fmt: skip
     words = ", ".join(f"{name} {_words(value)}" for name, (value, _) in found.items() if value is not False)
-    say_once(f"note: taken from {folders[0]}: {words}")
+    say_once(f"note: taken from {folders[0]}: {words}" + (" (lr: the highest that is logged)" if "lr" in found else ""))
     return {name: value for name, (value, _) in found.items()}
 
 

@@ -146,7 +146,8 @@ class Estimator:
             say_notices([f"{note} {when}, and training may have gone on"])
         if of_losses and self.levels is None:
             say_notices(["estimates are scores, for ranking only: neither the training's manifest nor gradients at its start "
-                         "and later say what the losses of the base model and of all tasks are"])  # fmt: skip
+                         "and later say what the losses of the base model and of all tasks are; with checkpoints of another "
+                         f"trainer, stage 2 with `{artifacts.BASE}` before them in --load_model_dir says it"])  # fmt: skip
 
     def __call__(
         self, membership: np.ndarray, targets: Sequence[int] | None = None, rho: float | None = None

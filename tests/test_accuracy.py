@@ -22,6 +22,11 @@ def test_figures_by_hand():
     assert figures["regret"] == pytest.approx(0.5)
 
 
+def test_an_interval_does_not_depend_on_the_order_of_subsets():
+    values = np.random.default_rng(3).normal(size=(12, 2))
+    assert evaluation.bootstrap_interval(values) == evaluation.bootstrap_interval(values[::-1])
+
+
 def test_bootstrap_interval_is_scipys():
     rng = np.random.default_rng(0)
     truth = rng.standard_normal(60)

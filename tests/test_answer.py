@@ -79,6 +79,22 @@ def test_what_is_not_known_is_said(tmp_path):
     assert re.match("How sure this is cannot be said of one seed", basis)
 
 
+def test_a_rival_without_losses_of_rows_takes_no_interval_from_the_others(tmp_path):
+    """Random subsets in a file of many keep none."""
+    fine_tuned(tmp_path, {"": [3 + noise(0)], "1": [1 + noise(1)]}, keep_rows=True)
+    table = pd.read_csv(tmp_path / "results.csv", keep_default_na=False)
+    other = table.iloc[[-1]].assign(subset="0 2")
+    columns = [name for name in table if name.startswith("validation_loss/")]
+    other[columns] = 1.5
+    pd.concat([table, other]).to_csv(tmp_path / "results.csv", index=False)
+    _, found, basis = best_fine_tuned(tmp_path, TASKS).lines
+    assert (
+        "90 % interval" in found
+        and found.endswith("(one seed).")
+        and basis.startswith("Intervals are over 40 validation rows")
+    )
+
+
 def test_targets_count_the_same(tmp_path):
     """Of two targets the mean is compared, with the variance of both."""
     base, losses = noise(0, 60, 1.0), noise(1, 60, 0.3) - 0.05

@@ -110,6 +110,36 @@ def test_what_was_measured_is_the_answer(run):
     assert "random subsets (mean of 2): 1.305 (1.205 to 1.405); base model: 3.105" in bars(page)
 
 
+def test_a_selection_that_is_worse_stands_in_the_chart_and_leads_to_the_page_about_it(run):
+    """Also where estimates are scores, which have no bars; with no random subset measured no comparison is proposed."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "ranks_only": True}))
+    select(run)
+    steps = pd.read_csv(run / "selection.csv").rename(columns={"estimate": "score"})
+    steps.to_csv(run / "selection.csv", index=False)
+    fine_tune(run, {"": 3.0, EVERYTHING: 2.0, "1 4": 2.5}, runs=1)
+    page = made(run)
+    in_order(
+        page,
+        "this answer (5 sources): 2.100; by the search and ensemble (2): 2.600",
+        "docs/worse.md says how",
+        "docs/worse.md has",
+    )
+    assert "compare_estimates" not in page
+
+
+def test_the_numbers_of_a_column_line_up(run):
+    """Four digits of the largest, the same decimals below it."""
+    select(run)
+    fine_tune(run, {"": 3.0, EVERYTHING: 0.0012345, "1 4": 12.3}, runs=1)
+    table = made(run).split("Really fine-tuned")[1].split("</table>")[0]
+    assert re.findall(r">([\d.]+)</td><td[^>]*>([\d.]+)</td>", table) == [
+        ("0.00", "0.10"),
+        ("3.00", "3.10"),
+        ("12.30", "12.40"),
+    ]
+
+
 def test_nothing_may_help(run):
     select(run)
     fine_tune(run, {"": 1.0, EVERYTHING: 2.0, "1 4": 1.2}, runs=1)
