@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 import trl
-import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -22,6 +21,7 @@ from src.store import open_store
 from tests.commands import COLLECT, COMPARE, ESTIMATE, EXPORT, SELECT, TRAIN, read_json, refused, run_script
 from tests.conftest import write_sources
 
+yaml = pytest.importorskip("yaml")  # it comes with transformers
 THEIRS = f"{' '.join(COLLECT)} --data_files my --load_model_dir"
 IMPORT = "scripts/import_results.py measured.csv"
 SHAPE = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
