@@ -47,6 +47,7 @@ from src.projection import make_projection
 from src.tables import write_table
 
 gradients = console.load_script("scripts/benchmark_gradients.py")
+Bench: Any = gradients.Bench
 
 PINS = console.ROOT / "requirements-peers.txt"
 STEP, OWN_STEP, OURS = "transformers' training step", "this project's training step", "this project"
@@ -210,7 +211,7 @@ ENGINES: dict[str, tuple[str, Callable[[Any, int | None, dict], contextlib.Abstr
 """Name in the table -> distribution, and the engine."""
 
 
-class PeersBench(gradients.Bench):
+class PeersBench(Bench):
     """The rows and the model of the gradients' benchmark, with a pass by any engine; `kept` is what engines draw or compile
     once and keep from pass to pass."""
 
