@@ -47,6 +47,7 @@ from src.projection import make_projection
 from src.tables import write_table
 
 gradients = console.load_script("scripts/benchmark_gradients.py")
+Bench: Any = gradients.Bench
 
 PINS = console.ROOT / "requirements-peers.txt"
 STEP, OWN_STEP, OURS = "transformers' training step", "this project's training step", "this project"
@@ -208,9 +209,6 @@ ENGINES: dict[str, tuple[str, Callable[[Any, int | None, dict], contextlib.Abstr
     "dattri-LLM": ("dattri-llm", dattri_llm),
 }
 """Name in the table -> distribution, and the engine."""
-
-
-Bench: Any = gradients.Bench
 
 
 class PeersBench(Bench):
