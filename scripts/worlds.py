@@ -89,7 +89,9 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
     key = slug("_".join([first, *(f"{k}={v}" for k, v in {**options, **training}.items())]))
     folder = BENCHMARK_DATA / key
     kind, _, seed = first.partition(":")
-    made = " ".join(f"--{option} {value.replace('/', ' ')}" for option, value in options.items())
+    if first == "real:alpaca":
+        options = SKILLS_WORLD | options
+    made = " ".join(f"--{option} {value.replace('/', ' ')}".strip() for option, value in options.items())
     if kind == "synthetic" and seed.isdigit():
         data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl --model_key {folder}/model"
         command = f"data/make_synthetic.py --seed {seed} --output_dir {folder} {made}"
@@ -107,8 +109,6 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
     hardware += " --base_dtype bfloat16" if args.precision == "bf16" else ""
     of_model = f"--model_key {args.model_key} --max_length 128 --train_lora {hardware}"
     if first in ("real:flan", "real:alpaca") and args.model_key and args.flan_file and args.alpaca_file:
-        if first == "real:alpaca":
-            options = SKILLS_WORLD | options
         data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl {of_model}"
         files = f"--flan_file {args.flan_file} --alpaca_file {args.alpaca_file}"
         command = f"data/make_flan_world.py {files} --output_dir {folder} {made}"
