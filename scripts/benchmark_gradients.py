@@ -10,6 +10,7 @@ whole stage are timed once. Memory is the peak above the loaded model, each way 
     python scripts/benchmark_gradients.py --model t5 --dim 1024 --json
     python scripts/benchmark_gradients.py --model llama --dim 400 --device cuda    # TinyLlama shape, bf16
     python scripts/benchmark_gradients.py --model data/smollm2 --dim 4000 --samples 12 --quick --kinds sketch
+    python scripts/benchmark_gradients.py --count_kernels           # what a GPU would be given and have to be waited for
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import statistics
 import tempfile
 import threading
 import time
+import unittest.mock
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +45,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from src import config, console
+from src import config, console, projection
 from src.datamodule import TaskDataModule
 from src.gradients import GradientCollector, collect_gradients
 from src.instruction import load_instruction
@@ -181,8 +183,8 @@ class Bench:
 
     def engine(self, kind: str) -> None:
         """This project's collector."""
-        projection = self.projections.setdefault(kind, make_projection(kind, self.dim, 0))
-        with GradientCollector(self.model, projection, "loss", self.autocast) as collect:
+        drawn = self.projections.setdefault(kind, make_projection(kind, self.dim, 0))
+        with GradientCollector(self.model, drawn, "loss", self.autocast) as collect:
             for rows in self.batches:
                 collect(self.datamodule.collate(rows))
 
@@ -229,13 +231,42 @@ class Bench:
         samples = {"sample_index": rows, "task": data.task_of_sample[rows], "target": data.target_of_sample[rows]}
         samples |= {"key": self.datamodule.row_keys(rows), "target_tokens": self.datamodule.target_tokens[rows]}
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            projection = make_projection(kind, self.dim, 0)
+            drawn = make_projection(kind, self.dim, 0)
             names = {"tasks": data.tasks, "targets": data.targets}
             store = StoreWriter(Path(folder) / "store", {"dim": self.dim}, samples, self.dim, "", names=names)
-            collect_gradients(
-                self.model, self.datamodule, projection, store, output_function="loss", autocast=self.autocast
-            )
+            collect_gradients(self.model, self.datamodule, drawn, store, output_function="loss", autocast=self.autocast)
             store.finish({})
+
+
+# Operations that change no number, and those at which a CPU waits for a GPU, however often.
+VIEWS = {"alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "lift_fresh", "narrow", "permute",
+         "reshape", "resolve_conj", "resolve_neg", "select", "slice", "split", "squeeze", "t", "to", "transpose", "unbind",
+         "unsqueeze", "view", "_unsafe_view", "_reshape_alias", "result_type", "is_nonzero", "item", "unfold", "flatten"}  # fmt: skip
+WAITS = {"_local_scalar_dense", "nonzero", "bincount"}
+
+
+def count_kernels(way: Callable[[], object]) -> tuple[int, int]:
+    """Operations of a way that would be kernels of a GPU, those made of others not counted; and those that wait for it."""
+    way()  # draws signs and makes what is kept
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        way()
+    leaves = [event.name.removeprefix("aten::") for event in profiled.events() if not event.cpu_children]
+    names = [name for event in profiled.events() if (name := event.name.removeprefix("aten::")) in WAITS]
+    return sum(name not in VIEWS | WAITS for name in leaves), len(names)
+
+
+def kernels_of_a_batch(bench: Bench) -> dict[str, tuple[int, int]]:
+    """`count_kernels` of a training step and of the engine on the first batch, in chunks as a CPU and as a GPU gets them."""
+    batch, drawn = bench.datamodule.collate(bench.batches[0]), make_projection(DEFAULT, bench.dim, 0)
+    batch, bench.batches = {**batch, "targets": bench.model.targets(batch)}, bench.batches[:1]  # found on the host
+    counts = {"training step": count_kernels(bench.floor)}
+    for device, entries in {"CPU": projection._CHUNK_ENTRIES, "GPU": projection._CUDA_CHUNK_ENTRIES}.items():
+        with (
+            unittest.mock.patch.object(projection, "_CHUNK_ENTRIES", entries),
+            GradientCollector(bench.model, drawn) as collect,
+        ):
+            counts[f"engine, chunks of a {device}"] = count_kernels(partial(collect, batch))
+    return counts
 
 
 def seconds_of(way: Callable[[], None], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -343,6 +374,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "TinyLlama, in bfloat16 (default: cpu)")  # fmt: skip
     group.add_argument("--quick", action="store_true", help="only the steps, the engine and their memory (default: also "
                        "the loops and the whole stage)")  # fmt: skip
+    group.add_argument("--count_kernels", action="store_true", help="of one batch, only the kernels and the waits for a "
+                       "GPU, counted on the CPU (default: times and memory)")  # fmt: skip
     group.add_argument("--json", action="store_true", help="only the last line, the figures as JSON (default: the table "
                        "too)")  # fmt: skip
     return parser.parse_args(argv)
@@ -353,6 +386,10 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         arguments = (args.model, args.dim, args.device, args.samples, args.max_tokens, Path(name))
         bench = Bench(*arguments)
+        if args.count_kernels:
+            for way, (kernels, waits) in kernels_of_a_batch(bench).items():
+                print(json.dumps({"model": args.model, "way": way, "kernels": kernels, "waits": waits}))
+            return
         ways: dict[str, Callable[[], None]] = {"floor": bench.floor, "own_step": bench.own_step}
         ways |= {f"engine:{kind}": partial(bench.engine, kind) for kind in {DEFAULT: 0} | dict.fromkeys(args.kinds, 0)}
         by_round = in_turn(ways, args.repeats, args.device, clock=CLOCKS[args.clock])

@@ -33,8 +33,8 @@ _CHUNK_BYTES, _BLOCK_ROWS = 1 << 28, 8192
 # Factors of H_t: the most rows with which they save work, as a share of d; and where they end, relative to its largest diagonal
 # entry: it is float32.
 _FACTOR_ROWS, _FACTOR_TOLERANCE = 1 / 4, 1e-7
-# Times that solutions in float32 are refined by what they leave, in float64.
-_REFINEMENTS = 2
+# Times that solutions in float32 are refined by what they leave, in float64; and how little the last may change one that is taken.
+_REFINEMENTS, _LAST_CHANGE = 2, 1e-4
 # Random halves of the tasks, over which the estimates of one checkpoint are compared with another's.
 _REFERENCE_HALVES = 64
 # Newton's method of "logistic": the gradient norm to reach, relative to the start, and when to give up.
@@ -292,19 +292,20 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     if part.train.outers is None:
         return _kernel_solver(part, strength)
     sums, outers = _tensor(part.train.sums), torch.from_numpy(part.train.outers).flatten(1)
-    dim, kept = sums.shape[1], list[_Common]()
+    dim, found_last = sums.shape[1], list[_Common]()
 
     def solve(shares: Tensor) -> Tensor:
         if (near := _one_apart(shares)) is None:
             return dense((shares.float() @ outers).view(-1, dim, dim), shares)
         scale, weights, task, weight = near
-        if not kept or not torch.allclose(weights, kept[-1].weights, rtol=1e-9, atol=0):  # a search's chunks have one
-            kept[:] = [_Common(weights, sums, outers)]
-        common, found = kept[-1], sums.new_zeros(len(shares), dim)
-        if len(few := torch.from_numpy(part.train.has_factors)[task].nonzero()[:, 0]):
-            own, goal = part.train.factors[task[few]], common.sums + weight[few, None] * sums[task[few]]
-            found[few] = -common.solve(own, weight[few], strength / scale[few], goal)
-        if len(many := torch.from_numpy(~part.train.has_factors)[task].nonzero()[:, 0]):
+        fitting = [last for last in found_last if torch.allclose(weights, last.weights, rtol=1e-9, atol=0)]
+        found_last[:] = [common := (fitting or [_Common(weights, sums, outers)])[0]]  # the chunks of a search have one
+        found, precise = sums.new_zeros(len(shares), dim), torch.from_numpy(part.train.has_factors)[task]
+        if (few := precise.nonzero()[:, 0]).numel():
+            goal = common.sums + weight[few, None] * sums[task[few]]
+            x, precise[few] = common.solve(part.train.factors[task[few]], weight[few], strength / scale[few], goal)
+            found[few] = -x
+        if (many := (~precise).nonzero()[:, 0]).numel():
             moments = torch.addcmul(common.moments.flatten(), weight[many, None].float(), outers[task[many]])
             moments *= scale[many, None].float()
             found[many] = dense(moments.view(-1, dim, dim), shares[many])
@@ -349,21 +350,21 @@ class _Common:
         values, vectors = torch.linalg.eigh(self.moments)
         return values.clamp(min=0), vectors
 
-    def solve(self, own: Tensor, weight: Tensor, ridge: Tensor, goal: Tensor) -> Tensor:
-        """x (c, d) of (moments + weight F'F + ridge I) x = goal, for factors F `own` (c, r, d): in the eigenvectors the ridge,
-        which differs between subsets, is diagonal, and Woodbury's identity adds the factors. Float32, and then refined."""
+    def solve(self, own: Tensor, weight: Tensor, ridge: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """x (c, d) of (moments + weight F'F + ridge I) x = goal, for factors F `own` (c, r, d), and which are precise (c,). In the
+        eigenvectors the ridge, which differs between subsets, is diagonal, and Woodbury's identity adds the factors."""
         values, basis = self.eigen
         root = (values + ridge.float()[:, None]).rsqrt()  # (c, d)
         turned = (own.flatten(0, 1) @ basis).view(own.shape).mul_((weight.sqrt().float()[:, None] * root)[:, None])
-        inner = torch.linalg.cholesky(torch.baddbmm(torch.eye(own.shape[1]), turned, turned.mT))
+        inner, _ = torch.linalg.cholesky_ex(torch.baddbmm(torch.eye(own.shape[1]), turned, turned.mT))
         x = torch.zeros_like(goal)
         for _ in range(1 + _REFINEMENTS):
-            single = x.float()[:, :, None]
-            of_own = (own.mT @ (own @ single))[:, :, 0].double() * weight[:, None]
-            left = ((goal - x @ self.double - ridge[:, None] * x - of_own).float() @ basis * root)[:, :, None]
-            left -= turned.mT @ torch.cholesky_solve(turned @ left, inner)
-            x += (left[:, :, 0] * root @ basis.T).double()
-        return x
+            left = goal - x @ self.double - ridge[:, None] * x
+            left -= (own.mT @ (own @ x.float()[:, :, None]))[:, :, 0].double() * weight[:, None]
+            step = (left.float() @ basis * root)[:, :, None]
+            step -= turned.mT @ torch.cholesky_solve(turned @ step, inner)
+            x += (change := step[:, :, 0] * root @ basis.T)
+        return x, change.norm(dim=1) <= _LAST_CHANGE * x.norm(dim=1)
 
 
 def _kernel_solver(part: Part, strength: float) -> OnSubsets:
@@ -436,13 +437,10 @@ def _ridge(part: Part, strength: float) -> OnSubsets:
         if (outers := part.target.outers) is None:
             squares = of_row * (x @ gradients.T).double().square()
             return squares.new_zeros(len(x), len(totals)).index_add_(1, target_of_row, squares)
-        factors, found = part.target.factors, x.new_zeros(len(x), len(totals))
-        if factors.shape[1]:
-            found = (x @ factors.flatten(0, 1).T).square().view(len(x), *factors.shape[:2]).sum(2)
+        factors = part.target.factors
+        found = (x @ factors.flatten(0, 1).T).square().view(len(x), *factors.shape[:2]).sum(2)
         for target in np.flatnonzero(~part.target.has_factors):
-            found = found.index_copy(
-                1, torch.tensor([target]), ((x @ torch.from_numpy(outers[target])) * x).sum(1, True)
-            )
+            found[:, target] = ((x @ torch.from_numpy(outers[target])) * x).sum(1)
         return found
 
     def estimates(shares: Tensor) -> Tensor:

@@ -102,6 +102,9 @@ class FineTuning(pl.LightningModule):
         if self.device_mesh is not None:
             self.model.shard(self.device_mesh["data_parallel"])
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return {**batch, "targets": self.model.targets(batch)} if "labels" in batch else batch
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits, labels, rows = self.model.target_logits(batch)
         if self.plan.loss_over == "row":

@@ -153,9 +153,12 @@ class GradientCollector:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows (B, d) and outputs (B,) of one batch, float32."""
-        device = self.model.device
+        device, num_rows = self.model.device, len(batch["labels"])
+        batch = batch if "targets" in batch else {**batch, "targets": self.model.targets(batch)}
+        _, self._target_rows, _ = batch["targets"]
+        if device.type == "cuda":  # only from pinned memory it is copied while the GPU is at work
+            batch = {name: value.pin_memory() for name, value in batch.items()}
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        num_rows = len(batch["labels"])
         self._rows = torch.zeros(num_rows, self.projection.dim, device=device)
         self._positions = {batch["input_ids"].numel(), batch["labels"].numel()}
         if self.represent:
@@ -164,8 +167,8 @@ class GradientCollector:
         mixed = torch.autocast(device.type, dtype, enabled=dtype is not None)
         with torch.enable_grad():
             with mixed:
-                logits, labels, self._target_rows = self.model.target_logits(batch)
-            outputs = self.output_function.function(logits, labels, self._target_rows, num_rows)
+                logits, labels, rows = self.model.target_logits(batch)
+            outputs = self.output_function.function(logits, labels, rows, num_rows)
             outputs.sum().backward()
         return self._rows, outputs.detach()
 
@@ -250,9 +253,19 @@ def _collect(
     done: int,
 ) -> None:
     """Take batches of sample indices, and `spare` as long as another process has some. Progress counts padded tokens, of
-    which `done` are there already: the longest rows come first, and take the longest."""
+    which `done` are there already: the longest rows come first, and take the longest. From a GPU a batch's rows are copied
+    while it is at work on the next."""
     waiting, total = deque(batches), done + datamodule.padded_tokens(batches)
+    copied, on_gpu = deque[tuple[np.ndarray, list[Tensor], Any]](), collector.model.device.type == "cuda"
     with collector, progress(desc=desc, total=total, initial=done, unit="token") as bar:
+
+        def write() -> None:
+            indices, values, copy = copied.popleft()
+            if copy is not None:
+                copy.synchronize()
+            store.write(indices, *(value.numpy() for value in values))
+            bar.update(datamodule.padded_tokens([indices]))
+
         while rows := collector.in_step.largest(len(waiting[0]) if waiting else 0):
             indices = waiting[0] if waiting else spare
             if (taken := collector.unless_out_of_memory(datamodule.collate(indices))) is None:
@@ -262,6 +275,8 @@ def _collect(
                         f"a batch of 1 row of up to {tokens} tokens does not fit into memory; pass --gradient_checkpointing, "
                         "a smaller --max_length, --precision bf16, or spread the weights with --strategy fsdp"
                     )
+                while copied:
+                    write()
                 say_once(f"note: {rows} rows of up to {tokens} tokens do not fit into memory: batches are halved.")
                 waiting = deque(half for batch in waiting for half in np.array_split(batch, min(2, len(batch))))
                 bar.total = bar.n + datamodule.padded_tokens(waiting)
@@ -271,8 +286,12 @@ def _collect(
             waiting.popleft()
             values = [collector.output_function.sign * value for value in taken]
             values += [collector.representations] if collector.represent else []
-            store.write(indices, *(value.cpu().numpy() for value in values))
-            bar.update(datamodule.padded_tokens([indices]))
+            on_host = [value.to("cpu", non_blocking=True) for value in values]
+            copied.append((indices, on_host, torch.cuda.current_stream().record_event() if on_gpu else None))
+            while len(copied) > 1:
+                write()
+        while copied:
+            write()
     if batches:
         store.flush()
 

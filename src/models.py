@@ -184,6 +184,17 @@ class LanguageModel(nn.Module):
                 value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
             parameter.copy_(value)
 
+    def targets(self, batch: Batch) -> Tensor:
+        """Of a batch's K target tokens the labels, the rows of the batch, ascending, and the positions in all of its rows laid
+        in one line, (3, K). Their number is not known before they are looked for: a GPU has to be waited for, so that they are
+        taken before the batch is moved there, and go with it as `targets`."""
+        labels = batch["labels"]
+        if self.kind == "decoder":
+            # the last position predicts nothing, the first label is predicted by nothing
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        return torch.stack([labels[rows, columns], rows, rows * labels.shape[1] + columns])
+
     def target_logits(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the target tokens only.
 
@@ -193,17 +204,12 @@ class LanguageModel(nn.Module):
         Returns:
             logits (K, V), labels (K,), row of the batch that each belongs to (K,), ascending.
         """
-        labels = batch["labels"]
+        labels, rows, positions = batch["targets"] if "targets" in batch else self.targets(batch)
         inputs: dict[str, Tensor] = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-        if self.kind == "decoder":
-            if "attention_mask" in batch:
-                inputs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_(min=0)
-            # the last position predicts nothing, the first label is predicted by nothing
-            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
-        else:
-            inputs["decoder_input_ids"] = self.network.prepare_decoder_input_ids_from_labels(labels)
-        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-        positions = rows * labels.shape[1] + columns
+        if self.kind == "encoder_decoder":
+            inputs["decoder_input_ids"] = self.network.prepare_decoder_input_ids_from_labels(batch["labels"])
+        elif "attention_mask" in batch:
+            inputs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_(min=0)
 
         def keep_targets(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = arguments[0]
@@ -214,7 +220,7 @@ class LanguageModel(nn.Module):
             logits = self.network(**inputs, use_cache=False).logits[0]
         finally:
             handle.remove()
-        return logits, labels[rows, columns], rows
+        return logits, labels, rows
 
     def valid_positions(self, batch: Batch) -> Tensor:
         """Which positions that the output layer sees are the sample's own and not padding, (B, T) bool."""
@@ -254,7 +260,8 @@ def per_sample_margin(logits: Tensor, labels: Tensor, rows: Tensor, num_rows: in
 
 
 def _mean_per_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    return values.new_zeros(num_rows).index_add(0, rows, values) / torch.bincount(rows, minlength=num_rows)
+    sums, counts = (values.new_zeros(num_rows).index_add(0, rows, each) for each in (values, torch.ones_like(values)))
+    return sums / counts
 
 
 class OutputFunction(NamedTuple):

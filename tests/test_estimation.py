@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
 
@@ -360,10 +361,12 @@ def test_subsets_one_task_apart_are_solved_by_its_own_factors(weight_by, size, d
         )
 
 
-def test_a_search_by_factors_takes_the_steps_of_direct_solves(monkeypatch):
-    """A ridge of a thousandth, spectra over four orders of magnitude, three checkpoints: the same tasks, values to 1e-5."""
+@pytest.mark.parametrize("rho", [1e-3, 1e-7])
+def test_a_search_by_factors_takes_the_steps_of_direct_solves(rho, monkeypatch):
+    """Spectra over four orders of magnitude, three checkpoints: the same tasks, values to 1e-5; also where the ridge is so small
+    that factors in float32 are not precise."""
     rng, parts = np.random.default_rng(0), []
-    tasks, targets = np.repeat(np.arange(12), rng.integers(2, 14, 12)), np.repeat([0, 1], 12)
+    tasks, targets = np.repeat(np.arange(12), rng.integers(14, 22, 12)), np.repeat([0, 1], 12)
     for _ in range(3):
         scales, outputs = 0.9 ** np.arange(90), rng.standard_normal(len(tasks))
         rows, of_targets = (
@@ -373,9 +376,20 @@ def test_a_search_by_factors_takes_the_steps_of_direct_solves(monkeypatch):
         parts.append(Part(train, task_moments(of_targets * scales, outputs[: len(targets)], targets, 2)))
 
     def path() -> tuple[Step, ...]:
-        return forward_selection(lambda membership: estimate(parts, membership).mean(axis=1), 12, past_best=12).steps
+        def means(membership: np.ndarray) -> np.ndarray:
+            return estimate(parts, membership, rho=rho).mean(axis=1)
 
+        return forward_selection(means, 12, start_from=range(6), past_best=12).steps
+
+    taken, solve = [], module._Common.solve
+
+    def watched(self, *arguments):
+        taken.append(solve(self, *arguments)[1])
+        return solve(self, *arguments)
+
+    monkeypatch.setattr(module._Common, "solve", watched)
     found = path()
+    assert len(found) == 6 and bool(torch.cat(taken).all()) == (rho == 1e-3)
     monkeypatch.setattr(module, "_one_apart", lambda shares: None)
     expected = path()
     assert [step.task for step in found] == [step.task for step in expected]

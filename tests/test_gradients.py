@@ -10,10 +10,18 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.gradients import GradientCollector, outputs_of, products_with
-from src.models import LORA_TARGETS, OUTPUT_FUNCTIONS, BaseWeights, LanguageModel, LoraShape, load_model
+from src.models import (
+    LORA_TARGETS,
+    OUTPUT_FUNCTIONS,
+    BaseWeights,
+    LanguageModel,
+    LoraShape,
+    load_model,
+    per_sample_loss,
+)
 from src.projection import Directions, make_projection
 from src.store import save_projection_signs
-from tests.commands import COLLECT, TRAIN, refused, run_script
+from tests.commands import COLLECT, TRAIN, load_script, refused, run_script
 from tests.conftest import write_sources
 from tests.test_models import KINDS, adapted, make_datamodule, of_peft
 
@@ -277,6 +285,21 @@ def test_collector_leaves_the_model_as_it_was(model_folders, tmp_path):
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_batch_of_gradients_waits_for_a_gpu_no_more_than_the_model_itself(kind, model_folders, tmp_path):
+    """Nothing is looked up on the device but by transformers, which looks at the mask; a training step likewise."""
+    model, count = adapted(model_folders[kind]), load_script("scripts/benchmark_gradients.py").count_kernels
+    batch = make_datamodule(model, tmp_path).collate(np.arange(20))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels") if name in batch}
+    _, own = count(lambda: model.network(**inputs, use_cache=False))
+    batch |= {"targets": model.targets(batch)}
+    with GradientCollector(model, make_projection("sketch", 16, 0)) as collect:
+        assert count(lambda: collect(batch))[1] <= own
+    assert count(lambda: per_sample_loss(*model.target_logits(batch), 20).mean().backward())[1] <= own
+    del batch["targets"]
+    assert count(lambda: model.target_logits(batch))[1] > own
 
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="see requirements-qlora.txt")
