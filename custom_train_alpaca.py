@@ -20,16 +20,14 @@ from src import config, console
 
 SHOWN = (
     config.InstructionData, config.RowsConfig, config.ModelConfig, config.TrainingConfig, config.MetaTrainingConfig,
-    config.StatesConfig, config.ChosenTasks, config.RunsConfig, config.NameConfig,
-    config.HardwareConfig,
+    config.StatesConfig, config.ChosenTasks, config.RunsConfig, config.NameConfig, config.HardwareConfig,
 )  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Any:
     """The flags that were typed."""
-    return config.stage_parser(
-        __doc__, SHOWN, also=(config.StepsConfig, config.ClustersConfig, config.ProjectionConfig)
-    ).parse_args(argv)
+    also = config.StepsConfig, config.ClustersConfig, config.ProjectionConfig
+    return config.stage_parser(__doc__, SHOWN, also=also).parse_args(argv)
 
 
 def main(args: Any) -> None:

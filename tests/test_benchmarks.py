@@ -100,7 +100,7 @@ def test_worlds_are_named_by_what_they_are(tmp_path, monkeypatch):
     world = worlds.parse_world("rows.jsonl", args)
     kept = [json.loads(line) for line in (world.folder / "flan.jsonl").read_text().splitlines()]
     assert [(row["_task_name"], len(row["inputs"])) for row in kept] == [("a", 5), ("a", 10), ("b", 5), ("b", 10)]
-    real = script.parse_args("--model_key m --flan_file f --alpaca_file a".split())
+    real = script.parse_args(["--model_key", "m", "--flan_file", "f", "--alpaca_file", "a"])
     made = {name: worlds.parse_world(f"real:{name},rows=8", real).made_by for name in ("flan", "alpaca")}
     assert "--sources" not in made["flan"] and "--shuffled --targets find determine --rows 8" in made["alpaca"]
     worlds_that_are_none = {"martian:0": "expected synthetic:SEED", "none.jsonl": "no such file"}

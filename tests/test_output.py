@@ -28,7 +28,7 @@ OURS = [
     r"No CUDA GPU here: everything runs on the CPU\.",
     r"note: \S+D_addsub\.json: \d+ of \d+ completions are left out, as their answer is wrong",
     r"Wrote [\w/.]+.*",
-    r"[\w ,=]+: +\d+%\|.*\| \d+/\d+ \[.*\]",
+    r"[\w ,=-]+: +\d+%\|.*\| \d+/\d+ \[.*\]",
     r"(loading|checksums?|clustering) .* …",
 ]
 """Patterns of our lines: a slow machine shows bars, and what is waited for, where a fast one does not."""
