@@ -1,11 +1,13 @@
-"""A store of millions of rows: writing it with its moments, estimating from it, and the memory that takes.
+"""A store of millions of rows: writing it with its moments, estimating from it, and the memory that takes; or texts, which are
+read and tokenised.
 
 The rows are random, and written as the gradient stage writes them, in batches of a shuffled order; everything after the
 gradients themselves is real. Memory is anonymous memory: pages of the mapped rows belong to the file and can be dropped.
 
     python scripts/benchmark_scale.py --rows 5000000 --dim 256 --tasks 2000 --subsets 1000
+    python scripts/benchmark_scale.py --texts 200000
 
-Writes  a temporary store (rows x d x 4 bytes); one line of JSON on stdout
+Writes  a temporary store (rows x d x 4 bytes), or a file of texts and their tokens; one line of JSON on stdout
 """
 
 from __future__ import annotations
@@ -74,6 +76,31 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
     writer.finish({"step": 0})
 
 
+def tokenise(folder: Path, texts: int) -> dict[str, float]:
+    """Rows of 120 random words, read and tokenised by the small models' tokenizer: what that takes."""
+    from src.datamodule import TaskDataModule
+    from src.instruction import load_instruction
+
+    gradients = console.load_script("scripts/benchmark_gradients.py")
+    tokenizer = gradients.build_model("llama", "cpu").tokenizer
+    words = gradients.words_of_one_token(tokenizer)
+    file = gradients.write_samples(folder / "texts.jsonl", texts, words, longest=121, shortest=121)
+    started = time.perf_counter()
+    with PeakMemory() as reading:
+        data = load_instruction([file], heldout_share=0.0)
+    read = time.perf_counter()
+    with PeakMemory() as tokenising:
+        TaskDataModule(data, tokenizer, "decoder", token_cache=folder / "tokens")
+    return {
+        "texts": texts,
+        "file_mb": round(file.stat().st_size / 1e6, 1),
+        "reading_seconds": round(read - started, 1),
+        "reading_mb": round(reading.peak / 1e6, 1),
+        "tokenising_seconds": round(time.perf_counter() - read, 1),
+        "tokenising_mb": round(tokenising.peak / 1e6, 1),
+    }
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The script's flags."""
     parser = console.Parser(__doc__)
@@ -86,12 +113,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("--subsets", 1000, "subsets to estimate"),
     ):
         group.add_argument(flag, type=config.COUNT, default=default, help=f"{meaning} (default: {default:,})")
+    group.add_argument("--texts", type=config.COUNT, help="rows of 120 words to read and tokenise (default: a store)")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Write, estimate, report."""
     with tempfile.TemporaryDirectory(dir=".") as name:
+        if args.texts:
+            print(json.dumps(tokenise(Path(name), args.texts)))
+            return
         folder = Path(name) / "part"
         started = time.perf_counter()
         with PeakMemory() as writing:
