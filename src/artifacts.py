@@ -81,7 +81,7 @@ def source_names(sources: Iterable[str]) -> dict[str, str]:
     for source, path in whole.items():
         snapshot = re.sub(r"datasets--(?:[^/]+--)?([^/]+)/snapshots/[^/]+", r"\1", shard.sub("", source))
         *folders, name = snapshot.split("/")
-        known = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|pkl)(\.gz|\.zst)?$", "", name, flags=re.IGNORECASE)
+        known = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|pkl)(\.gz)?$", "", name, flags=re.IGNORECASE)
         stem = Path(name).stem if known == name and Path(source).is_file() else known
         parts[path] = [part for part in (*folders, stem) if part not in ("", ".", "..")] or [Path(path).name]
         for generic in ("train", "data"):

@@ -316,8 +316,8 @@ FORMATS: dict[str, Callable[[str], Iterator[tuple[str, Record]]]] = {
     **dict.fromkeys((".csv", ".tsv"), _csv_records),
     ".parquet": _parquet_records,
 }
-"""Ending of a file's name, without .gz or .zst -> its records, each with its place. A new format is an entry here."""
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+"""Ending of a file's name, without .gz -> its records, each with its place. A new format is an entry here."""
+COMPRESSED = {".gz": "gzip"}
 
 
 def _format_of(name: str) -> str:

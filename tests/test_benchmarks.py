@@ -118,4 +118,6 @@ def test_a_store_of_many_rows(tmp_path, monkeypatch, capsys):
     assert figures["finite"] and figures["rows"] == 5000 and not list(tmp_path.iterdir())
     run_script("scripts/benchmark_scale.py", "--texts", "300")
     figures = json.loads(capsys.readouterr().out)
-    assert figures["texts"] == 300 and figures["file_mb"] == pytest.approx(0.2, abs=0.05) and not list(tmp_path.iterdir())
+    assert (
+        figures["texts"] == 300 and figures["file_mb"] == pytest.approx(0.2, abs=0.05) and not list(tmp_path.iterdir())
+    )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import pandas as pd
-import pyarrow as pa
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -43,15 +42,9 @@ def pickled(frame: pd.DataFrame, path: Path) -> None:
     frame.assign(skill=frame["_task_name"], text=frame["inputs"] + frame["targets"]).to_pickle(path)
 
 
-def zstandard(frame: pd.DataFrame, path: Path) -> None:
-    with pa.output_stream(path, compression="zstd") as file:
-        file.write(frame.to_json(orient="records", lines=True).encode())
-
-
 FORMATS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
     "rows.jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
     "rows.jsonl.gz": lambda frame, path: frame.to_json(path, orient="records", lines=True),
-    "rows.jsonl.zst": zstandard,
     "rows.parquet": lambda frame, path: frame.to_parquet(path),
     "rows.csv": lambda frame, path: frame.to_csv(path, index=False),
     "saved": lambda frame, path: datasets.Dataset.from_pandas(frame).save_to_disk(path),
@@ -309,12 +302,12 @@ def test_other_splits_beside_their_data_set(tmp_path):
 
 
 def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path):
-    for name in ("law.jsonl", "UPPER.JSONL", "packed.jsonl.xz", "rows.xlsx", "sub/extra.jsonl", "model/config.json"):
+    for name in ("law.jsonl", "UPPER.JSONL", "packed.jsonl.zst", "rows.xlsx", "sub/extra.jsonl", "model/config.json"):
         write_jsonl(tmp_path / name, pairs())
     data = load_instruction([tmp_path])
     assert data.tasks == ("UPPER", "law") and len(data.notices) == 1
     named = data.notices[0].partition(": ")[2].split(", ")
-    assert named == [str(tmp_path / name) for name in ("packed.jsonl.xz", "rows.xlsx", "sub")]
+    assert named == [str(tmp_path / name) for name in ("packed.jsonl.zst", "rows.xlsx", "sub")]
 
 
 def test_a_task_column_is_for_the_sources_that_have_it(tmp_path):
