@@ -135,15 +135,22 @@ def kill_and_go_on(world: World, seed: int, kills_of_each: int) -> int:
     return kills
 
 
+def kill_until(world: World, kills: int, seed: int, kills_of_each: int) -> None:
+    """In one folder after the other, until there are so many kills; what it took is printed."""
+    started, found, first = time.perf_counter(), 0, seed
+    while found < kills:
+        found, seed = found + kill_and_go_on(world, seed, kills_of_each), seed + 1
+    took = f"{time.perf_counter() - started:.0f} s; undisturbed, a folder takes {sum(world.seconds):.0f} s"
+    print(f"\n{found} kills in {seed - first} folders, {took}")
+
+
 def test_killed_stages_go_on_and_leave_what_one_run_leaves(world):
-    kills, seed = 0, 0
-    while kills < 10:
-        kills, seed = kills + kill_and_go_on(world, seed, kills_of_each=3), seed + 1
+    kill_until(world, 10, seed=0, kills_of_each=3)
 
 
 @pytest.mark.slow
 def test_killed_many_times(world):
-    assert sum(kill_and_go_on(world, seed, kills_of_each=4) for seed in range(100, 112)) >= 150
+    kill_until(world, 150, seed=100, kills_of_each=4)
 
 
 @pytest.mark.slow
@@ -152,11 +159,7 @@ def test_killed_many_times(world):
 def test_killed_with_a_real_model(tmp_path_factory, stages):
     """KILLED_MODEL=data/smollm2, on rows of a few words."""
     world = World(tmp_path_factory.mktemp("real"), stages, Path(os.environ["KILLED_MODEL"]), rows=8)
-    undisturbed, started, kills, seed = sum(world.seconds), time.perf_counter(), 0, 200
-    while kills < 15:
-        kills, seed = kills + kill_and_go_on(world, seed, kills_of_each=3), seed + 1
-    took = time.perf_counter() - started
-    print(f"{kills} kills: {took:.0f} s, and {undisturbed:.0f} s for each undisturbed run; {seed - 200} folders")
+    kill_until(world, 15, seed=200, kills_of_each=3)
 
 
 @pytest.mark.slow
