@@ -256,7 +256,8 @@ class Selecting:
         table = pd.DataFrame([*records, *([self.mixture()] if MIXTURE in wanted else [])])
         losses = table.set_index("method")["test_loss"]
         best = losses.get("oracle", losses.min())
-        table.insert(3, "regret", (table["test_loss"] - best) / (losses["all tasks"] - best))
+        gap = losses["all tasks"] - best
+        table.insert(3, "regret", (table["test_loss"] - best) / gap if gap else np.nan)
         return table
 
 
