@@ -166,7 +166,7 @@ def by_selection(kept: pd.DataFrame, data: str) -> pd.DataFrame:
                 f"{mean:.3f} ± {half:.3f}" if half == half else f"{mean:.3f}" for mean, half in pairs
             ]
     columns |= {
-        "regret": [f"{value:.2f}" for value in kept["regret"]],
+        "regret": ["" if pd.isna(value) else f"{value:.2f}" for value in kept["regret"]],
         "passes": [f"{count:,}" for count in kept["passes"]],
     }
     return pd.DataFrame(columns)
