@@ -2,7 +2,7 @@
 
 Sources with wrong answers are taken as targets, one after the other: what teaches them harms others. A selection is made freely,
 and so that the clean sources which the free one is estimated to harm most are kept (`--keep_task`), by estimates alone and as
-the default does, which fine-tunes with seed 0 what it selects. All are fine-tuned; unseen are the seeds from 1 on.
+the default does, which fine-tunes what it selects with some seeds. All are fine-tuned; unseen are the other seeds.
 
 Reads   the world that `bash scripts/quickstart.sh --seed N` has made
 Writes  a run of its own; results/kept_<seed>_epochs_<n>/kept_tasks.csv
@@ -39,6 +39,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
     )
     group.add_argument("--epochs", type=config.COUNT, default=4, metavar="N", help="of training (default: 4)")
     group.add_argument("--runs", type=config.COUNT, default=2, metavar="N", help="seeds (default: 2)")
+    group.add_argument("--seen", type=config.COUNT, default=1, metavar="N", help="of them, that a selection is fine-tuned "
+                       "with before it is taken (default: 1)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -73,20 +75,28 @@ def main(args: Any) -> None:
         kept = [clean[place] for place in np.argsort(-rises(free, clean))[: args.kept]]
         chosen[target, "free", ""] = free, kept
         for tolerance, refine in itertools.product(args.tolerances, (0, 1)):
-            subset = selected(target, keep_task=kept, tolerance_keep=tolerance, refine=refine)
+            subset = selected(target, keep_task=kept, tolerance_keep=tolerance, refine=refine, runs=args.seen)
             chosen[target, f"{tolerance:g}", "fine-tuning" if refine else "estimates"] = subset, kept
     for subset in dict.fromkeys([(), *(subset for subset, _ in chosen.values())]):
         console.call(TRAIN, save_name=name, task_idxes=subset, runs=args.runs)
     truth = tables.read_table(artifacts.results_dir(name) / artifacts.RESULTS_FILE, of_subsets=True).set_index("subset")
     losses = truth.filter(like=f"{tables.VALIDATION_LOSS}/").rename(columns=lambda c: c.partition("/")[2])
     changes = losses - losses.loc[[""]].mean()
-    measured, unseen = (changes[runs].groupby(level=0).mean() for runs in (truth["run"].ge(0), truth["run"].gt(0)))
+    measured, unseen = (
+        changes[runs].groupby(level=0).mean() for runs in (truth["run"].ge(0), truth["run"].ge(args.seen))
+    )
     rows = []
     for (target, tolerance, kept_by), (subset, kept) in chosen.items():
         place = tables.subset_text(subset), [target, *kept]
         values = {"estimated": rises(subset, place[1]), "measured": measured.loc[place].to_numpy(),
                   "unseen": unseen.loc[place].to_numpy()}  # fmt: skip
-        row: dict[str, Any] = {"seed": args.seed, "target": target, "tolerance": tolerance, "kept_by": kept_by}
+        row: dict[str, Any] = {
+            "seed": args.seed,
+            "seen": args.seen,
+            "target": target,
+            "tolerance": tolerance,
+            "kept_by": kept_by,
+        }
         row["sources"] = len(subset)
         for kind, of_kind in values.items():
             row |= {f"{kind}_change": of_kind.item(0), f"{kind}_worst_rise": of_kind[1:].max()}

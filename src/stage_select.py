@@ -153,7 +153,7 @@ def refined(
     config: SelectConfig, estimator: Estimator, columns: Sequence[int], kept: Sequence[int], path: SelectionPath
 ) -> tuple[int, ...]:
     """Fine-tune the subsets on a search's path with the best estimates, and return the best of them: the lowest mean
-    validation loss of the targets. Where none of them keeps the targets to keep within their limit, go on with the next.
+    validation loss of the targets. Where none of them keeps, in every run, what is to be kept, go on with the next.
     Their results stand with those of stage 1's script. ValueError: none on the path does."""
     from src.stage_train import fine_tune_subsets
 
@@ -162,27 +162,25 @@ def refined(
     training = TrainConfig(**{name: value for name, value in vars(config).items() if name in names})
     of_store = recorded(config) | {"load_clusters": True}
     data = clustered(training, of_store, config.run) if config.load_clusters else load_data(training)
-    limits = {f"{VALIDATION_LOSS}/{estimator.targets[c]}": estimator.base_losses([c])[0] for c in kept}
+    bases = pd.Series(
+        {f"{VALIDATION_LOSS}/{estimator.targets[c]}": estimator.base_losses([c])[0] for c in kept}, dtype=float
+    )
     for first in range(0, len(steps), at_once):
         subsets = [step.subset for step in steps[first : first + at_once]]
         fine_tune_subsets(training, data, subsets, keep_model=False)
         table = tables.read_table(artifacts.results_dir(config.results) / artifacts.RESULTS_FILE)
         table["mean"] = tables.mean_over_targets(table, VALIDATION_LOSS, [estimator.targets[c] for c in columns])
-        means = table.groupby("subset").mean(numeric_only=True).loc[[subset_text(subset) for subset in subsets]]
-        within = (means[list(limits)] - pd.Series(limits) <= config.tolerance_keep).all(axis=1)
+        of_subset, texts = table.groupby("subset"), [subset_text(subset) for subset in subsets]
+        worst = of_subset[list(bases.index)].max().loc[texts] - bases  # of all runs
+        within = (worst <= config.tolerance_keep).all(axis=1)
         if within.any():
-            best = int(np.argmin(means["mean"].where(within, np.inf)))
-            rises = zip(config.keep_task, means[list(limits)].iloc[best] - pd.Series(limits), strict=True)
-            measured = ", ".join(f"{name} {rise:+.3g}" for name, rise in rises)
-            print(
-                f"Kept when really fine-tuned (subset {first + best + 1} of {len(steps)}), in nats per token: {measured}."
-            )
+            best = int(np.argmin(of_subset["mean"].mean().loc[texts].where(within, np.inf)))
+            if measured := ", ".join(f"{name} {rise:+.3g}" for name, rise in worst.iloc[best].items()):
+                print(f"Above the base model's, measured at subset {first + best + 1} of {len(steps)}: {measured}.")
             return subsets[best]
-    names_kept = ", ".join(config.keep_task)
-    raise ValueError(
-        f"each of the {counted(len(steps), 'subset')} of the search raises a loss of {names_kept} by more than --tolerance_keep "
-        f"{config.tolerance_keep:g} when it is really fine-tuned; keep the base model, or raise the tolerance"
-    )
+    found = f"each of the {counted(len(steps), 'subset')} of the search raises a loss of {', '.join(config.keep_task)} by more"
+    repair = "keep the base model, or raise the tolerance"
+    raise ValueError(f"{found} than --tolerance_keep {config.tolerance_keep:g} when it is really fine-tuned; {repair}")
 
 
 def say_kept(
@@ -191,17 +189,13 @@ def say_kept(
 ) -> None:  # fmt: skip
     """Print what the selections are estimated to do to the targets that are kept, and which tasks were refused for them."""
     of_selected = estimator.above_base(membership_matrix(selected, len(estimator.tasks)), kept).max(axis=0)
-    changes = ", ".join(
-        f"{estimator.targets[column]} {rise:+.3g}" for column, rise in zip(kept, of_selected, strict=True)
-    )
-    refused = sorted({task for path in paths for step in path.steps for task in step.refused})
-    print(
-        f"Kept, in nats per token above the base model's loss (--tolerance_keep {config.tolerance_keep:g}): {changes}."
-    )
-    if refused:
-        print(
-            f"Refused for it at a step, though estimated to lower the target more: {tables.names_of(refused, estimator.tasks)}"
-        )
+    rises = zip(config.keep_task, of_selected, strict=True)
+    changes = ", ".join(f"{name} {rise:+.3g}" for name, rise in rises)
+    limit = f"--tolerance_keep {config.tolerance_keep:g}"
+    print(f"Kept, in nats per token above the base model's loss, estimated ({limit}): {changes}.")
+    if refused := sorted({task for path in paths for step in path.steps for task in step.refused}):
+        names = tables.names_of(refused, estimator.tasks)
+        print(f"Refused for it at a step, though estimated to lower the target more: {names}")
 
 
 def write_tradeoff(

@@ -105,7 +105,8 @@ def test_what_is_kept_is_so_when_really_fine_tuned(run: list[str], capsys: pytes
     steps = pd.read_csv("results/kept/selection.csv", dtype={"subset": str}).sort_values("estimate")["subset"].tolist()
     assert len(steps) > 1 and measured()["subset"].tolist() == steps[:1]
     base = json.loads(Path("results/kept/selection.json").read_text())["levels"]["base"]["other"]
-    assert f"in nats per token: other {measured()[loss][0] - base:+.3g}." in capsys.readouterr().out
+    said = f"measured at subset 1 of {len(steps)}: {loss} {measured()[loss][0] - base:+.3g}."
+    assert said in capsys.readouterr().out
     measured().assign(**{loss: base + 9.01}).to_csv(file, index=False)
     run_script(*command)
     assert measured()["subset"].tolist() == steps[:2]
