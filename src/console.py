@@ -222,10 +222,10 @@ _CURES = {
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or CPU memory ran out; for the CPU torch says so only in the text of a RuntimeError."""
+    """Whether GPU or CPU memory ran out; for the CPU torch and safetensors say so only in the text of an error."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    return not isinstance(error, ValueError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _line_about(error: Exception, flags: Iterable[str]) -> str | None:

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from src.artifacts import ADAPTER_CONFIG, BASE
-from src.console import say_notices, waiting_for
+from src.console import is_out_of_memory, say_notices, waiting_for
 from src.datamodule import IGNORED, Batch
 
 
@@ -295,9 +295,9 @@ def _clear_load_error(model_key: str, part: str = "") -> Iterator[None]:
     """Turn whatever a wrong, damaged or unreachable model raises into one clear error."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         path = Path(resolve_model_key(model_key))
         known = isinstance(error, (OSError, ValueError)) and str(error).strip()
         first_line = (known or repr(error)).splitlines()[0]
