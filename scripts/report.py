@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from src import artifacts, console, evaluation, tables
 from src.artifacts import results_folder
@@ -147,7 +147,7 @@ class Run:
             if text in self.measured:
                 runs = found.loc[text].dropna().to_numpy()
                 spread = runs.std(ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
-                half = student.ppf(0.95, max(len(runs) - 1, 1)) * spread
+                half = stdtrit(max(len(runs) - 1, 1), 0.95) * spread
                 bars.append(html.Bar(name, runs.mean(), runs.mean() - half, runs.mean() + half))
             else:
                 bars.append(html.Bar(name, estimates[text], measured=text == ""))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ _CHUNK_BYTES, _BLOCK_ROWS = 1 << 28, 8192
 # Factors of H_t: the most rows with which they save work, as a share of d; and where they end, relative to its largest diagonal
 # entry: it is float32.
 _FACTOR_ROWS, _FACTOR_TOLERANCE = 1 / 4, 1e-7
-# Times that solutions in float32 are refined by what they leave, in float64; and how little the last may change one that is taken.
-_REFINEMENTS, _LAST_CHANGE = 2, 1e-4
+# Solutions in float32 are improved by what they leave, in float64: so often at most, until one changes by so little of itself.
+_MOST_STEPS, _LAST_CHANGE = 4, 1e-4
 # Random halves of the tasks, over which the estimates of one checkpoint are compared with another's.
 _REFERENCE_HALVES = 64
 # Newton's method of "logistic": the gradient norm to reach, relative to the start, and when to give up.
@@ -198,7 +199,7 @@ def estimate(
     """
     chosen = range(len(parts[0].target.counts)) if targets is None else targets
     parts, make = [_with_targets(part, chosen) for part in parts], ESTIMATORS[estimator].make
-    by_part = np.stack([_over_chunks(part, membership, rho, make, progress) for part in parts])  # (p, m, k)
+    by_part = _over_chunks(parts, membership, rho, make, progress)
     return by_part.mean(axis=0) if weights is None else (weights[:, None] * by_part).sum(axis=0)
 
 
@@ -222,7 +223,7 @@ def part_weights(parts: Sequence[Part], **options: Any) -> tuple[np.ndarray, np.
 
 def solutions(part: Part, membership: np.ndarray, *, estimator: str = "ridge", rho: float = DEFAULT_RHO) -> np.ndarray:
     """x_S of an estimator for every subset, (m, d) float64; arguments and errors as in `estimate` and `solver_of`."""
-    found = _over_chunks(part, membership, rho, solver_of(estimator))
+    (found,) = _over_chunks([part], membership, rho, solver_of(estimator))
     return found if part.basis is None else found @ part.basis.T
 
 
@@ -292,14 +293,15 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     if part.train.outers is None:
         return _kernel_solver(part, strength)
     sums, outers = _tensor(part.train.sums), torch.from_numpy(part.train.outers).flatten(1)
-    dim, found_last = sums.shape[1], list[_Common]()
+    dim, lock, found_last = sums.shape[1], Lock(), list[_Common]()
 
     def solve(shares: Tensor) -> Tensor:
         if (near := _one_apart(shares)) is None:
             return dense((shares.float() @ outers).view(-1, dim, dim), shares)
         scale, weights, task, weight = near
-        fitting = [last for last in found_last if torch.allclose(weights, last.weights, rtol=1e-9, atol=0)]
-        found_last[:] = [common := (fitting or [_Common(weights, sums, outers)])[0]]  # the chunks of a search have one
+        with lock:  # the chunks of a search have one in common
+            fitting = [last for last in found_last if torch.allclose(weights, last.weights, rtol=1e-9, atol=0)]
+            found_last[:] = [common := (fitting or [_Common(weights, sums, outers)])[0]]
         found, precise = sums.new_zeros(len(shares), dim), torch.from_numpy(part.train.has_factors)[task]
         if (few := precise.nonzero()[:, 0]).numel():
             goal = common.sums + weight[few, None] * sums[task[few]]
@@ -339,32 +341,29 @@ class _Common:
     """The moments that subsets one task apart share, and what solves with them and with the one task's factors."""
 
     def __init__(self, weights: Tensor, sums: Tensor, outers: Tensor) -> None:
-        used = weights.nonzero()[:, 0]
-        self.weights, self.sums = weights, weights @ sums
-        self.moments = (weights[used].float() @ outers[used]).view(len(self.sums), -1)
+        self.weights, self.sums, total = weights, weights @ sums, outers.new_zeros(outers.shape[1])
+        for task in weights.nonzero()[:, 0].tolist():
+            total.add_(outers[task], alpha=float(weights[task]))
+        self.moments = total.view(len(self.sums), -1)
         self.double = self.moments.double()
-
-    @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (d,) and vectors (d, d)."""
-        values, vectors = torch.linalg.eigh(self.moments)
-        return values.clamp(min=0), vectors
+        self.values, self.basis = torch.linalg.eigh(self.moments)
 
     def solve(self, own: Tensor, weight: Tensor, ridge: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """x (c, d) of (moments + weight F'F + ridge I) x = goal, for factors F `own` (c, r, d), and which are precise (c,). In the
         eigenvectors the ridge, which differs between subsets, is diagonal, and Woodbury's identity adds the factors."""
-        values, basis = self.eigen
-        root = (values + ridge.float()[:, None]).rsqrt()  # (c, d)
+        root, basis = (self.values.clamp(min=0) + ridge.float()[:, None]).rsqrt(), self.basis  # (c, d)
         turned = (own.flatten(0, 1) @ basis).view(own.shape).mul_((weight.sqrt().float()[:, None] * root)[:, None])
         inner, _ = torch.linalg.cholesky_ex(torch.baddbmm(torch.eye(own.shape[1]), turned, turned.mT))
-        x = torch.zeros_like(goal)
-        for _ in range(1 + _REFINEMENTS):
-            left = goal - x @ self.double - ridge[:, None] * x
-            left -= (own.mT @ (own @ x.float()[:, :, None]))[:, :, 0].double() * weight[:, None]
+        x, left = torch.zeros_like(goal), goal
+        for _ in range(_MOST_STEPS):
             step = (left.float() @ basis * root)[:, :, None]
             step -= turned.mT @ torch.cholesky_solve(turned @ step, inner)
             x += (change := step[:, :, 0] * root @ basis.T)
-        return x, change.norm(dim=1) <= _LAST_CHANGE * x.norm(dim=1)
+            if (precise := change.norm(dim=1) <= _LAST_CHANGE * x.norm(dim=1)).all():
+                break
+            of_own = (own.mT @ (own @ x.float()[:, :, None]))[:, :, 0]
+            left = goal - x @ self.double - ridge[:, None] * x - of_own.double() * weight[:, None]
+        return x, precise
 
 
 def _kernel_solver(part: Part, strength: float) -> OnSubsets:
@@ -527,22 +526,25 @@ def _row_weights(part: Part, membership: np.ndarray, rho: float) -> tuple[Tensor
 
 
 def _over_chunks(
-    part: Part, membership: np.ndarray, rho: float, make: Make, progress: Progress | None = None
+    parts: Sequence[Part], membership: np.ndarray, rho: float, make: Make, progress: Progress | None = None
 ) -> np.ndarray:
-    """Estimates or solutions of all subsets, chunk by chunk: d x d matrices and R-vectors of all do not fit."""
-    weights, strength = _row_weights(part, membership, rho)
-    shares, on_subsets = _shares(weights, _tensor(part.train.weights)), make(part, strength)
-    bytes_per_subset = 16 * part.train.sums.shape[1] ** 2 + 96 * (len(part.rows.outputs) if part.rows else 0)
-    # side by side, a thread each: several threads at one small factorisation would wait for each other
-    threads = torch.get_num_threads()
-    chunks = shares.split(max(_CHUNK_BYTES // max(threads, 2) // bytes_per_subset, 1))
+    """Estimates or solutions of all subsets at each part, (p, m, ...), chunk by chunk: d x d matrices and R-vectors of all do
+    not fit. Chunks are taken side by side, a thread each: several threads at one small matrix would wait for each other."""
+    threads, work = torch.get_num_threads(), list[tuple[OnSubsets, Tensor]]()
+    for part in parts:
+        weights, strength = _row_weights(part, membership, rho)
+        of_subset = 16 * part.train.sums.shape[1] ** 2 + 96 * (len(part.rows.outputs) if part.rows else 0)  # bytes
+        shares, on_subsets = _shares(weights, _tensor(part.train.weights)), make(part, strength)
+        size = max(_CHUNK_BYTES // max(threads, 2) // of_subset, 1)
+        work += [(on_subsets, chunk) for chunk in shares.split(size)]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = pool.map(on_subsets, chunks)
-        bar = progress(found, desc="estimates", total=len(chunks), unit="chunk of subsets") if progress else found
+        found = pool.map(lambda of_chunk: of_chunk[0](of_chunk[1]).numpy(), work)
+        bar = progress(found, desc="estimates", total=len(work), unit="chunk of subsets") if progress else found
         try:
-            return np.concatenate([values.numpy() for values in bar])
+            values = np.concatenate(list(bar))
         finally:
             torch.set_num_threads(threads)
+    return values.reshape(len(parts), len(membership), *values.shape[1:])
 
 
 def _shares(weights: Tensor, totals: Tensor) -> Tensor:

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import logsumexp
-from scipy.stats import norm, pearsonr, rankdata, spearmanr
-from scipy.stats import t as student
+from scipy.special import logsumexp, ndtri, stdtrit
 
 from src import tables
 from src.artifacts import RESULTS_FILE, SELECTION_FILE, described, losses_file
@@ -37,7 +35,7 @@ def linear_datamodeling_score(estimates: np.ndarray, fine_tuned: np.ndarray) -> 
     """Spearman's correlation of estimates (m,) and fine-tuned values (m,); nan where either does not vary."""
     if np.ptp(estimates) == 0 or np.ptp(fine_tuned) == 0:
         return float("nan")
-    return float(spearmanr(estimates, fine_tuned).statistic)
+    return float(mean_rank_correlation(np.stack([estimates, fine_tuned], axis=1)))
 
 
 def mean_rank_correlation(values: np.ndarray) -> np.ndarray:
@@ -45,7 +43,11 @@ def mean_rank_correlation(values: np.ndarray) -> np.ndarray:
     for a single one."""
     if (runs := values.shape[-1]) < 2:
         return np.full(values.shape[:-2], np.nan)
-    ranks = rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2
+    rows = np.moveaxis(values, -2, 0)
+    ranks = (
+        pd.DataFrame(rows.reshape(len(rows), -1)).rank().to_numpy().reshape(rows.shape)
+    )  # scipy.stats is slow to load
+    ranks = np.moveaxis(ranks - (len(rows) + 1) / 2, 0, -2)
     with np.errstate(invalid="ignore"):
         scaled = ranks / np.sqrt((ranks**2).sum(axis=-2, keepdims=True))
         return ((scaled.sum(axis=-1) ** 2).sum(axis=-1) - runs) / (runs * (runs - 1))
@@ -107,7 +109,7 @@ def judge(estimates: np.ndarray, fine_tuned: np.ndarray) -> dict[str, float]:
         "lds_high": high,
         "lds_top_quarter": linear_datamodeling_score(estimates[best], fine_tuned[best]) if len(best) >= 3 else np.nan,
         "regret": float(fine_tuned[estimates.argmin()] - fine_tuned.min()) if varies else np.nan,
-        "pearson": float(pearsonr(estimates, fine_tuned).statistic) if varies else np.nan,
+        "pearson": float(np.corrcoef(estimates, fine_tuned)[0, 1]) if varies else np.nan,
         "relative_error": float(np.mean(np.abs(estimates - fine_tuned) / np.abs(fine_tuned))),
         "squared_relative_error": float(np.sum((estimates - fine_tuned) ** 2) / np.sum(fine_tuned**2)),
     }
@@ -218,7 +220,7 @@ class Calibration:
             mean += (weights * values).sum(axis=0)
             square += (weights * (values**2 + spreads**2 * variance)).sum(axis=0)
         values = self._center + self._unit * mean.T
-        half = norm.ppf((1 + share) / 2) * self._unit * np.sqrt(np.maximum(square - mean**2, 0.0)).T
+        half = ndtri((1 + share) / 2) * self._unit * np.sqrt(np.maximum(square - mean**2, 0.0)).T
         found = values, values - half, values + half
         return tuple(np.exp(found)) if self._logarithms else found
 
@@ -328,7 +330,7 @@ def _difference(
         return f"lower than that of {name} by {gap:.3f} (one seed)", ""
     total = sum(variance for variance, _ in parts)
     freedom = total**2 / max(sum(variance**2 / degrees for variance, degrees in parts), np.finfo(float).tiny)
-    half = float(student.ppf(0.95, max(freedom, 1))) * math.sqrt(total)
+    half = float(stdtrit(max(freedom, 1), 0.95)) * math.sqrt(total)
     found = f"lower than that of {name} by" if gap > half else f"no difference from {name} is shown:"
     alone = "" if len(of_runs) > 1 else "; what another seed would change is not in them (--runs 2 or more shows it)"
     interval = f"{gap:.3f} (90 % interval {gap - half:.3f} to {gap + half:.3f})"

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+import pandas as pd
 
 Estimate = Callable[[np.ndarray], np.ndarray]
 """Membership (m, n) bool -> estimates (m,); or (m, 2), with how far subsets are beyond a limit: above 0 is not taken."""
@@ -164,7 +164,7 @@ def ranking_convergence(membership: np.ndarray, values: np.ndarray, points: int 
     covered = np.flatnonzero(np.logical_or.accumulate(membership).all(axis=1))
     sizes = np.unique(np.geomspace(covered[0] + 1, len(values), points).round().astype(int))
     scores = [random_ensemble_scores(membership[:size], values[:size])[0] for size in sizes]
-    return sizes, np.array([spearmanr(of_first, final).statistic for of_first in scores])
+    return sizes, pd.DataFrame(np.transpose([*scores, final])).corr("spearman").to_numpy()[-1, :-1]
 
 
 def select_by_score(

@@ -22,7 +22,7 @@ OF_TRAINING = {
     "bitsandbytes",
     "torchmetrics",
 }
-SLOW = {"sklearn", "torch._dynamo", "scipy.signal"}
+SLOW = {"sklearn", "torch._dynamo", "scipy.signal", "scipy.stats"}
 RUN = """
 import json, runpy, sys
 commands, watched = json.loads(sys.argv[1])
