@@ -83,7 +83,7 @@ def forward_selection(
         found = np.asarray(estimate(subsets), float).reshape(len(subsets), -1)
         if (wrong := np.isnan(found).any(axis=1)).any():
             raise ValueError(f"the estimate of subset {_tasks(subsets[np.argmax(wrong)])} is not a number")
-        return found[:, 0], (found[:, 1:] <= 0).all(axis=1)
+        return found[:, 0], np.all(found[:, 1:] <= 0, axis=1)
 
     current = np.zeros(num_tasks, bool)
     current[list(start_from) if forward or len(start_from) else slice(None)] = True
