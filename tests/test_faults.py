@@ -159,7 +159,7 @@ def test_killed_many_times(world):
 def test_killed_with_a_real_model(tmp_path_factory, stages):
     """KILLED_MODEL=data/smollm2, on rows of a few words."""
     world = World(tmp_path_factory.mktemp("real"), stages, Path(os.environ["KILLED_MODEL"]), rows=8)
-    kill_until(world, 15, seed=200, kills_of_each=3)
+    kill_until(world, 40, seed=200, kills_of_each=3)
 
 
 @pytest.mark.slow
