@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from src.console import end_at_sigterm, progress, say, say_once
 from src.data import TaskData
 from src.datamodule import Batch, TaskDataModule
 from src.distributed import Hardware, cluster
-from src.models import LanguageModel, per_sample_loss, save_model, standing_in, state_to_save
+from src.models import LanguageModel, per_sample_loss, save_model, standing_in, state_to_save, token_losses
 
 # Lightning asks of what is logged whether it is a metric. None is, and torchmetrics takes more than a second to load.
 _NONE = type("NoMetric", (), {})
@@ -110,7 +110,7 @@ class FineTuning(pl.LightningModule):
         if self.plan.loss_over == "row":
             loss = per_sample_loss(logits, labels, rows, len(batch["labels"])).mean()
         else:
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = token_losses(logits, labels).mean()
         self.shown["train_loss"] = loss.detach()
         self._unseen.append((loss.detach(), self.global_step, batch["sample_index"]))
         if not loss.is_cuda or len(self._unseen) == LOOK_EVERY:

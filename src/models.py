@@ -217,7 +217,7 @@ class LanguageModel(nn.Module):
 
         handle = self.network.get_output_embeddings().register_forward_pre_hook(keep_targets)
         try:
-            logits = self.network(**inputs, use_cache=False).logits[0]
+            logits = self.network(**inputs, use_cache=False).logits.squeeze(0)  # its backward copies nothing
         finally:
             handle.remove()
         return logits, labels, rows
@@ -244,10 +244,36 @@ class LanguageModel(nn.Module):
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
+_LINES = 32  # of logits worked on at once
+
+
+class _TokenLosses(torch.autograd.Function):
+    """-log p(token), (K,) float32, of logits (K, V): as torch's cross entropy, which holds four arrays of that size at once in
+    its backward, where this holds the logits and their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        sums = torch.cat([lines.float().logsumexp(1) for lines in logits.split(_LINES)])
+        ctx.save_for_backward(logits, labels, sums)
+        return sums - logits.gather(1, labels[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None]:
+        (outer,), (logits, labels, sums) = output_gradients, ctx.saved_tensors
+        gradients = torch.empty_like(logits)
+        for place, *lines in zip(*(each.split(_LINES) for each in (gradients, logits, sums, outer)), strict=True):
+            place.copy_((lines[0] - lines[1][:, None]).exp_().mul_(lines[2][:, None]))
+        return gradients.scatter_add_(1, labels[:, None], -outer[:, None].to(logits.dtype)), None
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(token) of every target token, (K,) float32, from logits (K, V)."""
+    return _TokenLosses.apply(logits, labels)
+
+
 def per_sample_loss(logits: Tensor, labels: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Mean over a sample's target tokens of -log p(token), (B,) float32."""
-    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-    return _mean_per_row(losses, rows, num_rows)
+    return _mean_per_row(token_losses(logits, labels), rows, num_rows)
 
 
 def per_sample_margin(logits: Tensor, labels: Tensor, rows: Tensor, num_rows: int) -> Tensor:

@@ -22,7 +22,15 @@ from src.data import Example, TaskData
 from src.datamodule import IGNORED, TaskDataModule
 from src.gradients import GradientCollector
 from src.instruction import load_instruction
-from src.models import OUTPUT_FUNCTIONS, LanguageModel, LoraShape, load_base_model, load_checkpoint, load_model
+from src.models import (
+    OUTPUT_FUNCTIONS,
+    LanguageModel,
+    LoraShape,
+    load_base_model,
+    load_checkpoint,
+    load_model,
+    token_losses,
+)
 from src.projection import make_projection
 from src.run_model import check_base, check_vocabulary
 from tests.commands import refused
@@ -289,3 +297,20 @@ def test_model_keys(workspace):
     known = {"flan_t5_base": "google/flan-t5-base", "gpt2_medium": "gpt2-medium"}
     others = ("TinyLlama/TinyLlama-1.1B", "a_folder")
     assert [models.resolve_model_key(key) for key in (*known, *others)] == [*known.values(), *others]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_losses_and_their_gradients_are_those_of_cross_entropy(dtype):
+    logits = (4 * torch.randn(70, 300, generator=torch.Generator().manual_seed(0))).to(dtype)
+    labels, outer = torch.arange(70) * 4, torch.linspace(-1, 2, 70)
+    gradients, losses = [], []
+    for function in (
+        token_losses,
+        lambda own, labels: torch.nn.functional.cross_entropy(own.float(), labels, reduction="none"),
+    ):
+        own = logits.clone().requires_grad_()
+        losses.append(function(own, labels))
+        losses[-1].backward(outer)
+        gradients.append(own.grad)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
