@@ -2,8 +2,8 @@
 
 A world is `synthetic:SEED` or `cot:SEED`, with settings of its own after commas (`synthetic:1,num_tasks=12,noise=0/0.5`,
 `epochs=2`, `lr=1e-3`); for a pretrained model `real:flan`, FLAN tasks and Alpaca skills, `real:alpaca`, skills alone (both of
-`data/make_flan_world.py`), or `real:strategy_qa`, short questions with the teacher's reasoning, clusters as tasks; or a jsonl
-file in the FLAN layout, whose every task is a target. Everything is kept, so that a second run goes on where the first one
+`data/make_flan_world.py`), or `real:strategy_qa` and `real:commonsense_qa`, short questions with the teacher's reasoning, clusters
+as tasks; or a jsonl file in the FLAN layout, whose every task is a target. Everything is kept, so that a second run goes on where the first one
 ended, also one that was killed.
 """
 
@@ -113,12 +113,10 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         files = f"--flan_file {args.flan_file} --alpaca_file {args.alpaca_file}"
         command = f"data/make_flan_world.py {files} --output_dir {folder} {made}"
         return World(name, folder, data, flags, made_by=command)
-    if first == "real:strategy_qa" and args.model_key and args.cot_dir:
-        rows = short_questions(Path(args.cot_dir), folder, **{key: int(value) for key, value in options.items()})
+    if first in ("real:strategy_qa", "real:commonsense_qa") and args.model_key and args.cot_dir:
+        rows = short_questions(Path(args.cot_dir), folder, seed, **{key: int(value) for key, value in options.items()})
         print(f"{args.cot_dir}: {rows} questions")
-        data = (
-            f"--dataset_key strategy_qa --data_dir {folder} --saved_dir {folder}/saved --heldout_share 0.2 {of_model}"
-        )
+        data = f"--dataset_key {seed} --data_dir {folder} --saved_dir {folder}/saved --heldout_share 0.2 {of_model}"
         return World(
             name, folder, data, f"{flags} --inference_batch_size 32 --max_new_tokens 64",
             f"--load_clusters --num_clusters {args.num_clusters}", COT_SCRIPTS,
@@ -131,17 +129,19 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         return World(name, folder, f"{data} --max_length 256 --train_lora", flags)
     raise ValueError(
         f"--world {name}: expected synthetic:SEED, cot:SEED, real:flan or real:alpaca with --model_key, --flan_file and "
-        "--alpaca_file, real:strategy_qa with --model_key and --cot_dir, or a .jsonl file with --model_key"
+        "--alpaca_file, real:strategy_qa or real:commonsense_qa with --model_key and --cot_dir, or a .jsonl file with --model_key"
     )
 
 
-def short_questions(source: Path, folder: Path, rows: int = 96, test_rows: int = 24, max_characters: int = 260) -> int:
-    """Write a split of the first questions of StrategyQA that are short with what they are trained on, beside copies of the data
+def short_questions(
+    source: Path, folder: Path, dataset_key: str, rows: int = 96, test_rows: int = 24, max_characters: int = 260
+) -> int:
+    """Write a split of the first questions of a data set that are short with what they are trained on, beside copies of the data
     set and of the teacher's completions: of those to train on, ones that the teacher answers right. Returns their number;
     ValueError: there are fewer."""
-    dataset = source / "dataset" / "strategy_qa.json"
+    dataset = source / "dataset" / f"{dataset_key}.json"
     samples = json.loads(dataset.read_text(encoding="utf-8"))["data"]
-    split = json.loads((source / "split" / "strategy_qa__default.json").read_text(encoding="utf-8"))
+    split = json.loads((source / "split" / f"{dataset_key}__default.json").read_text(encoding="utf-8"))
     file = source / "saved" / "completion_data" / f"B_{cot.TEACHER}__C_zs_cot" / f"D_{dataset.name}"
     completions = json.loads(file.read_text(encoding="utf-8"))["data"]
 
@@ -150,11 +150,11 @@ def short_questions(source: Path, folder: Path, rows: int = 96, test_rows: int =
 
     def is_kept(index: int) -> bool:
         (of_teacher,) = completions[str(index)]
-        right = cot.judge("strategy_qa", of_teacher["completion"], samples[index]["answer"], None)["correct"]
+        right = cot.judge(dataset_key, of_teacher["completion"], samples[index]["answer"], None)["correct"]
         return right and is_short(index, of_teacher["reasoning_completion"])
 
     train = [index for index in split["train"] if is_kept(index)][:rows]
-    test = [index for index in split["test"] if is_short(index, samples[index]["rationale"])][:test_rows]
+    test = [index for index in split["test"] if is_short(index, samples[index].get("rationale", ""))][:test_rows]
     if len(train) < rows:
         raise ValueError(
             f"{source}: {len(train)} questions to train on have at most {max_characters} characters, {rows} are needed"
@@ -164,7 +164,7 @@ def short_questions(source: Path, folder: Path, rows: int = 96, test_rows: int =
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, copy)
     (folder / "split").mkdir(exist_ok=True)
-    write_json(folder / "split" / "strategy_qa__default.json", {"train": train, "test": test})
+    write_json(folder / "split" / f"{dataset_key}__default.json", {"train": train, "test": test})
     return len(train) + len(test)
 
 
@@ -278,12 +278,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Which worlds, and how they are trained."""
     group = parser.add_argument_group("worlds")
     group.add_argument("--world", nargs="+", default=list(SUITE), metavar="WORLD", help="synthetic:SEED, cot:SEED, "
-                       "real:flan, real:alpaca, real:strategy_qa or a .jsonl file, with settings after commas (default: the suite of five)")  # fmt: skip
+                       "real:flan, real:alpaca, real:strategy_qa, real:commonsense_qa or a .jsonl file, with settings after commas (default: the suite of five)")  # fmt: skip
     group.add_argument("--model_key", metavar="MODEL", help="base model of real:flan or a .jsonl world (default: none)")
     group.add_argument("--flan_file", metavar="JSONL", help="FLAN rows of real:flan (default: none)")
     group.add_argument("--alpaca_file", metavar="PKL", help="Alpaca frame of real:flan (default: none)")
     group.add_argument(
-        "--cot_dir", metavar="FOLDER", help="dataset/, split/ and saved/ of real:strategy_qa (default: none)"
+        "--cot_dir", metavar="FOLDER", help="dataset/, split/ and saved/ of the questions (default: none)"
     )
     group.add_argument("--rows_per_task", type=config.COUNT, default=80, help="rows of each task of a .jsonl world "
                        "(default: 80)")  # fmt: skip

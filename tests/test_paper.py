@@ -150,15 +150,16 @@ def test_cost_counts_every_fine_tuning():
     assert algebra == pytest.approx(2 * (67 * 2 * 64 + 5 * (8**3 / 3 + 2 * 6 * 64)))
 
 
-def test_short_questions_are_a_split_that_can_be_read(here, shared_data):
+@pytest.mark.parametrize("dataset_key", ["strategy_qa", "commonsense_qa"])
+def test_short_questions_are_a_split_that_can_be_read(here, shared_data, dataset_key):
     worlds, script = load_script("scripts/worlds.py"), load_script("scripts/benchmark_estimates.py")
     source = shared_data / "chain_of_thought"
     args = script.parse_args(["--model_key", "m", "--cot_dir", str(source)])
-    world = worlds.parse_world("real:strategy_qa,rows=20,test_rows=5", args)
-    split = json.loads((world.folder / "split" / "strategy_qa__default.json").read_text())
+    world = worlds.parse_world(f"real:{dataset_key},rows=20,test_rows=5", args)
+    split = json.loads((world.folder / "split" / f"{dataset_key}__default.json").read_text())
     assert len(split["train"]) == 20 and len(split["test"]) == 5
-    data = load_cot("strategy_qa", "ft_cot", architecture="decoder", data_dir=world.folder, saved_dir=source / "saved",
+    data = load_cot(dataset_key, "ft_cot", architecture="decoder", data_dir=world.folder, saved_dir=world.folder / "saved",
                     heldout_share=0.2)  # fmt: skip
     sizes = [len(row.prompt) + len(row.completion) for row in data.examples if row.split == "train"]
     assert len(data.indices("train")) == 16 and max(sizes) <= 260 + 20
-    refused("questions to train on", worlds.parse_world, "real:strategy_qa,rows=2000", args)
+    refused("questions to train on", worlds.parse_world, f"real:{dataset_key},rows=2000", args)
