@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Train."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src import stage_train
 
     typed = config.typed_flags(args)

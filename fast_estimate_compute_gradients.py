@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Take gradients."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src import stage_collect
 
     stage_collect.collect(*config.from_run(config.CollectConfig, config.typed_flags(args), model_key="flan_t5_base"))

@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Take gradients, or measure the approximation error."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src import stage_collect
 
     typed = config.typed_flags(args)

@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Select."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src import stage_estimate, stage_select
 
     stage_select.select(*stage_estimate.stored(config.SelectConfig, config.typed_flags(args)))

@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Estimate."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src import stage_estimate
 
     stage_estimate.estimate_subsets(*stage_estimate.stored(config.EstimateConfig, config.typed_flags(args)))

@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Compare."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src.stage_scores import compare
 
     compare(Path(args.estimates), Path(args.truth), args.metric, args.target_task)

@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Score and select."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src.stage_scores import random_ensemble
 
     random_ensemble(**config.typed_flags(args))

@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Any:
 
 def main(args: Any) -> None:
     """Export."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src import export
 
     typed = config.typed_flags(args)

@@ -73,7 +73,7 @@ def results_table(path: Path, tasks: Sequence[str], targets: Sequence[str]) -> p
 
 def main(args: Any) -> None:
     """Read, check, write."""
-    with console.waiting_for("loading the libraries"):
+    with console.loading_libraries():
         from src.stage_estimate import Estimator, stored
 
     typed = config.typed_flags(args)

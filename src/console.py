@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import gc
 import importlib.util
 import os
 import re
@@ -132,6 +133,19 @@ def waiting_for(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Print that imports are running if they take long; Python looks for garbage meanwhile, in a fifth of their time, and finds
+    none: it is told not to."""
+    gc.disable()
+    try:
+        with waiting_for("loading the libraries"):
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def spent(started: float) -> dict[str, float]:

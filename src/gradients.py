@@ -19,12 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from src.console import is_out_of_memory, progress, say_once
 from src.datamodule import Batch, TaskDataModule
 from src.distributed import Processes
-from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, LanguageModel
+from src.models import OUTPUT_FUNCTIONS, AdaptedMatrix, GradientCheckpointingLayer, LanguageModel
 from src.projection import Directions, Projection
 from src.store import StoreWriter
 

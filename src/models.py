@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from src.artifacts import ADAPTER_CONFIG, BASE
 from src.console import is_out_of_memory, say_notices, waiting_for
@@ -56,10 +54,16 @@ def _peft_for(network: PreTrainedModel | None) -> Iterator[None]:
             asked.cache_clear()
 
 
-with standing_in("bitsandbytes", None):
+# transformers takes this one function for detecting objects, and SciPy's optimizers take half a second
+_NO_OPTIMIZERS = SimpleNamespace(linear_sum_assignment=None)
+
+with standing_in("bitsandbytes", None), standing_in("scipy.optimize", _NO_OPTIMIZERS):
     import peft.import_utils
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.pytorch_utils import Conv1D
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neo", "opt")
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

@@ -74,6 +74,7 @@ def test_gradients_load_no_trainer_and_training_no_extras_of_it(copy):
     extras = OF_TRAINING - {"pytorch_lightning", "lightning_fabric", "peft", "transformers"} | {
         "matplotlib",
         "scipy.signal",
+        "scipy.optimize",
     }
     trainer = {"pytorch_lightning", "lightning_fabric"}
     collect = [MEASURE, *COLLECT[1:], "--save_name", "toy", "--project_dim", "16"]
@@ -82,7 +83,8 @@ def test_gradients_load_no_trainer_and_training_no_extras_of_it(copy):
 
 
 def test_what_was_left_out_is_there_afterwards():
-    """A model in four bits and a metric of one's own are possible after an adapter and a trainer were loaded without them."""
+    """A model in four bits, an assignment and a metric of one's own are possible after an adapter and a trainer were loaded without them."""
+    assert import_module("scipy.optimize").linear_sum_assignment([[1.0, 0.0], [0.0, 1.0]])[1].tolist() == [1, 0]
     torchmetrics = import_module("torchmetrics")
     assert issubclass(torchmetrics.MeanMetric, torchmetrics.Metric)
     assert import_utils.is_bnb_available() == (find_spec("bitsandbytes") is not None)
