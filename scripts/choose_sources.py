@@ -207,7 +207,7 @@ class Pipeline:
             }
             for metric, prefix in metrics.items()
         }
-        spearman = self.judge(truth, targets, subsets) if "random_half" in subsets else None
+        spearman, judged = self.judge(truth, targets, subsets) if "random_half" in subsets else (None, "")
         selected = tables.parse_subset(subsets["forward_selection"][0])
         answer = self.answer(tasks, subsets)
         summary = {"seconds": seconds, "spearman": spearman, "selected_tasks": list(selected),
@@ -220,17 +220,14 @@ class Pipeline:
             label = method.replace("_", " ") + (f" (mean of {len(texts)})" if len(texts) > 1 else "")
             values = "".join(f"{measured[metric][method]:>15.3f}" for metric in metrics)
             print(f"{label:<28}{count:>6.0f}{values}{truth.loc[texts, 'seconds'].astype(float).mean():>10.1f}")
-        judged, figure = "", ""
-        if spearman is not None:
-            judged = f"Spearman of estimates and fine-tuned losses over random halves: {spearman:.2f}\n"
-            figure = f" and {folder / artifacts.ESTIMATES_FIGURE}"
+        figure = f" and {folder / artifacts.ESTIMATES_FIGURE}" if judged else ""
         print(
             f"\n{judged}Seconds by stage: {', '.join(f'{stage} {value:.0f}' for stage, value in seconds.items())}\n"
             f"Wrote {folder / artifacts.SUMMARY_FILE}{figure}."
         )
 
-    def judge(self, truth: pd.DataFrame, targets: Sequence[str], subsets: dict[str, list[str]]) -> float:
-        """Draw estimates against fine-tuned losses of the random halves, the selection marked; their Spearman."""
+    def judge(self, truth: pd.DataFrame, targets: Sequence[str], subsets: dict[str, list[str]]) -> tuple[float, str]:
+        """Draw estimates against fine-tuned losses of the random halves, the selection marked; their Spearman, and in words."""
         folder, halves, (selected,) = self.folder, subsets["random_half"], subsets["forward_selection"]
         estimates = tables.read_table(folder / artifacts.ESTIMATES_FILE).set_index("subset").loc[halves]
         prefix = tables.estimate_prefix(estimates)
@@ -249,10 +246,14 @@ class Pipeline:
         axes.scatter(estimate, value, label="forward selection", **style)
         manifest, runs = artifacts.read_manifest(folder, "stage 3"), console.counted(by_run.shape[1], "training seed")
         about = figures.about_run(manifest, ", ".join(targets), f"{len(halves)} random halves", runs)
-        figures.titled(axes, f"Spearman {spearman:.2f} (90 % interval {low:.2f} to {high:.2f})", about)
+        found = f"{spearman:.2f} (90 % interval {low:.2f} to {high:.2f})"
+        figures.titled(axes, f"Spearman {found}", about)
         axes.legend(fontsize=8)
         figures.save_figure(figure, folder / artifacts.ESTIMATES_FIGURE)
-        return spearman
+        judged = f"Spearman of estimates and fine-tuned losses over random halves: {found}\n"
+        if low <= 0:
+            judged += "That is no better than chance: trust what was fine-tuned, not estimates of other subsets.\n"
+        return spearman, judged
 
 
 SHOWN = (

@@ -51,6 +51,8 @@ def test_a_folder_becomes_an_answer(flags, capsys):
     losses = summary["test_loss"]
     assert set(losses) == {"base", "all_tasks", "random_half", "random_ensemble", "forward_selection"}
     assert -1 <= summary["spearman"] <= 1 and (folder / "estimates.png").is_file()
+    low = float(re.search(r"Spearman of .*\(90 % interval (\S+) to", printed).group(1))
+    assert ("no better than chance" in printed) == (low <= 0)
     rows = pd.read_json(folder / "selected.jsonl", lines=True)
     last = printed.strip().splitlines()[-7:]
     assert last[0].startswith("Train on: ") and all(name in last[0] for name in rows["task"].unique())
