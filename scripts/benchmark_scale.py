@@ -63,7 +63,7 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
         "task": np.where(is_target, -1, tasks),
         "target": np.where(is_target, tasks % args.targets, -1),
         "target_tokens": rng.integers(1, 100, args.rows),
-        "key": np.arange(args.rows).astype("U32"),
+        "key": np.arange(args.rows).astype("S32"),
     }
     names = {"tasks": list(map(str, range(args.tasks))), "targets": list(map(str, range(args.targets)))}
     writer = StoreWriter(folder, {"dim": args.dim, "output_function": "loss"}, samples, args.dim, "", names=names)

@@ -301,11 +301,11 @@ class TaskDataModule:
     def row_keys(self, indices: Indices) -> np.ndarray:
         """A hash of each row's prompt ids, completion ids and `loss_on_prompt`, (len(indices),) hexadecimal text."""
 
-        def key(prompt: np.ndarray, completion: np.ndarray) -> str:
+        def key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
             head = np.array([len(prompt), self.loss_on_prompt], np.int64).tobytes()
-            return hashlib.blake2b(head + prompt.tobytes() + completion.tobytes(), digest_size=16).hexdigest()
+            return hashlib.blake2b(head + prompt.tobytes() + completion.tobytes(), digest_size=16).hexdigest().encode()
 
-        return np.array([key(self.tokens.prompts[i], self.tokens.completions[i]) for i in indices], dtype="U32")
+        return np.array([key(self.tokens.prompts[i], self.tokens.completions[i]) for i in indices], dtype="S32")
 
     def by_length(self, indices: np.ndarray) -> np.ndarray:
         """The sample indices, longest row first (an oversized batch fails at once); ties by index."""
