@@ -305,10 +305,14 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
         found, precise = sums.new_zeros(len(shares), dim), torch.from_numpy(part.train.has_factors)[task]
         if (few := precise.nonzero()[:, 0]).numel():
             goal = common.sums + weight[few, None] * sums[task[few]]
-            x, precise[few] = common.solve(part.train.factors.index_select(0, task[few]), weight[few], strength / scale[few], goal)
+            x, precise[few] = common.solve(
+                part.train.factors.index_select(0, task[few]), weight[few], strength / scale[few], goal
+            )
             found[few] = -x
         if (many := (~precise).nonzero()[:, 0]).numel():
-            moments = torch.addcmul(common.moments.flatten(), weight[many, None].float(), outers.index_select(0, task[many]))
+            moments = torch.addcmul(
+                common.moments.flatten(), weight[many, None].float(), outers.index_select(0, task[many])
+            )
             moments *= scale[many, None].float()
             found[many] = dense(moments.view(-1, dim, dim), shares[many])
         return found
