@@ -3,8 +3,8 @@
 For each world every method selects tasks for the target from validation data alone; the base model is then fine-tuned on
 each selection and its test loss, and accuracy where answers are judged, taken: means over `--runs` seeds, with 90 % intervals
 by Student's t. Regret is the distance to the oracle (forward selection by really fine-tuning every candidate) as a share of
-the gap from the oracle to training on all tasks. Cost is in passes: one sample going forward and backward is one pass;
-all training and all gradients count.
+the gap from the oracle to training on all tasks, where there is one. Cost is in passes: one sample going forward and backward
+is one pass; all training and all gradients count.
 
     python scripts/benchmark_selection.py
     python scripts/benchmark_selection.py --world synthetic:7 --no_oracle --json
@@ -257,7 +257,7 @@ class Selecting:
         losses = table.set_index("method")["test_loss"]
         best = losses.get("oracle", losses.min())
         gap = losses["all tasks"] - best
-        table.insert(3, "regret", (table["test_loss"] - best) / gap if gap else np.nan)
+        table.insert(3, "regret", (table["test_loss"] - best) / gap if gap > 0 else np.nan)
         return table
 
 
