@@ -293,10 +293,10 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of each way in every round, timed in turn, by default after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways.items())
     for repeat in range(-warm_up, repeats):
-        for name, way in list(ways.items())[
-            :: 1 if repeat % 2 else -1
-        ]:  # memory that one leaves behind favours the next
+        order.reverse()  # memory that one way leaves behind favours the next
+        for name, way in order:
             value = seconds_of(way, device, clock)
             if repeat >= 0:
                 seconds[name].append(value)
@@ -325,7 +325,7 @@ def peak_memory(way: str, arguments: tuple, device: str, kind: type[Bench] = Ben
         before = torch.cuda.memory_allocated()
         getattr(bench, way.split(":")[0])(*way.split(":")[1:])
         return torch.cuda.max_memory_allocated() - before
-    # else glibc keeps what is freed for later, as much as happens to lie between what is not
+    # blocks above this size go back to the system when freed; else glibc keeps an amount that varies from run to run
     with (
         unittest.mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="131072"),
         multiprocessing.get_context("spawn").Pool(1) as pool,

@@ -2,9 +2,9 @@
 
 A world is `synthetic:SEED` or `cot:SEED`, with settings of its own after commas (`synthetic:1,num_tasks=12,noise=0/0.5`,
 `epochs=2`, `lr=1e-3`); for a pretrained model `real:flan`, FLAN tasks and Alpaca skills, `real:alpaca`, skills alone (both of
-`data/make_flan_world.py`), or `real:strategy_qa` and `real:commonsense_qa`, short questions with the teacher's reasoning, clusters
-as tasks; or a jsonl file in the FLAN layout, whose every task is a target. Everything is kept, so that a second run goes on where the first one
-ended, also one that was killed.
+`data/make_flan_world.py`), or `real:strategy_qa` and `real:commonsense_qa`, short questions with the teacher's reasoning,
+clusters as tasks; or a jsonl file in the FLAN layout, whose every task is a target. Everything is kept, so that a second run
+goes on where the first one ended, also one that was killed.
 """
 
 from __future__ import annotations
@@ -88,17 +88,17 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
     flags = " ".join(f"--{flag} {value}" for flag, value in training.items()) + f" --batch_size {args.batch_size}"
     key = slug("_".join([first, *(f"{k}={v}" for k, v in {**options, **training}.items())]))
     folder = BENCHMARK_DATA / key
-    kind, _, seed = first.partition(":")
+    kind, _, which = first.partition(":")
     if first == "real:alpaca":
         options = SKILLS_WORLD | options
     made = " ".join(f"--{option} {value.replace('/', ' ')}".strip() for option, value in options.items())
-    if kind == "synthetic" and seed.isdigit():
+    if kind == "synthetic" and which.isdigit():
         data = f"--data_files {folder}/flan.jsonl --target_files {folder}/target.jsonl --model_key {folder}/model"
-        command = f"data/make_synthetic.py --seed {seed} --output_dir {folder} {made}"
+        command = f"data/make_synthetic.py --seed {which} --output_dir {folder} {made}"
         return World(name, folder, f"{data} --train_lora", flags, made_by=command)
-    if kind == "cot" and seed.isdigit():
+    if kind == "cot" and which.isdigit():
         data = f"--dataset_key addsub --preset_key ft_cot_t70_4aug --data_dir {folder}/data --saved_dir {folder}/saved"
-        command = f"data/make_synthetic_cot.py --seed {seed} --output_dir {folder} {made}"
+        command = f"data/make_synthetic_cot.py --seed {which} --output_dir {folder} {made}"
         flags += " --inference_batch_size 128 --max_new_tokens 40"
         return World(
             name, folder, f"{data} --model_key {folder}/model --train_lora", flags,
@@ -114,9 +114,9 @@ def parse_world(name: str, args: argparse.Namespace) -> World:
         command = f"data/make_flan_world.py {files} --output_dir {folder} {made}"
         return World(name, folder, data, flags, made_by=command)
     if first in ("real:strategy_qa", "real:commonsense_qa") and args.model_key and args.cot_dir:
-        rows = short_questions(Path(args.cot_dir), folder, seed, **{key: int(value) for key, value in options.items()})
+        rows = short_questions(Path(args.cot_dir), folder, which, **{key: int(value) for key, value in options.items()})
         print(f"{args.cot_dir}: {rows} questions")
-        data = f"--dataset_key {seed} --data_dir {folder} --saved_dir {folder}/saved --heldout_share 0.2 {of_model}"
+        data = f"--dataset_key {which} --data_dir {folder} --saved_dir {folder}/saved --heldout_share 0.2 {of_model}"
         return World(
             name, folder, data, f"{flags} --inference_batch_size 32 --max_new_tokens 64",
             f"--load_clusters --num_clusters {args.num_clusters}", COT_SCRIPTS,

@@ -137,14 +137,13 @@ def waiting_for(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading_libraries() -> Iterator[None]:
-    """Print that imports are running if they take long; Python looks for garbage meanwhile, in a fifth of their time, and finds
-    none: it is told not to."""
+    """Print that imports are running if they take long, and collect no garbage meanwhile: there is none, and looking for it
+    takes a fifth of their time."""
     gc.disable()
     try:
         with waiting_for("loading the libraries"):
             yield
     finally:
-        gc.freeze()
         gc.enable()
 
 

@@ -299,7 +299,7 @@ class TaskDataModule:
         return self.row_lengths - np.maximum(1, 0 if self.loss_on_prompt else self.tokens.prompts.lengths)
 
     def row_keys(self, indices: Indices) -> np.ndarray:
-        """A hash of each row's prompt ids, completion ids and `loss_on_prompt`, (len(indices),) hexadecimal text."""
+        """A hash of each row's prompt ids, completion ids and `loss_on_prompt`, (len(indices),) hexadecimal bytes."""
 
         def key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
             head = np.array([len(prompt), self.loss_on_prompt], np.int64).tobytes()
