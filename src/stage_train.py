@@ -158,7 +158,7 @@ def fine_tune_subsets(
 ) -> None:  # fmt: skip
     """Fine-tune once for each subset and seed, from the same state for every subset, and append a row of losses for each.
     Rows that are there are not trained again, so that a killed run goes on in the line where it was; of a single subset
-    the model has to be there too."""
+    the model has to be there too, or under another name, as of another selection that took the same tasks: it is copied."""
     folder, runs = results_dir(config.results), range(config.runs)
     plan = replace(training_plan(config), max_steps=config.max_steps)
     shares = None if task_shares is None else task_shares.round(6).tolist()
@@ -172,9 +172,15 @@ def fine_tune_subsets(
         label = Path(file).stem if file else artifacts.tasks_label(subsets[0], len(data.tasks))
         kept = [artifacts.model_dir(folder, label, run) for run in runs]
     described = [{**facts, "kind": "fine-tuned model", "subset": list(subsets[0]), "run": run} for run in runs]
-    has_model = [holds_model(model, of_model) for model, of_model in zip(kept, described, strict=False)]
+    holding = [folder_of_model(model, of_model) for model, of_model in zip(kept, described, strict=False)]
     pairs = itertools.product(runs, subsets)
-    todo = [(run, subset) for run, subset in pairs if not table.has(subset, run) or (kept and not has_model[run])]
+    todo = [(run, subset) for run, subset in pairs if not table.has(subset, run) or (kept and not holding[run])]
+    for place, found in zip(kept, holding, strict=True):
+        if is_first_process() and found is not None and found != place:
+            shutil.rmtree(part := place.with_name(f".{place.name}.part"), ignore_errors=True)
+            shutil.copytree(found, part)
+            shutil.rmtree(place, ignore_errors=True)
+            part.rename(place)
     datamodule = None
     with console.progress(desc="fine-tuning", total=len(subsets) * config.runs, unit="subset") as bar:
         bar.update(bar.total - len(todo))
@@ -211,17 +217,23 @@ def fine_tune_subsets(
         say_fine_tuned(table, data, subsets, kept)
 
 
-def holds_model(folder: Path, described: dict[str, Any]) -> bool:
-    """Whether the folder holds exactly the described model, complete; a different one is reported."""
-    if not (folder / MANIFEST).is_file():
-        return False
-    found = artifacts.read_manifest(folder, "custom_train*.py")
-    try:
-        artifacts.check_manifest(folder, found, described, "It is replaced.")
-    except ValueError as error:
-        console.say_notices([str(error)])
-        return False
-    return all((folder / name).is_file() for name in found["files"])
+def folder_of_model(folder: Path, described: dict[str, Any]) -> Path | None:
+    """The folder that holds exactly the described model, complete: this one, in which a different one is reported, or one
+    beside it. None: there is none."""
+    beside = sorted(path.parent for path in folder.parent.glob(f"[!.]*/{MANIFEST}"))
+    for place in (folder, *beside):
+        if not (place / MANIFEST).is_file():
+            continue
+        try:
+            found = artifacts.read_manifest(place, "custom_train*.py")
+            artifacts.check_manifest(place, found, described, "It is replaced.")
+        except ValueError as error:
+            if place == folder:
+                console.say_notices([str(error)])
+            continue
+        if all((place / name).is_file() for name in found["files"]):
+            return place
+    return None
 
 
 def say_fine_tuned(

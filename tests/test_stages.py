@@ -319,6 +319,29 @@ def test_a_model_that_is_replaced_and_a_file_of_other_data_are_named(copy, capsy
         refused(message, run_script, *command, "other.txt")
 
 
+def test_a_subset_that_two_selections_took_is_fine_tuned_once(copy, monkeypatch):
+    """The model is copied, whole, to the second's name; that of another subset is not, nor one whose weights are gone."""
+    for name, text in (("first", "0 1\n"), ("second", "0 1\n"), ("third", "2\n")):
+        Path(f"{name}.txt").write_text(text)
+    run_script(TRAIN, *TOY, "--subset_file", "first.txt")
+    first, second = (Path(f"results/toy/models/{name}_run_0") for name in ("first", "second"))
+    trained = []
+    fine_tune = finetune.fine_tune_on_subset
+    monkeypatch.setattr(
+        finetune, "fine_tune_on_subset", lambda *given, **named: trained.append(given[3]) or fine_tune(*given, **named)
+    )
+    for name in ("second", "third"):
+        run_script(TRAIN, *TOY, "--subset_file", f"{name}.txt")
+    assert trained == [(2,)]
+    assert {path.name: path.read_bytes() for path in second.iterdir()} == {
+        path.name: path.read_bytes() for path in first.iterdir()
+    }
+    shutil.rmtree(second)
+    (first / "adapter_model.safetensors").unlink()
+    run_script(TRAIN, *TOY, "--subset_file", "second.txt")
+    assert trained == [(2,), (0, 1)] and (second / "adapter_model.safetensors").is_file()
+
+
 def test_selection_for_each_target_and_backward(copy):
     """A subset for each target, the same as when that target is asked for alone; rows are kept within a budget."""
     run_script(SELECT, *TOY, "--results_name", "each", "--per_target", "--target_task", "goal", "down")
