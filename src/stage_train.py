@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import itertools
 import json
 import shutil
@@ -172,13 +174,16 @@ def fine_tune_subsets(
         label = Path(file).stem if file else artifacts.tasks_label(subsets[0], len(data.tasks))
         kept = [artifacts.model_dir(folder, label, run) for run in runs]
     described = [{**facts, "kind": "fine-tuned model", "subset": list(subsets[0]), "run": run} for run in runs]
-    holding = [folder_of_model(model, of_model) for model, of_model in zip(kept, described, strict=False)]
+    held_in = [
+        model if holds_model(model, of_model) else model_beside(model, of_model)
+        for model, of_model in zip(kept, described, strict=False)
+    ]
     pairs = itertools.product(runs, subsets)
-    todo = [(run, subset) for run, subset in pairs if not table.has(subset, run) or (kept and not holding[run])]
-    for place, found in zip(kept, holding, strict=True):
-        if is_first_process() and found is not None and found != place:
+    todo = [(run, subset) for run, subset in pairs if not table.has(subset, run) or (kept and not held_in[run])]
+    for run, (place, other) in enumerate(zip(kept, held_in, strict=True)):
+        if is_first_process() and other and other != place and (run, subsets[0]) not in todo:
             shutil.rmtree(part := place.with_name(f".{place.name}.part"), ignore_errors=True)
-            shutil.copytree(found, part)
+            shutil.copytree(other, part)
             shutil.rmtree(place, ignore_errors=True)
             part.rename(place)
     datamodule = None
@@ -217,22 +222,26 @@ def fine_tune_subsets(
         say_fine_tuned(table, data, subsets, kept)
 
 
-def folder_of_model(folder: Path, described: dict[str, Any]) -> Path | None:
-    """The folder that holds exactly the described model, complete: this one, in which a different one is reported, or one
-    beside it. None: there is none."""
-    beside = sorted(path.parent for path in folder.parent.glob(f"[!.]*/{MANIFEST}"))
-    for place in (folder, *beside):
-        if not (place / MANIFEST).is_file():
-            continue
-        try:
-            found = artifacts.read_manifest(place, "custom_train*.py")
-            artifacts.check_manifest(place, found, described, "It is replaced.")
-        except ValueError as error:
-            if place == folder:
-                console.say_notices([str(error)])
-            continue
-        if all((place / name).is_file() for name in found["files"]):
-            return place
+def holds_model(folder: Path, described: dict[str, Any]) -> bool:
+    """Whether the folder holds exactly the described model, complete; a different one is reported."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    found = artifacts.read_manifest(folder, "custom_train*.py")
+    try:
+        artifacts.check_manifest(folder, found, described, "It is replaced.")
+    except ValueError as error:
+        console.say_notices([str(error)])
+        return False
+    return all((folder / name).is_file() for name in found["files"])
+
+
+def model_beside(folder: Path, described: dict[str, Any]) -> Path | None:
+    """A folder beside this one that holds exactly the described model, complete; None where there is none."""
+    for path, found in artifacts.finished(f"{glob.escape(str(folder.parent))}/[!.]*"):
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            artifacts.check_manifest(path, found, described, "")
+            artifacts.check_files(path, found, "")
+            return path
     return None
 
 
