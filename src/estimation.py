@@ -23,7 +23,7 @@ WEIGHT_BY = ("token", "sample", "task")
 DEFAULT_RHO = 1e-3
 
 OnSubsets = Callable[[Tensor], Tensor]
-"""Shares (c, n), factors of the tasks' moments that make means of sums -> estimates (c, k), or solutions (c, d)."""
+"""Shares (c, n), the tasks' weights in subsets over N, the sum of all rows' weights -> estimates (c, k), or solutions (c, d)."""
 Make = Callable[["Part", float], OnSubsets]
 """A part and the ridge strength lambda -> a function of shares."""
 Progress = Callable[..., Any]
@@ -253,7 +253,7 @@ def mixture_weights(
     parts, num_tasks = [_with_targets(part, targets) for part in parts], len(parts[0].train.counts)
     models = []
     for part in parts:
-        of_row, strength = _row_weights(part, np.ones((1, num_tasks)), rho)
+        of_row, strength = _shares(part, np.ones((1, num_tasks)), rho)
         models.append((of_row, _tensor(part.train.weights), _ridge(part, strength)))
     of_part = torch.full((len(parts), 1), 1 / len(parts)) if weights is None else _tensor(weights)
     logits = torch.zeros(1, num_tasks, dtype=torch.float64, requires_grad=True)
@@ -262,7 +262,7 @@ def mixture_weights(
     best = logits.detach()[0]
     for _ in progress(range(steps), desc="mixture weights", unit="step") if progress else range(steps):
         of_task = num_tasks * logits.softmax(1)
-        values = [estimates_of(_shares(of_task * of_row, totals))[0] for of_row, totals, estimates_of in models]
+        values = [estimates_of(_of_subset(of_task * of_row, totals))[0] for of_row, totals, estimates_of in models]
         value = (of_part * torch.stack(values)).sum(0).mean()
         if not course or value < min(course):
             best = of_task.detach()[0]
@@ -288,8 +288,8 @@ def first_order_error(start: np.ndarray, rows: np.ndarray, solution: np.ndarray,
 
 
 def _ridge_solver(part: Part, strength: float) -> OnSubsets:
-    """x_S = -(H_S/N_S + lambda I)^-1 b_S/N_S, the lowest point of the quadratic model of the subset's loss whose curvature is
-    the empirical Fisher matrix: one batched Cholesky, or a solve in the rows' kernel where there are no `outers`."""
+    """x_S = -(H_S + lambda N I)^-1 b_S, the lowest point of the quadratic model of the subset's loss whose curvature is the
+    empirical Fisher matrix: one batched Cholesky, or a solve in the rows' kernel where there are no `outers`."""
     if part.train.outers is None:
         return _kernel_solver(part, strength)
     sums, outers = _tensor(part.train.sums), torch.from_numpy(part.train.outers).flatten(1)
@@ -298,22 +298,19 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     def solve(shares: Tensor) -> Tensor:
         if (near := _one_apart(shares)) is None:
             return dense((shares.float() @ outers).view(-1, dim, dim), shares)
-        scale, weights, task, weight = near
+        in_all, task, weight = near
         with lock:  # the chunks of a search have one in common
-            fitting = [last for last in found_last if torch.allclose(weights, last.weights, rtol=1e-9, atol=0)]
-            found_last[:] = [common := (fitting or [_Common(weights, sums, outers)])[0]]
+            fitting = [last for last in found_last if torch.equal(in_all, last.shares)]
+            found_last[:] = [common := (fitting or [_Common(in_all, sums, outers, strength)])[0]]
         found, precise = sums.new_zeros(len(shares), dim), torch.from_numpy(part.train.has_factors)[task]
         if (few := precise.nonzero()[:, 0]).numel():
             goal = common.sums + weight[few, None] * sums[task[few]]
-            x, precise[few] = common.solve(
-                part.train.factors.index_select(0, task[few]), weight[few], strength / scale[few], goal
-            )
+            x, precise[few] = common.solve(part.train.factors.index_select(0, task[few]), weight[few], goal)
             found[few] = -x
         if (many := (~precise).nonzero()[:, 0]).numel():
             moments = torch.addcmul(
                 common.moments.flatten(), weight[many, None].float(), outers.index_select(0, task[many])
             )
-            moments *= scale[many, None].float()
             found[many] = dense(moments.view(-1, dim, dim), shares[many])
         return found
 
@@ -324,49 +321,44 @@ def _ridge_solver(part: Part, strength: float) -> OnSubsets:
     return solve
 
 
-def _one_apart(shares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Shares (c, n) of subsets that have one task each besides common ones, as a search's do: scale (c,), what is common (n,),
-    the task (c,) and its weight (c,), so that shares are scale times common and weight; None of other subsets. Weights that
-    are 0 have a slope nevertheless, so where one is wanted there is none."""
+def _one_apart(shares: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Shares (c, n) of subsets that have one task each besides common ones, as a search's do: what is common (n,), the task
+    (c,) and its share (c,); None of other subsets. Shares that are 0 have a slope nevertheless, so where one is wanted there is
+    none."""
     if shares.requires_grad or len(shares) < 2:
         return None
-    # shares are weights over totals, so that subsets with equal weights have proportional rows
-    pivot = shares.amin(0).argmax()
-    scale = shares[:, pivot] if shares[:, pivot].all() else shares.amax(1)
-    relative = shares / torch.where(scale > 0, scale, 1.0)[:, None]
-    common = relative.amin(0)
-    rest = relative - common
-    rest[rest < 1e-12] = 0  # rounding
-    weight, task = rest.max(1)
-    return (scale, common, task, weight) if scale.all() and (rest.count_nonzero(1) <= 1).all() else None
+    common = shares.amin(0)
+    rest = shares - common
+    share, task = rest.max(1)
+    return (common, task, share) if (rest.count_nonzero(1) <= 1).all() else None
 
 
 class _Common:
     """The moments that subsets one task apart share, and what solves with them and with the one task's factors."""
 
-    def __init__(self, weights: Tensor, sums: Tensor, outers: Tensor) -> None:
-        self.weights, self.sums, total = weights, weights @ sums, outers.new_zeros(outers.shape[1])
-        for task in weights.nonzero()[:, 0].tolist():
-            total.add_(outers[task], alpha=float(weights[task]))
+    def __init__(self, shares: Tensor, sums: Tensor, outers: Tensor, ridge: float) -> None:
+        self.shares, self.sums, total = shares, shares @ sums, outers.new_zeros(outers.shape[1])
+        for task in shares.nonzero()[:, 0].tolist():
+            total.add_(outers[task], alpha=float(shares[task]))
         self.moments = total.view(len(self.sums), -1)
-        self.double = self.moments.double()
-        self.values, self.basis = torch.linalg.eigh(self.moments)
+        self.double, self.ridge = self.moments.double(), ridge
+        values, basis = torch.linalg.eigh(self.moments)
+        self.whiten = basis * (values.clamp(min=0) + ridge).rsqrt()
 
-    def solve(self, own: Tensor, weight: Tensor, ridge: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """x (c, d) of (moments + weight F'F + ridge I) x = goal, for factors F `own` (c, r, d), and which are precise (c,). In the
-        eigenvectors the ridge, which differs between subsets, is diagonal, and Woodbury's identity adds the factors."""
-        root, basis = (self.values.clamp(min=0) + ridge.float()[:, None]).rsqrt(), self.basis  # (c, d)
-        turned = (own.flatten(0, 1) @ basis).view(own.shape).mul_((weight.sqrt().float()[:, None] * root)[:, None])
+    def solve(self, own: Tensor, weight: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """x (c, d) of (moments + weight F'F + ridge I) x = goal, for factors F `own` (c, r, d), and which are precise (c,): where
+        the common moments and the ridge are whitened, Woodbury's identity adds the factors."""
+        turned = (own.flatten(0, 1) @ self.whiten).view(own.shape).mul_(weight.sqrt().float()[:, None, None])
         inner, _ = torch.linalg.cholesky_ex(torch.baddbmm(torch.eye(own.shape[1]), turned, turned.mT))
         x, left = torch.zeros_like(goal), goal
         for _ in range(_MOST_STEPS):
-            step = (left.float() @ basis * root)[:, :, None]
+            step = (left.float() @ self.whiten)[:, :, None]
             step -= turned.mT @ torch.cholesky_solve(turned @ step, inner)
-            x += (change := step[:, :, 0] * root @ basis.T)
+            x += (change := step[:, :, 0] @ self.whiten.T)
             if (precise := change.norm(dim=1) <= _LAST_CHANGE * x.norm(dim=1)).all():
                 break
             of_own = (own.mT @ (own @ x.float()[:, :, None]))[:, :, 0]
-            left = goal - x @ self.double - ridge[:, None] * x - of_own.double() * weight[:, None]
+            left = goal - x @ self.double - self.ridge * x - of_own.double() * weight[:, None]
         return x, precise
 
 
@@ -396,7 +388,7 @@ def _logistic_solver(part: Part, strength: float) -> OnSubsets:
         return torch.addmm(2 * strength * torch.eye(rows.shape[1]), rows.T, rows)
 
     def solve(shares: Tensor) -> Tensor:
-        shares = shares[:, task_of_row] * of_row  # (c, rows)
+        shares = _of_subset(shares, _tensor(part.train.weights))[:, task_of_row] * of_row  # (c, rows)
         found, start_norm = gradients.new_zeros(len(shares), gradients.shape[1]), None
 
         def objective(x: Tensor) -> Tensor:
@@ -470,8 +462,8 @@ def _logistic(part: Part, strength: float) -> OnSubsets:
 
 def _alignment(part: Part, strength: float) -> OnSubsets:
     """L_val - b_val.b_S/(N_val N_S): a step along the mean gradient as in LESS; of unit-length representations, RDS."""
-    sums, (means, slopes) = _tensor(part.train.sums), _target_means(part)
-    return lambda shares: means - shares @ sums @ slopes.T
+    sums, totals, (means, slopes) = _tensor(part.train.sums), _tensor(part.train.weights), _target_means(part)
+    return lambda shares: means - _of_subset(shares, totals) @ sums @ slopes.T
 
 
 def _constant(part: Part, strength: float) -> OnSubsets:
@@ -512,8 +504,8 @@ ESTIMATORS = {
 }
 
 
-def _row_weights(part: Part, membership: np.ndarray, rho: float) -> tuple[Tensor, float]:
-    """The factor of the moments of each task in each subset, (m, n) float64, and the ridge strength lambda."""
+def _shares(part: Part, membership: np.ndarray, rho: float) -> tuple[Tensor, float]:
+    """The factor of the moments of each task in each subset, over N, (m, n) float64, and the ridge strength lambda."""
     _check_finite(part.train, "task")
     counts, weights = part.train.counts, np.asarray(membership, np.float64)
     if not (np.isfinite(weights).all() and (weights >= 0).all() and rho > 0):
@@ -524,9 +516,9 @@ def _row_weights(part: Part, membership: np.ndarray, rho: float) -> tuple[Tensor
         tasks = ", ".join(map(str, np.flatnonzero(weights[subset])))
         raise ValueError(f"subset {subset} (tasks {tasks}) has no rows; leave it out, or give its tasks rows")
     of_row = 1 / np.maximum(counts, 1) if part.weight_by == "task" else np.ones(len(counts))
-    mean_square = (of_row @ part.train.squares) / (of_row @ part.train.weights or 1.0)
+    of_all = of_row @ part.train.weights or 1.0
     # gradients that are all zero have the solution 0 with any ridge
-    return torch.from_numpy(weights * of_row), float(rho * mean_square) or 1.0
+    return torch.from_numpy(weights * of_row / of_all), float(rho * (of_row @ part.train.squares) / of_all) or 1.0
 
 
 def _over_chunks(
@@ -536,9 +528,9 @@ def _over_chunks(
     not fit. Chunks are taken side by side, a thread each: several threads at one small matrix would wait for each other."""
     threads, work = torch.get_num_threads(), list[tuple[OnSubsets, Tensor]]()
     for part in parts:
-        weights, strength = _row_weights(part, membership, rho)
+        shares, strength = _shares(part, membership, rho)
         of_subset = 16 * part.train.sums.shape[1] ** 2 + 96 * (len(part.rows.outputs) if part.rows else 0)  # bytes
-        shares, on_subsets = _shares(weights, _tensor(part.train.weights)), make(part, strength)
+        on_subsets = make(part, strength)
         size = max(_CHUNK_BYTES // max(threads, 2) // of_subset, 1)
         work += [(on_subsets, chunk) for chunk in shares.split(size)]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -551,8 +543,8 @@ def _over_chunks(
     return values.reshape(len(parts), len(membership), *values.shape[1:])
 
 
-def _shares(weights: Tensor, totals: Tensor) -> Tensor:
-    """Factors of the tasks' moments (c, n) divided by N_S, with N_t in `totals` (n,); 0 for an empty subset."""
+def _of_subset(weights: Tensor, totals: Tensor) -> Tensor:
+    """Factors of the tasks' moments (c, n) that make means over the subset, with N_t in `totals` (n,); 0 for an empty one."""
     of_subset = weights @ totals
     return weights / torch.where(of_subset > 0, of_subset, 1.0).unsqueeze(1)
 

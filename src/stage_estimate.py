@@ -57,9 +57,9 @@ def clustered(config: TrainConfig, typed: Mapping[str, Any], run: int = 0) -> Ta
 
 
 TRUST = (
-    (0.85, "trust is high", "0.92 to 0.97"),
-    (0.6, "trust is middling", "0.62 to 0.83; a few fine-tuned subsets tell (--calibrate)"),
-    (-1.0, "trust is low", "0.33 to 0.74; fine-tune some subsets first (--calibrate)"),
+    (0.85, "trust is high", "0.94 to 0.96"),
+    (0.6, "trust is middling", "0.62 to 0.79; a few fine-tuned subsets tell (--calibrate)"),
+    (-1.0, "trust is low", "0.31 to 0.78; fine-tune some subsets first (--calibrate)"),
 )
 """From what agreement of checkpoints on, what is said, and Spearman's correlation with fine-tuned values that was measured
 there (`docs/decisions.md`)."""

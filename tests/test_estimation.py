@@ -100,10 +100,11 @@ def quadratic_terms(rows: Rows, solutions: np.ndarray) -> np.ndarray:
 
 
 def direct_ridge(rows: Rows, task_weights: np.ndarray, weight_by: str) -> np.ndarray:
-    """x_S by scikit-learn, from the raw rows: regress -1 on the gradients without intercept."""
+    """x_S by scikit-learn, from the raw rows: regress -1 on the gradients without intercept, with one ridge for all subsets."""
     weights = row_weights(rows, task_weights, weight_by)
     chosen = weights > 0
-    ridge = Ridge(alpha=ridge_strength(rows, weight_by) * weights.sum(), fit_intercept=False, solver="cholesky")
+    of_all = row_weights(rows, np.ones(NUM_TASKS), weight_by).sum()
+    ridge = Ridge(alpha=ridge_strength(rows, weight_by) * of_all, fit_intercept=False, solver="cholesky")
     ridge.fit(rows.rows[chosen].astype(float), -np.ones(chosen.sum()), sample_weight=weights[chosen])
     return ridge.coef_
 
@@ -305,17 +306,17 @@ def test_mixture_weights_find_the_lowest_estimate(part, rows, with_outers):
     """As low as a general minimiser gets from the same start, and the shares are what the estimates were of."""
     part = part if with_outers else without_outers(part)
     shares, course = mixture_weights([part], [1], rho=RHO)
+    counts = np.bincount(rows.task_of_row[rows.task_of_row >= 0])
 
     def mean_estimate(logits):
-        weights = NUM_TASKS * np.exp(logits) / np.exp(logits).sum()
+        weights = np.exp(logits) * counts.sum() / (np.exp(logits) @ counts)  # an epoch is as long as of all tasks
         return float(estimate([part], weights[None], rho=RHO, targets=[1])[0, 0])
 
     assert course[0] == pytest.approx(mean_estimate(np.zeros(NUM_TASKS)), rel=1e-6)
     found = minimize(mean_estimate, np.zeros(NUM_TASKS), method="Nelder-Mead", options={"maxiter": 4000})
     assert course[0] - course.min() > 0.99 * (course[0] - found.fun) > 0.1
-    counts = np.bincount(rows.task_of_row[rows.task_of_row >= 0])
     assert shares.sum() == pytest.approx(1)
-    of_shares = estimate([part], (shares / counts)[None], rho=RHO, targets=[1])
+    of_shares = estimate([part], (shares * counts.sum() / counts)[None], rho=RHO, targets=[1])
     assert of_shares[0, 0] == pytest.approx(course.min(), rel=1e-3)
 
 
@@ -345,11 +346,10 @@ def test_subsets_one_task_apart_are_solved_by_its_own_factors(weight_by, size, d
     weights, train, target = candidates / part.train.counts ** (weight_by == "task"), part.train, part.target
     assert train.has_factors.sum() == few
     assert sum(by_factors) == train.has_factors[size:].sum()
-    strength = ridge_strength(part.rows, weight_by)
+    ridge = ridge_strength(part.rows, weight_by) * (train.weights / train.counts ** (weight_by == "task")).sum()
     for of_task, estimates in zip(weights, found, strict=True):
-        total = of_task @ train.weights
-        curvature = np.tensordot(of_task, train.outers.astype(float), 1) / total + strength * np.eye(dim)
-        x = -np.linalg.solve(curvature, of_task @ train.sums / total)
+        curvature = np.tensordot(of_task, train.outers.astype(float), 1) + ridge * np.eye(dim)
+        x = -np.linalg.solve(curvature, of_task @ train.sums)
         change = target.sums @ x / target.counts
         squares = np.einsum("kde,d,e->k", target.outers.astype(float), x, x) / target.counts
         expected = target.output_sums / target.counts + change + (squares - change**2) / 2

@@ -80,9 +80,9 @@ def test_an_estimator_is_an_entry_of_estimators(here, monkeypatch):
     weights, _ = part_weights(stored, estimator="diagonal", rho=0.02)
     for part, of_part in zip(parts, weights, strict=True):
         rows, task = part.rows.astype(float), part.samples["task"]
-        strength = 0.02 * np.square(rows[task >= 0]).sum(axis=1).mean()
+        ridge = 0.02 * np.square(rows[task >= 0]).sum()
         of_subsets = [rows[np.isin(task, subset)] for subset in subsets]
-        steps = np.stack([-of.mean(axis=0) / (np.square(of).mean(axis=0) + strength) for of in of_subsets])
+        steps = np.stack([-of.sum(axis=0) / (np.square(of).sum(axis=0) + ridge) for of in of_subsets])
         for j, column in enumerate(found):
             target = part.targets.index(column.removeprefix("estimate/"))
             own = part.samples["target"] == target
