@@ -227,6 +227,14 @@ def solutions(part: Part, membership: np.ndarray, *, estimator: str = "ridge", r
     return found if part.basis is None else found @ part.basis.T
 
 
+def displacements(parts: Sequence[Part], membership: np.ndarray, *, estimator: str, rho: float) -> list[np.ndarray]:
+    """x_S of every subset at each part, (m, d) float32, in coordinates whose inner products are those of the solutions; the
+    share of each task, (m, n), for an estimator without solutions."""
+    if (solver := ESTIMATORS[estimator].solver) is None:
+        return [(membership / np.maximum(np.sum(membership, axis=1, keepdims=True), 1)).astype(np.float32)]
+    return [_over_chunks([part], membership, rho, solver)[0].astype(np.float32) for part in parts]
+
+
 def solver_of(estimator: str) -> Make:
     """Return an estimator's solver. ValueError: it has none."""
     if (solver := ESTIMATORS[estimator].solver) is None:

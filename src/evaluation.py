@@ -169,16 +169,16 @@ def comparison(
 class Calibration:
     """A Gaussian process over subsets for each target, from estimates to fine-tuned values; call it for other subsets.
 
-    The logarithm of a value is a level, a slope times the estimate, the mean effect of the subset's sources, and noise. Which
-    shares of the variance these have (`SHARES`) is averaged over, weighted by how well they explain the fine-tuned values of
-    all targets: a few values leave the ranking to the estimate, many correct it. Estimates may have any unit; where values
-    are not all above 0, their logarithm is not taken.
+    The logarithm of a value is a level, a slope times the estimate, a linear function of the subset's features, and noise.
+    Which shares of the variance these have (`SHARES`) is averaged over, weighted by how well they explain the fine-tuned values
+    of all targets: a few values leave the ranking to the estimate, many correct it. Estimates and features may have any unit;
+    where values are not all above 0, their logarithm is not taken.
     """
 
-    def __init__(self, estimates: np.ndarray, membership: np.ndarray, fine_tuned: np.ndarray) -> None:
-        """Estimates (c, k), sources (c, n) and values (c, k) of the subsets that were fine-tuned."""
-        self._estimates, self._sources = estimates, _source_shares(membership)
-        self._known = self._scaled(estimates, membership)
+    def __init__(self, estimates: np.ndarray, features: np.ndarray, fine_tuned: np.ndarray) -> None:
+        """Estimates (c, k), features (c, f) and values (c, k) of the subsets that were fine-tuned."""
+        self._estimates, self._features = estimates, features
+        self._known = self._scaled(estimates, features)
         self._logarithms = bool((fine_tuned > 0).all())
         fine_tuned = np.log(fine_tuned) if self._logarithms else fine_tuned
         self._center, deviation = fine_tuned.mean(axis=0), fine_tuned.std(axis=0, ddof=1)
@@ -203,11 +203,11 @@ class Calibration:
         self._weights = np.exp(together - logsumexp(together))[:, None, None] * np.exp(by_spread - of_target[:, None])
 
     def __call__(
-        self, estimates: np.ndarray, membership: np.ndarray, share: float = 0.9
+        self, estimates: np.ndarray, features: np.ndarray, share: float = 0.9
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Calibrated estimates (m, k) of subsets with these estimates (m, k) and sources (m, n), and the ends (m, k) of
+        """Calibrated estimates (m, k) of subsets with these estimates (m, k) and features (m, f), and the ends (m, k) of
         intervals that hold this share of fine-tuned values."""
-        asked, spreads = self._scaled(estimates, membership), SPREADS[:, None, None]
+        asked, spreads = self._scaled(estimates, features), SPREADS[:, None, None]
         mean, square = np.zeros((2, *asked[0].T.shape))
         for shares, system, weights in zip(SHARES, self._systems, self._weights[..., None], strict=True):
             data, inner, level, total = system
@@ -224,12 +224,12 @@ class Calibration:
         found = values, values - half, values + half
         return tuple(np.exp(found)) if self._logarithms else found
 
-    def _scaled(self, estimates: np.ndarray, membership: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Estimates (m, k) and shares of sources (m, n), of mean 0 and variance 1 over the fine-tuned subsets."""
-        deviation, known = self._estimates.std(axis=0), self._sources - (mean := self._sources.mean(axis=0))
+    def _scaled(self, estimates: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Estimates (m, k) and features (m, f), of mean 0 and variance 1 over the fine-tuned subsets: features together."""
+        deviation, known = self._estimates.std(axis=0), self._features - (mean := self._features.mean(axis=0))
         length = np.sqrt((known**2).sum(axis=1).mean()) or 1.0
         scaled = (estimates - self._estimates.mean(axis=0)) / np.where(deviation > 0, deviation, np.inf)
-        return scaled, (_source_shares(membership) - mean) / length
+        return scaled, (features - mean) / length
 
     def _prior(
         self, shares: tuple[float, float], asked: tuple[np.ndarray, np.ndarray]
@@ -239,11 +239,6 @@ class Calibration:
         slopes = asked[0].T[:, :, None] * self._known[0].T[:, None]
         covariance = shares[0] * FREEDOM * slopes + shares[1] * (asked[1] @ self._known[1].T)
         return np.sqrt(shares[0] * (1 - FREEDOM)) * asked[0].T, covariance
-
-
-def _source_shares(membership: np.ndarray) -> np.ndarray:
-    """The share of each source in each subset, (m, n), all equal; 0 in an empty one."""
-    return membership / np.maximum(np.sum(membership, axis=1, keepdims=True), 1)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from src import artifacts, evaluation, tables
 from src.config import Config, EstimateConfig, EstimationConfig, TrainConfig, from_store
 from src.console import command_typed, counted, progress, say_notices, spent, waiting_for
 from src.data import TaskData, read_arrays, write_arrays
-from src.estimation import ESTIMATORS, Part, estimate, part_weights, solutions
+from src.estimation import ESTIMATORS, Part, displacements, estimate, part_weights, solutions
 from src.run_data import load_data, named
 from src.store import StoredPart, open_store
 from src.subsets import DEFAULT_SUBSET_SIZE, cluster_samples, load_or_draw_subsets, membership_matrix, tasks_in_subset
@@ -223,6 +223,9 @@ class Estimator:
         """Estimates of subsets (m, n) calibrated on the validation losses of really fine-tuned ones, the mean over runs: these,
         and the lower and upper ends of 90 % intervals, each (m, k). A subset that was fine-tuned is calibrated on the others.
 
+        What estimates miss is taken for a linear function of the displacements, those of each checkpoint alike: as if the
+        target's gradient were another.
+
         Refuses (ValueError) fewer than `MIN_SUBSETS` fine-tuned subsets.
         """
         subsets, values = tables.fine_tuned_values(truth, VALIDATION_LOSS, [self.targets[target] for target in targets])
@@ -232,12 +235,16 @@ class Estimator:
         known = membership_matrix([parse_subset(text) for text in subsets], len(self.tasks))
         asked = np.asarray(membership)
         fine_tuned, of_known, estimates = values.mean(axis=2), self(known, targets), self(membership, targets)
-        calibrated = evaluation.Calibration(of_known, known, fine_tuned)(estimates, asked)
+        options: dict[str, Any] = {"estimator": self.config.estimator, "rho": self.config.rho}
+        of_parts = displacements(self.parts, np.concatenate([known, asked]), **options)
+        alike = [x / (np.sqrt(x[: len(known)].var(axis=0).sum()) or 1.0) for x in of_parts]
+        known_features, features = np.split(np.concatenate(alike, axis=1), [len(known)])
+        calibrated = evaluation.Calibration(of_known, known_features, fine_tuned)(estimates, features)
         for left_out, subset in enumerate(known):
             others, same = np.arange(len(known)) != left_out, (asked == subset).all(axis=1)
             if same.any():
-                without = evaluation.Calibration(of_known[others], known[others], fine_tuned[others])
-                for of_all, of_others in zip(calibrated, without(estimates[same], asked[same]), strict=True):
+                without = evaluation.Calibration(of_known[others], known_features[others], fine_tuned[others])
+                for of_all, of_others in zip(calibrated, without(estimates[same], features[same]), strict=True):
                     of_all[same] = of_others
         return calibrated
 

@@ -133,6 +133,23 @@ def test_ridge_equals_a_regression_on_the_raw_rows(membership, weight_by, weight
         np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-5)
 
 
+def test_displacements_have_the_products_of_solutions(part, rows, membership):
+    """In whatever coordinates: of a part in principal directions too. Without solutions they are the tasks' equal shares."""
+    basis = principal_basis(rows.rows, rows.task_of_row >= 0, 5)
+    moments = [
+        task_moments(rows.rows, rows.outputs, *group, basis=basis)
+        for group in ((rows.task_of_row, NUM_TASKS), (rows.target_of_row, NUM_TARGETS))
+    ]
+    parts, options = [part, Part(*moments, basis=basis)], {"estimator": "ridge", "rho": RHO}
+    for of_part, found in zip(parts, module.displacements(parts, membership, **options), strict=True):
+        expected = solutions(of_part, membership, **options)
+        np.testing.assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-4, atol=1e-6)
+    (shares,) = module.displacements(
+        parts, np.eye(2, NUM_TASKS) + np.eye(2, NUM_TASKS, k=1), estimator="alignment", rho=1
+    )
+    np.testing.assert_allclose(shares, [[0.5, 0.5, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0, 0]])
+
+
 def test_weights_of_rows(rows, membership):
     """Tasks that differ in size and rows in length make a difference; rows of one length weigh the same."""
     by_token, by_sample, by_task = (

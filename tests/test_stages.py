@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from src import finetune, stage_train
 from src.console import run_stage
-from src.estimation import estimate
+from src.estimation import estimate, solutions
 from src.evaluation import Calibration
 from src.gradients import outputs_of
 from src.models import load_checkpoint
@@ -253,9 +253,11 @@ def test_estimates_are_compared_and_calibrated(copy, capsys):
     raw, *found = (estimates[[f"{kind}/{target}" for target in targets]].to_numpy() for kind in kinds)
     losses = [f"validation_loss/{target}" for target in targets]
     fine_tuned = truth.groupby("subset")[losses].mean().loc[pairs].to_numpy()
+    of_parts = [solutions(part.estimation_part(), members) for part in parts_of("*_toy_dim_*_run_0")]
+    features = np.concatenate([x / np.sqrt(x.var(axis=0).sum()) for x in of_parts], axis=1)
     for pair in range(6):  # each is calibrated on the others
         others = np.arange(6) != pair
-        expected = Calibration(raw[others], members[others], fine_tuned[others])(raw[[pair]], members[[pair]])
+        expected = Calibration(raw[others], features[others], fine_tuned[others])(raw[[pair]], features[[pair]])
         np.testing.assert_allclose(np.array(found)[:, [pair]], expected, rtol=1e-4)
     run_script(COMPARE, "results/toy/estimates.csv", "results/toy/results.csv")
     assert "calibrated: 6 subsets of 6 calibrated the others" in capsys.readouterr().out
