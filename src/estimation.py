@@ -269,7 +269,7 @@ def mixture_weights(
     course: list[float] = []
     best = logits.detach()[0]
     for _ in progress(range(steps), desc="mixture weights", unit="step") if progress else range(steps):
-        of_task = num_tasks * logits.softmax(1)
+        of_task = logits.softmax(1)
         values = [estimates_of(_of_subset(of_task * of_row, totals))[0] for of_row, totals, estimates_of in models]
         value = (of_part * torch.stack(values)).sum(0).mean()
         if not course or value < min(course):

@@ -182,10 +182,8 @@ def fine_tune_subsets(
     todo = [(run, subset) for run, subset in pairs if not table.has(subset, run) or (kept and not held_in[run])]
     for run, (place, other) in enumerate(zip(kept, held_in, strict=True)):
         if is_first_process() and other and other != place and (run, subsets[0]) not in todo:
-            shutil.rmtree(part := place.with_name(f".{place.name}.part"), ignore_errors=True)
-            shutil.copytree(other, part)
-            shutil.rmtree(place, ignore_errors=True)
-            part.rename(place)
+            with artifacts.whole_folder(place) as copy:
+                shutil.copytree(other, copy, dirs_exist_ok=True)
     datamodule = None
     with console.progress(desc="fine-tuning", total=len(subsets) * config.runs, unit="subset") as bar:
         bar.update(bar.total - len(todo))

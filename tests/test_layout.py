@@ -13,7 +13,7 @@ BUDGETS = {
     "distributed": 170, "artifacts": 395, "console": 280, "config": 685, "data": 275, "frames": 140, "instruction": 550,
     "cot": 280, "datamodule": 365, "models": 545, "finetune": 590, "projection": 315, "estimation": 615, "tables": 150,
     "subsets": 215, "run_data": 90, "run_model": 100, "selection": 195, "evaluation": 335, "figures": 225,
-    "stage_scores": 115, "store": 440, "gradients": 340, "stage_train": 270, "stage_collect": 255, "stage_estimate":
+    "stage_scores": 115, "store": 440, "gradients": 340, "stage_train": 265, "stage_collect": 255, "stage_estimate":
     380, "stage_select": 275, "export": 240,
 }  # fmt: skip
 """Lines of each module of `src`, which may import those before it."""
